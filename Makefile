@@ -1,0 +1,4 @@
+# `make` lists the verbs. Everything lives in .venv; nothing is installed outside this folder.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin

@@ -1,0 +1,305 @@
+"""JiT, "Just image Transformer" (arXiv 2511.13720): a plain transformer on large pixel patches.
+
+Names, shapes and order of the parameters are those of the published checkpoints.
+
+Shapes: B batch, C channels, H = W image size, p patch, N = (H/p)^2 tokens, D width, h heads, d = D/h,
+K in-context tokens, m width of the feed-forward layer.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation with a weight, computed in float32 and returned in the type of its input."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def sincos_position_embedding(dim: int, side: int) -> Tensor:
+    """Fixed 2-D table (1, side*side, dim): first half from the column, second half from the row, each [sin, cos]."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
+    by_column = axis[None, :, :].expand(side, -1, -1)
+    by_row = axis[:, None, :].expand(-1, side, -1)
+    return torch.cat([by_column, by_row], dim=-1).reshape(1, side * side, dim).float()
+
+
+def rope_table(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (N, d/2) of the 2-D rotary embedding: d/4 angles from the row, then d/4 from the column."""
+    theta = 10000.0 ** (-2 * torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 2))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * theta  # (side, d/4)
+    by_row = angle[:, None, :].expand(-1, side, -1)
+    by_column = angle[None, :, :].expand(side, -1, -1)
+    angle = torch.cat([by_row, by_column], dim=-1).reshape(side * side, head_dim // 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the interleaved pairs (2j, 2j+1) of x (B, h, n, d) by angles given as cos, sin (n, d/2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, h, n, d/2) each
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x (B, n, D) with shift, scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> (B, D): sinusoid of width 256 on t itself (not rescaled), then a two-layer perceptron."""
+
+    width = 256
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.width // 2
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = t.float()[:, None] * frequency
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """y (B,) -> (B, D); index `num_classes` stands for "no class"."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class BottleneckPatchEmbed(nn.Module):
+    """Image (B, C, H, W) -> tokens (B, N, D), row-major, through a linear bottleneck."""
+
+    def __init__(self, patch_size: int, in_channels: int, bottleneck_dim: int, hidden_size: int):
+        super().__init__()
+        self.proj1 = nn.Conv2d(in_channels, bottleneck_dim, patch_size, stride=patch_size, bias=False)
+        self.proj2 = nn.Conv2d(bottleneck_dim, hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with normalised queries and keys and a 2-D rotary embedding of the image tokens."""
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float, proj_drop: float, attn_fp32: bool):
+        super().__init__()
+        self.num_heads, self.attn_drop, self.attn_fp32 = num_heads, attn_drop, attn_fp32
+        self.q_norm = RMSNorm(dim // num_heads)
+        self.k_norm = RMSNorm(dim // num_heads)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, n, D); cos, sin (n, d/2), with angle 0 for the in-context tokens."""
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, n, d) each
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
+        drop = self.attn_drop if self.training else 0.0
+        if self.attn_fp32:
+            with torch.autocast(x.device.type, enabled=False):
+                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=drop).to(v.dtype)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(b, n, -1)))  # (B, n, D)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b) with (a, b) the halves of w12(x); inner width m = int(int(mlp_ratio * D) * 2 / 3)."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop: float):
+        super().__init__()
+        inner = int(int(dim * mlp_ratio) * 2 / 3)
+        self.w12 = nn.Linear(dim, 2 * inner)
+        self.w3 = nn.Linear(inner, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(self.drop(F.silu(a) * b))
+
+
+class JiTBlock(nn.Module):
+    """Pre-norm block; shift, scale and gate of both branches come from c (adaLN-Zero)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float, attn_fp32: bool):
+        super().__init__()
+        self.norm1 = RMSNorm(dim)
+        self.attn = Attention(dim, num_heads, attn_drop, proj_drop, attn_fp32)
+        self.norm2 = RMSNorm(dim)
+        self.mlp = SwiGLU(dim, mlp_ratio, proj_drop)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (B, D) each
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) -> pixels of each patch (B, N, p*p*C_out), ordered (row, column, channel)."""
+
+    def __init__(self, dim: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = RMSNorm(dim)
+        self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class JiT(nn.Module):
+    """forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C_out, H, W).
+
+    Args:
+        input_size: H = W in pixels, a multiple of `patch_size`.
+        bottleneck_dim: inner width of the patch embedding.
+        attn_drop, proj_drop: dropout of attention weights and of projections, in the middle half of the blocks only.
+        in_context_len: K class tokens, put in front of the sequence before block `in_context_start`; 0 for none.
+        attn_fp32: compute the attention product in float32 also under autocast, as the published training code does.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 256,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        hidden_size: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        num_classes: int = 1000,
+        bottleneck_dim: int = 128,
+        in_context_len: int = 32,
+        in_context_start: int = 4,
+        attn_fp32: bool = False,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"the image size {input_size} is not divisible by the patch size {patch_size}")
+        if hidden_size % num_heads or (hidden_size // num_heads) % 4 or hidden_size % 4:
+            raise ValueError(f"width {hidden_size} over {num_heads} heads: the width of a head must be a multiple of 4")
+        if in_context_len and not 0 <= in_context_start < depth:
+            raise ValueError(f"in_context_start is {in_context_start}, and there are blocks 0 to {depth - 1}")
+        self.input_size, self.patch_size, self.out_channels = input_size, patch_size, out_channels
+        self.num_classes, self.in_context_len, self.in_context_start = num_classes, in_context_len, in_context_start
+        side = input_size // patch_size
+
+        if in_context_len:
+            self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size))
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.x_embedder = BottleneckPatchEmbed(patch_size, in_channels, bottleneck_dim, hidden_size)
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            drops = (attn_drop, proj_drop) if depth // 4 <= i < depth // 4 * 3 else (0.0, 0.0)
+            self.blocks.append(JiTBlock(hidden_size, num_heads, mlp_ratio, *drops, attn_fp32))
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+
+        self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, side))
+        cos, sin = rope_table(hidden_size // num_heads, side)
+        self.register_buffer("rope_cos", cos, persistent=False)  # (N, d/2)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The only place where parameters get their initial values."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        for projection in (self.x_embedder.proj1, self.x_embedder.proj2):
+            nn.init.xavier_uniform_(projection.weight.view(projection.out_channels, -1))
+        nn.init.zeros_(self.x_embedder.proj2.bias)
+        normal = [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight, self.y_embedder.embedding_table.weight]
+        for weight in normal + ([self.in_context_posemb] if self.in_context_len else []):
+            nn.init.normal_(weight, std=0.02)
+        for module in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+            nn.init.zeros_(module.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Patches (B, N, p*p*C_out) -> image (B, C_out, H, W)."""
+        p, side = self.patch_size, self.input_size // self.patch_size
+        x = x.view(-1, side, side, p, p, self.out_channels)  # (B, row, column, p, p, C_out)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        y_emb = self.y_embedder(y)  # (B, D)
+        c = self.t_embedder(t) + y_emb  # (B, D)
+        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        cos, sin = self.rope_cos, self.rope_sin
+        for i, block in enumerate(self.blocks):
+            if self.in_context_len and i == self.in_context_start:
+                x = torch.cat([(y_emb[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)  # (B, K + N, D)
+                cos = F.pad(cos, (0, 0, self.in_context_len, 0), value=1.0)
+                sin = F.pad(sin, (0, 0, self.in_context_len, 0), value=0.0)
+            x = block(x, c, cos, sin)
+        if self.in_context_len:
+            x = x[:, self.in_context_len :]
+        return self.unpatchify(self.final_layer(x, c))
+
+
+def _sizes(depth, hidden_size, num_heads, bottleneck_dim, in_context_len, in_context_start) -> dict:
+    return dict(
+        depth=depth,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        bottleneck_dim=bottleneck_dim,
+        in_context_len=in_context_len,
+        in_context_start=in_context_start,
+    )
+
+
+#         (L,    D,  h, bottleneck, K, in_context_start), patches
+_TABLE = {
+    "Demo": (_sizes(6, 128, 4, 48, 4, 2), (8,)),
+    "Ti": (_sizes(8, 192, 4, 48, 8, 2), (1, 2, 4, 8, 16)),
+    "S": (_sizes(12, 384, 6, 96, 16, 4), (2, 4, 8, 16)),
+    "B": (_sizes(12, 768, 12, 128, 32, 4), (8, 16, 32)),
+    "L": (_sizes(24, 1024, 16, 128, 32, 8), (16, 32)),
+    "H": (_sizes(32, 1280, 16, 256, 32, 10), (16, 32)),
+}
+# Published under a name without the patch.
+_PATCH_32 = {
+    "700M": _sizes(36, 1024, 16, 128, 32, 12),
+    "2B": _sizes(27, 2048, 32, 256, 32, 9),
+    "7B": _sizes(24, 4096, 64, 512, 32, 8),
+}
+
+#: Name -> constructor of a `JiT` with that size, which takes the remaining arguments of `JiT` by name.
+JiT_models: dict[str, Callable[..., JiT]] = {
+    f"JiT-{size}/{p}": partial(JiT, patch_size=p, **sizes) for size, (sizes, patches) in _TABLE.items() for p in patches
+} | {f"JiT-{size}": partial(JiT, patch_size=32, **sizes) for size, sizes in _PATCH_32.items()}
