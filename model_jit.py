@@ -272,34 +272,30 @@ class JiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c))
 
 
-def _sizes(depth, hidden_size, num_heads, bottleneck_dim, in_context_len, in_context_start) -> dict:
-    return dict(
-        depth=depth,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        bottleneck_dim=bottleneck_dim,
-        in_context_len=in_context_len,
-        in_context_start=in_context_start,
-    )
-
-
-#         (L,    D,  h, bottleneck, K, in_context_start), patches
+#          L,    D,  h, bottleneck, K, in_context_start, patches
 _TABLE = {
-    "Demo": (_sizes(6, 128, 4, 48, 4, 2), (8,)),
-    "Ti": (_sizes(8, 192, 4, 48, 8, 2), (1, 2, 4, 8, 16)),
-    "S": (_sizes(12, 384, 6, 96, 16, 4), (2, 4, 8, 16)),
-    "B": (_sizes(12, 768, 12, 128, 32, 4), (8, 16, 32)),
-    "L": (_sizes(24, 1024, 16, 128, 32, 8), (16, 32)),
-    "H": (_sizes(32, 1280, 16, 256, 32, 10), (16, 32)),
+    "Demo": (6, 128, 4, 48, 4, 2, (8,)),
+    "Ti": (8, 192, 4, 48, 8, 2, (1, 2, 4, 8, 16)),
+    "S": (12, 384, 6, 96, 16, 4, (2, 4, 8, 16)),
+    "B": (12, 768, 12, 128, 32, 4, (8, 16, 32)),
+    "L": (24, 1024, 16, 128, 32, 8, (16, 32)),
+    "H": (32, 1280, 16, 256, 32, 10, (16, 32)),
+    "700M": (36, 1024, 16, 128, 32, 12, (32,)),
+    "2B": (27, 2048, 32, 256, 32, 9, (32,)),
+    "7B": (24, 4096, 64, 512, 32, 8, (32,)),
 }
-# Published under a name without the patch.
-_PATCH_32 = {
-    "700M": _sizes(36, 1024, 16, 128, 32, 12),
-    "2B": _sizes(27, 2048, 32, 256, 32, 9),
-    "7B": _sizes(24, 4096, 64, 512, 32, 8),
-}
+_NAMED_WITHOUT_PATCH = ("700M", "2B", "7B")
+
+
+def _constructors() -> dict[str, Callable[..., JiT]]:
+    names = ("depth", "hidden_size", "num_heads", "bottleneck_dim", "in_context_len", "in_context_start")
+    table = {}
+    for size, (*values, patches) in _TABLE.items():
+        for patch in patches:
+            name = f"JiT-{size}" if size in _NAMED_WITHOUT_PATCH else f"JiT-{size}/{patch}"
+            table[name] = partial(JiT, patch_size=patch, **dict(zip(names, values, strict=True)))
+    return table
+
 
 #: Name -> constructor of a `JiT` with that size, which takes the remaining arguments of `JiT` by name.
-JiT_models: dict[str, Callable[..., JiT]] = {
-    f"JiT-{size}/{p}": partial(JiT, patch_size=p, **sizes) for size, (sizes, patches) in _TABLE.items() for p in patches
-} | {f"JiT-{size}": partial(JiT, patch_size=32, **sizes) for size, sizes in _PATCH_32.items()}
+JiT_models: dict[str, Callable[..., JiT]] = _constructors()

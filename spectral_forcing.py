@@ -28,7 +28,7 @@ def dct_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def radius_grid(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normalised radial frequency (n, n): r[u,v] = sqrt(u^2 + v^2) / (sqrt(2) * (n - 1)), 0 at DC and 1 in the corner."""
+    """Normalised radial frequency (n, n): r[u,v] = sqrt(u^2 + v^2) / (sqrt(2) (n - 1)), 0 at DC, 1 in the corner."""
     u = torch.arange(n, dtype=torch.float64)
     return (torch.hypot(u[:, None], u[None, :]) / (math.sqrt(2.0) * (n - 1))).to(dtype)
 

@@ -14,17 +14,17 @@ from spectral_forcing import SpectralForcing
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = dict(np.load(FOLDER / "golden.npz"))
 SHAPES = json.loads((FOLDER / "state_dict_shapes.json").read_text())
-SMALL = dict(
-    input_size=32,
-    patch_size=8,
-    hidden_size=64,
-    depth=4,
-    num_heads=4,
-    num_classes=10,
-    bottleneck_dim=16,
-    in_context_len=4,
-    in_context_start=2,
-)
+SMALL = {
+    "input_size": 32,
+    "patch_size": 8,
+    "hidden_size": 64,
+    "depth": 4,
+    "num_heads": 4,
+    "num_classes": 10,
+    "bottleneck_dim": 16,
+    "in_context_len": 4,
+    "in_context_start": 2,
+}
 
 
 def normals(seed: int, *shape: int) -> torch.Tensor:

@@ -1,0 +1,307 @@
+"""What happens between a checkpoint and the next: an epoch of training, and sampling with its evaluation.
+
+Shapes: B images of a micro-batch on one process; images (B, 3, H, W).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from denoiser import Denoiser, LogitNormal, draw, random_flip
+from sampler import guided, sample, start_noise, uniform_grid
+from util.data import positions, to_float
+from util.distributed import World, all_reduce_mean, gather_by_index, share
+from util.ema import EMA
+from util.errors import NonFiniteError
+from util.images import quantise
+from util.learning_rate import learning_rate
+from util.logger import RunLog, progress
+from util.metrics import MetricSuite
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run trains: settings that no epoch changes."""
+
+    epochs: int
+    steps_per_epoch: int
+    accum_iter: int
+    peak_lr: float
+    min_lr: float
+    warmup_epochs: float
+    lr_schedule: str
+    density: LogitNormal
+    label_drop_prob: float
+    null_class: int
+    flip: bool
+    dropout: bool
+    seed: int
+    log_freq: int
+
+    def lr(self, step: int) -> float:
+        return learning_rate(
+            step, self.steps_per_epoch, self.epochs, self.warmup_epochs, self.peak_lr, self.min_lr, self.lr_schedule
+        )
+
+
+@dataclass(frozen=True)
+class Training:
+    """The state that training changes."""
+
+    denoiser: Denoiser
+    forward: nn.Module  # the denoiser itself, or DDP around it
+    optimizer: torch.optim.Optimizer
+    emas: tuple[EMA, EMA]
+
+
+def wrap(denoiser: Denoiser, world: World) -> nn.Module:
+    """DDP around the denoiser where there is more than one process."""
+    if world.size == 1:
+        return denoiser
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(
+        denoiser, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def build_optimizer(denoiser: Denoiser, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW, betas (0.9, 0.95); vectors and biases are in group 0, which has no weight decay, the rest in group 1."""
+    no_decay, decay = [], []
+    for name, parameter in denoiser.named_parameters():
+        (no_decay if parameter.dim() == 1 or name.endswith(".bias") else decay).append(parameter)
+    groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+class _Window:
+    """Sums on the device between two log lines; reading them is the only wait for the device in training."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss = torch.zeros((), device=self.device)
+        self.steps, self.images, self.start = 0, 0, time.perf_counter()
+
+    def add(self, step: int, loss: Tensor, suppress: Tensor, images: int) -> None:
+        self.loss += loss
+        first = (suppress > 0) & (self.bad_step < 0)
+        self.bad_step = torch.where(first, step, self.bad_step)
+        self.steps, self.images = self.steps + 1, self.images + images
+
+    def read(self) -> dict[str, float]:
+        loss = float(self.loss) / self.steps
+        return {"loss": loss, "images_per_s": self.images / (time.perf_counter() - self.start)}
+
+
+def train_one_epoch(
+    training: Training, loader: DataLoader, epoch: int, recipe: Recipe, world: World, log: RunLog
+) -> None:
+    """One pass over the data, `recipe.steps_per_epoch` steps.
+
+    Time, noise, label drop and flips of an image are functions of (seed, step, its position in the global batch),
+    so the number of processes and of accumulated passes does not change them. A loss or gradient that is not
+    finite on any process suppresses that update of weights, averages and optimizer on all of them, on the device;
+    the host learns of it when it next logs (on a CPU at once).
+
+    Raises:
+        NonFiniteError: on all processes alike, naming step and learning rate.
+    """
+    training.denoiser.train()
+    window = _Window(world.device)
+    batches = iter(loader)
+    steps = range(epoch * recipe.steps_per_epoch, (epoch + 1) * recipe.steps_per_epoch)
+    bar = progress(steps, world, len(steps), f"epoch {epoch + 1}/{recipe.epochs}", "step")
+    for step in bar:
+        lr = recipe.lr(step)
+        for group in training.optimizer.param_groups:
+            group["lr"] = lr
+        loss, images = _forward_backward(training, batches, step, recipe, world)
+        gradients = [p.grad for p in training.denoiser.parameters()]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        suppress = (~torch.isfinite(loss + norm)).float()
+        training.optimizer.found_inf = suppress  # fused AdamW leaves everything as it is where this is 1
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        for ema in training.emas:
+            ema.update(training.denoiser, suppress)
+        window.add(step, loss, suppress, images)
+
+        if logs := (step + 1) % recipe.log_freq == 0 or step == steps[-1]:
+            values = {"epoch": epoch, **window.read(), "lr": lr, "grad_norm": float(norm)}
+        if logs or world.device.type == "cpu":
+            _stop_if_non_finite(window, recipe)
+        if logs:
+            _report(values, step, bar, recipe, log)
+            window.reset()
+
+
+def _forward_backward(
+    training: Training, batches: Iterator, step: int, recipe: Recipe, world: World
+) -> tuple[Tensor, int]:
+    """Gradients of one global batch. Returns its mean loss (on the device, the same everywhere) and its size."""
+    if recipe.dropout:  # dropout's masks alone come from torch's generator, set anew for each step and process
+        torch.manual_seed((recipe.seed * 1_000_003 + step) * 65_537 + world.rank)
+    total, images = torch.zeros((), device=world.device), 0
+    for micro in range(recipe.accum_iter):
+        x, y = (part.to(world.device, non_blocking=True) for part in next(batches))
+        where = positions(world.rank, world.size, micro, len(x))
+        position = torch.arange(where.start, where.stop, device=world.device)
+        x = to_float(x)
+        if recipe.flip:
+            x = random_flip(x, recipe.seed, step, position)
+        shape = tuple(x.shape[1:])
+        d = draw(
+            recipe.seed, step, position, y, shape, recipe.density, recipe.label_drop_prob, recipe.null_class
+        )  # fmt: skip
+        last = micro == recipe.accum_iter - 1
+        with nullcontext() if last or world.size == 1 else training.forward.no_sync():
+            loss = training.forward(x, d.y, d.t, d.noise) / recipe.accum_iter
+            loss.backward()
+        total += loss.detach()
+        images += len(x) * world.size
+    return all_reduce_mean(total, world), images
+
+
+def _stop_if_non_finite(window: _Window, recipe: Recipe) -> None:
+    step = int(window.bad_step)
+    if step >= 0:
+        raise NonFiniteError(
+            f"the loss or a gradient stopped being finite at step {step} (epoch {step // recipe.steps_per_epoch}), "
+            f"learning rate {recipe.lr(step):.3g}. That step has touched no weight, and the last checkpoint is as it "
+            "was. A lower BLR, a longer warm-up or --attn_fp32 are the usual remedies"
+        )
+
+
+def _report(values: dict[str, float], step: int, bar, recipe: Recipe, log: RunLog) -> None:
+    log.record("train", step, values)
+    loss, lr, rate, norm = values["loss"], values["lr"], values["images_per_s"], values["grad_norm"]
+    if hasattr(bar, "set_postfix_str"):
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:.0f} images/s")
+    else:
+        log.say(
+            f"epoch {values['epoch'] + 1}/{recipe.epochs}  step {step + 1}/{recipe.epochs * recipe.steps_per_epoch}  "
+            f"loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.3g}  {rate:.0f} images/s"
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are made; image i depends on these, on its label and on i alone."""
+
+    solver: str
+    steps: int
+    cfg: float
+    interval: tuple[float, float]
+    seed: int
+    batch_size: int
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "solver": self.solver,
+            "steps": self.steps,
+            "cfg": self.cfg,
+            "interval": list(self.interval),
+            "seed": self.seed,
+        }
+
+
+@torch.inference_mode()
+def generate(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    labels: Sequence[int],
+    image_shape: tuple[int, int, int],
+    null_class: int,
+    world: World,
+    what: str = "sampling",
+) -> Iterator[Tensor]:
+    """This process's share of the images 0 .. len(labels) - 1, in index order, as batches uint8 (B, 3, H, W).
+
+    Raises:
+        UserError: an image with values that are not finite.
+    """
+    mine = share(len(labels), world)
+    starts = range(mine.start, mine.stop, sampling.batch_size)
+    was_training = denoiser.training
+    denoiser.eval()
+    try:
+        for start in progress(starts, world, len(starts), what, "batch"):
+            index = range(start, min(start + sampling.batch_size, mine.stop))
+            y = torch.tensor([labels[i] for i in index], device=world.device)
+            z = denoiser.noise_scale * start_noise(sampling.seed, index, image_shape).to(world.device)
+            velocity = guided(denoiser.velocity, y, null_class, sampling.cfg, sampling.interval)
+            x = sample(velocity, z, uniform_grid(sampling.steps), sampling.solver)
+            yield quantise(x, index, y, sampling.seed)
+    finally:
+        denoiser.train(was_training)
+
+
+def generate_all(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    labels: Sequence[int],
+    image_shape: tuple[int, int, int],
+    null_class: int,
+    world: World,
+) -> Tensor | None:
+    """All images uint8 (len(labels), 3, H, W) on rank 0's host, None elsewhere."""
+    empty = torch.empty((0, *image_shape), dtype=torch.uint8)
+    batches = [b.cpu() for b in generate(denoiser, sampling, labels, image_shape, null_class, world)]
+    return gather_by_index(torch.cat([empty, *batches]), len(labels), world)
+
+
+def evaluate(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    num_images: int,
+    image_shape: tuple[int, int, int],
+    class_num: int,
+    suite: MetricSuite,
+    world: World,
+) -> dict[str, Any] | None:
+    """Generate `num_images`, equally many of each class, and measure them. Image i has label i // (images per class).
+
+    Returns:
+        On rank 0 the metrics, settings and times; None elsewhere.
+    """
+    start = time.perf_counter()
+    labels = [i // (num_images // class_num) for i in range(num_images)]
+    parts: dict[str, list[Tensor]] = {}
+    extracting = 0.0
+    for images in generate(denoiser, sampling, labels, image_shape, class_num, world, "evaluating"):
+        before = time.perf_counter()
+        for stream, features in suite.extract(images).items():
+            parts.setdefault(stream, []).append(features)
+        extracting += time.perf_counter() - before
+    # In a fixed order, since each gather is a collective; a process without images takes part with no rows.
+    features = {
+        stream: gather_by_index(torch.cat([torch.empty(0, width), *parts.get(stream, [])]), num_images, world)
+        for stream, width in sorted(suite.streams.items())
+    }
+    gathered = time.perf_counter()
+    if not world.main:
+        return None
+    metrics = suite.compute(features, torch.tensor(labels))
+    end = time.perf_counter()
+    return {
+        "metrics": metrics,
+        "num_images": num_images,
+        **sampling.describe(),
+        "measured_with": suite.describe(),
+        "seconds": {
+            "sampling_and_gathering": round(gathered - start - extracting, 3),
+            "features": round(extracting, 3),
+            "metrics": round(end - gathered, 3),
+        },
+        "images_per_s": round(num_images / (end - start), 3),
+    }

@@ -1,0 +1,429 @@
+"""Train, evaluate or sample a JiT behind Spectral Forcing. Started by run_jit_multinode.sh, by torchrun, or alone.
+
+    python main_jit.py --dataset digits --model JiT-Demo/8 --epochs 32                        train
+    python main_jit.py --evaluate_gen --resume DIR --num_images 5000                           evaluate
+    python main_jit.py --sample --resume DIR --labels 0,1,2 --num_per_class 8 --seed 0         sample
+"""
+
+import sys
+import time
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from denoiser import Denoiser, LogitNormal
+from engine_jit import Recipe, Sampling, Training, build_optimizer, evaluate, generate_all, train_one_epoch, wrap
+from util import checkpoint as ckpt
+from util import config
+from util.build import DenoiserConfig
+from util.data import GlobalBatchSampler, Images, build_dataset, build_loader
+from util.distributed import World, barrier, find_world, process_group, rank_from_environment, tell_torchrun
+from util.ema import EMA
+from util.errors import UserError
+from util.flags import build_parser
+from util.images import labelled_grid, save_png, to_pil
+from util.learning_rate import peak_lr
+from util.logger import RunLog
+from util.metrics import MetricSuite, ensure_inception_weights, parse_metrics
+
+WEIGHTS = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # flag --ema -> name in a checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------- preparation
+
+
+def load_for_inference(given: dict[str, Any], what: str) -> tuple[Namespace, ckpt.Checkpoint]:
+    folder = given.get("resume") or given.get("output_dir")
+    if folder is None:
+        raise UserError(f"--{what} needs a trained model: name its folder with --resume (RESUME in the launcher)")
+    saved = ckpt.load(folder)
+    args = config.resolve(given, saved.args, training=False)
+    args.resume, args.output_dir = folder, given.get("output_dir") or folder
+    return args, saved
+
+
+def load_for_training(given: dict[str, Any], world: World) -> tuple[Namespace, ckpt.Checkpoint | None]:
+    """Settings and checkpoint of a training run. One in the output folder wins; --resume only starts a run."""
+    resume, output, init = given.get("resume"), given.get("output_dir"), given.get("init_from")
+    if resume and init:
+        raise UserError("--resume goes on with a run and --init_from starts another one: give one of the two")
+    saved, bound = None, None
+    if output is not None and ckpt.find(output):
+        saved = ckpt.load(output)
+    elif resume is not None and (ckpt.find(resume) or output is None or Path(resume) != Path(output)):
+        saved = ckpt.load(resume)
+    elif init is not None:
+        architecture = ("model", "img_size", "class_num")
+        bound = config.resolve(given, ckpt.load(init).args, training=False, only=architecture)
+    args = bound or config.resolve(given, saved.args if saved else None, training=True)
+    config.split_global_batch(args, world.size)
+    args.resume, args.output_dir = resume, output or str(Path("output") / config.run_name(args))
+    if output is None and ckpt.find(args.output_dir):
+        return load_for_training({**given, "output_dir": args.output_dir}, world)
+    if saved and "start_epoch" in given and given["start_epoch"] != saved.epoch + 1:
+        raise UserError(f"--start_epoch {given['start_epoch']}, but {saved.path} goes on at epoch {saved.epoch + 1}")
+    args.start_epoch = saved.epoch + 1 if saved else args.start_epoch
+    return args, saved
+
+
+def autocast_dtype(args: Namespace, world: World) -> torch.dtype | None:
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and world.device.type == "cuda")
+    return torch.bfloat16 if bf16 else None
+
+
+def open_dataset(args: Namespace) -> Images:
+    dataset = build_dataset(args.dataset, args.data_path, args.img_size)
+    if dataset.num_classes != args.class_num:
+        raise UserError(
+            f"{args.data_path or args.dataset} has {dataset.num_classes} classes and --class_num is {args.class_num}"
+        )
+    return dataset
+
+
+def build_suite(args: Namespace, world: World) -> MetricSuite:
+    """The metrics, with everything they need checked. Weights that must be fetched are fetched by rank 0 first."""
+    names = parse_metrics(args.metrics)
+    if not names:
+        raise UserError("an evaluation without metrics: name some in --metrics, or train with --no-online_eval")
+    try:
+        if world.main and {"fid", "is"} & set(names):
+            ensure_inception_weights(args.inception_weights)
+        barrier(world)
+        return MetricSuite(
+            names, args.dataset, args.img_size, args.num_images, world.device, args.fid_stats, args.inception_weights
+        )
+    except UserError as error:
+        if args.evaluate_gen:
+            raise
+        raise UserError(f"{error} (ONLINE_EVAL=0 or --no-online_eval trains without an evaluation)") from error
+
+
+def sampling_of(args: Namespace) -> Sampling:
+    interval = (args.interval_min, args.interval_max)
+    return Sampling(
+        args.sampling_method, args.num_sampling_steps, args.cfg, interval, args.seed, args.gen_bsz
+    )  # fmt: skip
+
+
+def class_names(args: Namespace) -> list[str]:
+    if args.dataset == "cifar10":
+        from util.cifar10 import CLASS_NAMES
+
+        return list(CLASS_NAMES)
+    return [str(i) for i in range(args.class_num)]
+
+
+def spread_labels(count: int, class_num: int) -> list[int]:
+    """`count` labels in order, over all classes: whole rows of a class where `count` is a multiple of them."""
+    return [i * class_num // count for i in range(count)]
+
+
+def grid_columns(labels: list[int]) -> int:
+    """Images of a class in a row, where there are equally many of each; else about a square."""
+    counts = {labels.count(label) for label in labels}
+    per_class = counts.pop() if len(counts) == 1 else 1
+    return per_class if per_class > 1 else max(1, round(len(labels) ** 0.5))
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+
+def draw_grid(
+    denoiser: Denoiser, shape: DenoiserConfig, args: Namespace, labels: list[int], world: World, path: Path, title: str
+) -> Tensor | None:
+    """Generate images of `labels` and write a labelled grid; returns the images on rank 0, None elsewhere."""
+    images = generate_all(denoiser, sampling_of(args), labels, shape.image_shape, shape.null_class, world)
+    if world.main:
+        names = class_names(args)
+        grid = labelled_grid(images, [names[label] for label in labels], grid_columns(labels), title)
+        save_png(grid, path)
+    return images
+
+
+def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World):
+    """The denoiser with the weights that --ema names, on the device."""
+    shape = DenoiserConfig.from_args(args)
+    denoiser = shape.build(autocast_dtype(args, world))
+    ckpt.load_weights(denoiser, saved.weights[WEIGHTS[args.ema]], saved.path)
+    if world.main:
+        print(f"{saved.path}: epoch {saved.epoch + 1}, {args.ema}, {args.model} at {args.img_size} px")
+        print(f"Spectral Forcing {shape.describe_operator()}: {saved.sf_source}")
+    return denoiser.to(world.device).eval(), shape
+
+
+def setting_name(args: Namespace, epoch: int) -> str:
+    return f"epoch{epoch + 1:04d}-{args.ema}-{args.sampling_method}{args.num_sampling_steps}-cfg{args.cfg:g}"
+
+
+def run_sample(given: dict[str, Any], world: World) -> str:
+    args, saved = load_for_inference(given, "sample")
+    warn(config.check(args, evaluates=False), world)
+    chosen = config.parse_labels(args.labels, args.class_num)
+    labels = [label for label in chosen for _ in range(args.num_per_class)]
+    denoiser, shape = load_denoiser(args, saved, world)
+    folder = Path(args.output_dir) / "samples" / f"{setting_name(args, saved.epoch)}-seed{args.seed}"
+    with process_group(world):
+        title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
+        images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title)
+    if world.main:
+        for i, image in enumerate(images):
+            save_png(to_pil(image), folder / f"{i:06d}.png")
+        settings = {**sampling_of(args).describe(), "ema": args.ema, "labels": labels, "checkpoint": str(saved.path)}
+        config.write_json(folder / "settings.json", {**settings, **config.provenance(world.device)})
+    return f"grid: {folder / 'grid.png'}   images: {folder}/000000.png to {len(labels) - 1:06d}.png"
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate_and_write(
+    denoiser, shape: DenoiserConfig, args: Namespace, suite: MetricSuite, epoch: int, source: str, world: World
+) -> tuple[dict[str, Any] | None, Path]:
+    """Evaluate and, on rank 0, write the report. Returns (report, its path)."""
+    report = evaluate(denoiser, sampling_of(args), args.num_images, shape.image_shape, args.class_num, suite, world)
+    name = f"{setting_name(args, epoch)}-seed{args.seed}-n{args.num_images}.json"
+    path = Path(args.output_dir) / "eval" / name
+    if world.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"ema": args.ema, "epoch": epoch, "weights": source, "processes": world.size}
+        report = {**report, **about, **config.provenance(world.device)}
+        config.write_json(path, report)
+    return report, path
+
+
+def metric_line(report: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in report["metrics"].items())
+
+
+def run_evaluate(given: dict[str, Any], world: World) -> str:
+    args, saved = load_for_inference(given, "evaluate_gen")
+    warn(config.check(args, evaluates=True), world)
+    with process_group(world):
+        suite = build_suite(args, world)
+        warn(suite.warnings, world)
+        denoiser, shape = load_denoiser(args, saved, world)
+        report, path = evaluate_and_write(denoiser, shape, args, suite, saved.epoch, str(saved.path), world)
+    return f"{metric_line(report)}   report: {path}" if world.main else ""
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def run_train(given: dict[str, Any], world: World) -> str:
+    args, saved = load_for_training(given, world)
+    warn(config.check(args, evaluates=args.online_eval), world)
+    shape = DenoiserConfig.from_args(args)
+    torch.manual_seed(args.seed)
+    denoiser = shape.build(autocast_dtype(args, world))
+    init = ckpt.load(args.init_from) if args.init_from and saved is None else None
+    if saved or init:
+        start = saved or init
+        ckpt.load_weights(denoiser, start.weights[WEIGHTS["model" if saved else args.init_weights]], start.path)
+    dataset = open_dataset(args)
+    sampler = GlobalBatchSampler(
+        len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed
+    )  # fmt: skip
+    loader = build_loader(dataset, sampler, args.num_workers, pin_memory=world.device.type == "cuda")
+    recipe = Recipe(
+        epochs=args.epochs,
+        steps_per_epoch=sampler.steps_per_epoch,
+        accum_iter=args.accum_iter,
+        peak_lr=peak_lr(args.lr, args.blr, args.global_batch),
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs,
+        lr_schedule=args.lr_schedule,
+        density=LogitNormal(args.P_mean, args.P_std),
+        label_drop_prob=args.label_drop_prob,
+        null_class=shape.null_class,
+        flip=args.flip,
+        dropout=args.attn_dropout > 0 or args.proj_dropout > 0,
+        seed=args.seed,
+        log_freq=args.log_freq,
+    )
+    denoiser.to(world.device)
+    emas = EMA(denoiser, args.ema_decay1), EMA(denoiser, args.ema_decay2)
+    optimizer = build_optimizer(denoiser, args.weight_decay)
+    if saved:
+        emas[0].copy_from(saved.weights["model_ema1"])
+        emas[1].copy_from(saved.weights["model_ema2"])
+        if saved.optimizer is None:
+            raise UserError(f"{saved.path} has no optimizer state to go on with; --init_from starts from its weights")
+        ckpt.load_optimizer(optimizer, saved.optimizer, saved.path)
+
+    folder = Path(args.output_dir)
+    with process_group(world):
+        suite = build_suite(args, world) if args.online_eval else None
+        warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
+        training = Training(denoiser, wrap(denoiser, world), optimizer, emas)
+        log = open_log(folder, args, world, saved)
+        source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
+        write_start(folder, args, shape, recipe, denoiser, world, log, source)
+        exit_code = 1
+        try:
+            products = train(training, loader, sampler, recipe, args, shape, suite, world, log)
+            exit_code = 0
+        finally:
+            log.close(exit_code)
+    return "   ".join(f"{name}: {path}" for name, path in products.items())
+
+
+def train(training, loader, sampler, recipe, args, shape, suite, world, log) -> dict[str, Path]:
+    """All epochs that are left. Returns what was written: name -> path."""
+    folder = Path(args.output_dir)
+    products = {"checkpoint": folder / ckpt.NAME, "log": folder / "log.jsonl"}
+    if args.start_epoch >= args.epochs:
+        log.say(f"nothing to train: {args.start_epoch} of {args.epochs} epochs are done (EPOCHS raises their number)")
+    for epoch in range(args.start_epoch, args.epochs):
+        start = time.perf_counter()
+        sampler.set_epoch(epoch)
+        train_one_epoch(training, loader, epoch, recipe, world, log)
+        last = epoch + 1 == args.epochs
+        log.say(f"epoch {epoch + 1}/{args.epochs} done in {time.perf_counter() - start:.1f} s")
+        if last or (epoch + 1) % args.save_last_freq == 0:
+            if world.main:
+                save(training, epoch, args, log)
+            barrier(world)
+        if last or (epoch + 1) % args.eval_freq == 0:
+            products |= look(training, epoch, recipe, args, shape, suite, world, log)
+    return products
+
+
+def save(training: Training, epoch: int, args: Namespace, log: RunLog) -> None:
+    denoiser, (ema1, ema2) = training.denoiser, training.emas
+    content = {
+        "model": denoiser.state_dict(),
+        "model_ema1": ema1.state_dict(denoiser),
+        "model_ema2": ema2.state_dict(denoiser),
+        "optimizer": training.optimizer.state_dict(),
+        "epoch": epoch,
+        "args": args,
+        "run": {"wandb_id": log.wandb_id, "commit": config.commit(), "versions": config.versions()},
+    }
+    path = ckpt.save(args.output_dir, content)
+    log.say(f"saved {path} (epoch {epoch + 1})")
+
+
+def look(training, epoch, recipe, args, shape, suite, world, log) -> dict[str, Path]:
+    """A grid of samples and, with --online_eval, the metrics, of the weights that --ema names."""
+    denoiser, folder, step = training.denoiser, Path(args.output_dir), (epoch + 1) * recipe.steps_per_epoch
+    averages = {"ema1": training.emas[0], "ema2": training.emas[1]}.get(args.ema)
+    grid = folder / "samples" / f"{setting_name(args, epoch)}.png"
+    products = {"samples": grid}
+    with averages.applied_to(denoiser) if averages else nullcontext():
+        labels = spread_labels(args.wandb_num_vis, args.class_num)
+        draw_grid(denoiser, shape, args, labels, world, grid, f"{args.model}  epoch {epoch + 1}  cfg {args.cfg:g}")
+        log.image("samples", step, grid)
+        if suite is not None:
+            report, path = evaluate_and_write(denoiser, shape, args, suite, epoch, f"{folder}, {args.ema}", world)
+            products["metrics"] = path
+            if world.main:
+                log.record("eval", step, {"epoch": epoch, **report["metrics"], "num_images": args.num_images})
+                log.say(f"epoch {epoch + 1}: {metric_line(report)}  ({args.num_images} images)")
+    return products
+
+
+def open_log(folder: Path, args: Namespace, world: World, saved: ckpt.Checkpoint | None) -> RunLog:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "project": args.wandb_project,
+            "entity": args.wandb_entity,
+            "name": args.wandb_run_name or config.run_name(args),
+            "mode": args.wandb_mode,
+            "config": vars(args),
+        }
+        return RunLog(folder, world, settings, saved.run.get("wandb_id") if saved else None)
+    except OSError as error:
+        raise UserError(f"the output folder {folder} cannot be written: {error}") from error
+
+
+def write_start(folder, args, shape, recipe, denoiser, world, log, source) -> None:
+    """The resolved configuration, to a file and to the terminal."""
+    if not world.main:
+        return
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    resolved = {
+        "peak_lr": recipe.peak_lr,
+        "steps_per_epoch": recipe.steps_per_epoch,
+        "parameters": parameters,
+        "processes": world.size,
+        "device": str(world.device),
+        "spectral_forcing": shape.describe_operator(),
+        "started_from": source or "fresh weights",
+    }
+    name = "config.json" if args.start_epoch == 0 else f"config-from-epoch{args.start_epoch + 1:04d}.json"
+    content = {"args": vars(args), "resolved": resolved, **config.provenance(world.device)}
+    config.write_json(folder / name, content)
+    log.record("start", args.start_epoch * recipe.steps_per_epoch, resolved)
+    log.say(
+        f"{args.model} at {args.img_size} px, {parameters:,} parameters, on {world.size} x {world.device.type}"
+        f"{f', {source}' if source else ''}\n"
+        f"  Spectral Forcing {shape.describe_operator()}\n"
+        f"  global batch {args.global_batch} = {args.batch_size} x {world.size} processes x {args.accum_iter} passes, "
+        f"learning rate {recipe.peak_lr:.3g}, {recipe.steps_per_epoch} steps an epoch\n"
+        f"  epochs {args.start_epoch + 1} to {args.epochs}, in {folder} ({name})\n"
+        f"settings that differ from the defaults:\n{config.describe(args)}"
+    )
+
+
+def ema_warnings(args: Namespace, recipe: Recipe) -> list[str]:
+    """An average over more steps than the run has is still made of the initial weights."""
+    steps = recipe.epochs * recipe.steps_per_epoch
+    found = []
+    for name in ("ema_decay1", "ema_decay2"):
+        decay = getattr(args, name)
+        if (1 - decay) * steps < 1:
+            horizon = f"{1 / (1 - decay):.0f}" if decay < 1 else "infinitely many"
+            found.append(
+                f"--{name} {decay} averages over about {horizon} steps and the run has {steps}: "
+                "what it samples is mostly the initial weights"
+            )
+    return found
+
+
+def warn(warnings: list[str], world: World) -> None:
+    if world.main:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def run(argv: list[str] | None) -> str:
+    given = vars(build_parser().parse_args(argv))
+    world = find_world(given.get("device"))
+    if given.get("evaluate_gen") and given.get("sample"):
+        raise UserError("--evaluate_gen and --sample are two things to do: give one of them")
+    if given.get("sample"):
+        return run_sample(given, world)
+    if given.get("evaluate_gen"):
+        return run_evaluate(given, world)
+    return run_train(given, world)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, 2 for an error that a sentence explains, 130 after Ctrl-C."""
+    rank = rank_from_environment()
+    try:
+        line = run(argv)
+    except UserError as error:
+        if rank:
+            time.sleep(5)  # most errors are every process's: rank 0 says it, and torchrun ends the others
+        print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
+        tell_torchrun(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on from its last checkpoint when it is started again", file=sys.stderr)
+        return 130
+    if rank == 0 and line:
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

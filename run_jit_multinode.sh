@@ -1,0 +1,277 @@
+#!/usr/bin/env bash
+# Starts main_jit.py with torchrun: environment in, one command out.
+#
+# Only what is set in the environment becomes a flag. The defaults are main_jit.py's and are
+# written there, once, so that the settings stored in a checkpoint hold where nothing was said.
+# Flags after the script name go to main_jit.py unchanged and, coming last, win.
+#
+#   bash run_jit_multinode.sh --help      the variables
+#   DRY_RUN=1 bash run_jit_multinode.sh   print the command, start nothing
+#
+# In this order: check what was asked, find main_jit.py, place the nodes (srun, once), choose
+# interpreter and number of processes, build the command, replace this shell by it.
+set -euo pipefail
+
+die() {
+    printf 'run_jit_multinode.sh: error: %s\n' "$*" >&2
+    exit 2
+}
+
+# start WHAT COMMAND...: prints the command, quoted so that it can be pasted, and becomes it. By
+# exec, signals reach it directly and its exit code is the one seen outside.
+start() {
+    local what=$1 line
+    shift
+    line=$(printf '%q ' "$@")
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '%s\n' "${line% }"
+        exit 0
+    fi
+    printf 'run_jit_multinode.sh: %s: %s\n' "$what" "${line% }" >&2
+    exec "$@"
+}
+
+help() {
+    cat <<'HELP'
+usage: [VARIABLE=value ...] bash run_jit_multinode.sh [flags of main_jit.py ...]
+
+Starts main_jit.py with torchrun. A variable that is unset or empty passes nothing: the defaults
+of MODEL to WANDB_NUM_VIS below are main_jit.py's, and `python main_jit.py --help` lists its
+flags. Flags after the script name are appended unchanged and win over variables.
+
+variable                    default                 meaning
+DATA_PATH, DATA_ROOT,       needed for ImageFolder  dataset root holding train/, or train/ itself;
+  IMAGENET_ROOT             data                    the first one set wins
+MODEL, IMG_SIZE             JiT-B/16, 256
+NOISE_SCALE, PRED_PARAM     1.0, x                  PRED_PARAM: x or v
+BATCH_SIZE, BLR             128, 5e-5               batch per GPU, base learning rate
+EPOCHS, WARMUP_EPOCHS       600, 5
+GEN_BSZ, NUM_IMAGES, CFG    128, 50000, 2.9         images per batch, images in all, guidance
+INTERVAL_MIN, INTERVAL_MAX  0.1, 1.0                times between which guidance acts
+ONLINE_EVAL, EVALUATE_GEN   1, 0                    FID and IS during training; evaluation only
+DATASET                     imagefolder             cifar10 and digits need no DATA_PATH
+GLOBAL_BATCH                -                       derives gradient accumulation from BATCH_SIZE
+                                                    and the number of processes
+OUTPUT_DIR                  output/<run name>       folder; training goes on from a checkpoint in it
+RESUME                      OUTPUT_DIR              folder, never a .pth file. Training: only starts
+                                                    a run. Evaluation: what is evaluated
+WANDB_PROJECT, WANDB_ENTITY jit, -
+WANDB_RUN_NAME, WANDB_MODE  derived, offline
+WANDB_NUM_VIS               16
+WANDB_API_KEY               -                       stays in the environment: never on a command
+                                                    line, never in a log
+ENABLE_WANDB                1                       0 means --wandb_mode disabled
+NUM_GPUS                    detected, else 1        processes per node, detected from
+                                                    CUDA_VISIBLE_DEVICES, then nvidia-smi
+NNODES, WORLD_SIZE          SLURM's, else 1         number of NODES; WORLD_SIZE is the older name
+NODE_RANK                   SLURM's, else 0         number of this node
+MASTER_ADDR                 SLURM's, else this host node 0
+MASTER_PORT                 29500                   on a single node, when not set: a free port,
+                                                    so that two runs on one machine do not collide
+AUTO_SRUN                   1                       inside a SLURM allocation of more than one
+                                                    node, start once per node with srun
+CONDA_ENV_PATH              -                       environment to use, conda or venv
+PYTHON                      active environment,     interpreter, where CONDA_ENV_PATH is not set
+                            .venv here, python3
+OMP_NUM_THREADS, NCCL_*     -                       passed through when set, never forced
+JIT_DIR                     SLURM_SUBMIT_DIR        folder of main_jit.py, for sbatch from elsewhere
+DRY_RUN                     0                       1 prints the command and starts nothing
+ONLINE_EVAL, EVALUATE_GEN, ENABLE_WANDB, AUTO_SRUN and DRY_RUN are 0 or 1.
+
+examples
+  DATASET=digits ONLINE_EVAL=0 ENABLE_WANDB=0 EPOCHS=5 bash run_jit_multinode.sh
+  DATA_PATH=./data/imagenet MODEL=JiT-B/16 GLOBAL_BATCH=1024 OUTPUT_DIR=output/b16 bash run_jit_multinode.sh
+  DATA_PATH=/data/imagenet sbatch --nodes=2 --ntasks-per-node=1 --gres=gpu:8 run_jit_multinode.sh
+HELP
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    help
+    exit 0
+fi
+
+# ---- check what was asked: once, before anything is started on any node ----------------------
+
+for name in DRY_RUN AUTO_SRUN ONLINE_EVAL EVALUATE_GEN ENABLE_WANDB; do
+    case "${!name:-}" in
+        '' | 0 | 1) ;;
+        *) die "$name is '${!name}': it must be 0 or 1." ;;
+    esac
+done
+
+if [[ -n ${RESUME:-} ]] && [[ -f $RESUME || $RESUME == *.pth ]]; then
+    die "RESUME is '$RESUME', a file: it must be the folder that holds the checkpoint."
+fi
+
+data_path=${DATA_PATH:-${DATA_ROOT:-${IMAGENET_ROOT:-}}}
+dataset=${DATASET:-}  # here only to see whether data is needed
+needs_data=1
+if [[ -n $data_path || ${EVALUATE_GEN:-} == 1 ]]; then needs_data=0; fi
+previous=
+for flag in "$@"; do
+    if [[ $previous == --dataset ]]; then dataset=$flag; fi
+    case "$flag" in
+        --dataset=*) dataset=${flag#*=} ;;
+        --data_path | --data_path=* | --sample | --sample=* | --evaluate_gen | -h | --help) needs_data=0 ;;
+    esac
+    previous=$flag
+done
+if ((needs_data)) && [[ -z $dataset || $dataset == imagefolder ]]; then
+    die "no dataset: set DATA_PATH (or DATA_ROOT, or IMAGENET_ROOT) to the folder that holds train/;" \
+        "DATASET=digits needs none."
+fi
+
+# ---- find main_jit.py: sbatch runs a copy of this script from its spool folder ---------------
+
+here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
+root=
+for folder in "$here" "${JIT_DIR:-}" "${SLURM_SUBMIT_DIR:-}"; do
+    if [[ -n $folder && -f $folder/main_jit.py ]]; then
+        root=$(readlink -f -- "$folder")
+        break
+    fi
+done
+if [[ -z $root ]]; then
+    die "main_jit.py is not beside this script ($here), nor in JIT_DIR or SLURM_SUBMIT_DIR:" \
+        "set JIT_DIR to its folder."
+fi
+
+# ---- nodes -----------------------------------------------------------------------------------
+
+if [[ -n ${NNODES:-} && -n ${WORLD_SIZE:-} && $NNODES != "$WORLD_SIZE" ]]; then
+    die "NNODES is $NNODES and WORLD_SIZE is $WORLD_SIZE: both are the number of nodes, set one of them."
+fi
+
+# Already inside an srun step? The batch script and the shell of salloc may carry a step number
+# as well, but theirs are not ordinary ones: SLURM numbers ordinary steps up to 0xfffffff0.
+in_step=0
+if [[ -n ${SLURM_JOB_ID:-} && ${SLURM_STEP_ID:-} =~ ^[0-9]+$ ]] && ((10#$SLURM_STEP_ID <= 0xfffffff0)); then
+    in_step=1
+fi
+
+# The nodes that SLURM gave. A step may have fewer of them than its job, and SLURM_NODEID counts
+# within the step; but whoever sets NODE_RANK, one srun per node, counts within the job.
+slurm_nodes=${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}
+slurm_list=${SLURM_JOB_NODELIST:-}
+if ((in_step)) && [[ -z ${NODE_RANK:-} ]]; then
+    slurm_nodes=${SLURM_STEP_NUM_NODES:-$slurm_nodes}
+    slurm_list=${SLURM_STEP_NODELIST:-$slurm_list}
+fi
+nnodes=${NNODES:-${WORLD_SIZE:-$slurm_nodes}}
+if ! [[ $nnodes =~ ^[1-9][0-9]*$ ]]; then
+    die "the number of nodes (NNODES, WORLD_SIZE) is '$nnodes': it must be a positive integer."
+fi
+
+# JIT_SRUN_JOB, the job in which srun was started from here, is a second guard against doing it
+# twice. It names the job because a job submitted from within a step inherits the environment.
+if [[ ${AUTO_SRUN:-1} == 1 && -n ${SLURM_JOB_ID:-} && ${JIT_SRUN_JOB:-} != "${SLURM_JOB_ID:-}" ]] &&
+    ((!in_step && slurm_nodes > 1 && nnodes > 1)); then
+    if ((nnodes > slurm_nodes)); then
+        die "$nnodes nodes were asked for (NNODES, WORLD_SIZE), and the SLURM allocation has $slurm_nodes."
+    fi
+    script=$root/run_jit_multinode.sh  # the other nodes do not have the spool copy
+    if [[ ! -f $script ]]; then die "$script is missing: srun needs it on every node."; fi
+    # --export=ALL: after `sbatch --export=NONE` srun would start the step without these variables.
+    command=(srun --nodes="$nnodes" --ntasks="$nnodes" --ntasks-per-node=1 --export=ALL bash "$script" "$@")
+    # One rank cannot be right for every node: there it comes from SLURM.
+    if [[ -n ${NODE_RANK:-} ]]; then command=(env -u NODE_RANK "${command[@]}"); fi
+    export JIT_SRUN_JOB=$SLURM_JOB_ID
+    start "$nnodes nodes" "${command[@]}"
+fi
+
+if ((in_step)) && [[ ${SLURM_LOCALID:-0} != 0 ]]; then
+    die "srun started this script more than once on this node: use --ntasks-per-node=1," \
+        "torchrun starts one process per GPU."
+fi
+
+node_rank=${NODE_RANK:-}
+if [[ -z $node_rank ]]; then
+    node_rank=0
+    if ((nnodes > 1)); then node_rank=${SLURM_NODEID:-0}; fi
+fi
+if ! [[ $node_rank =~ ^(0|[1-9][0-9]*)$ ]] || ((node_rank >= nnodes)); then
+    die "NODE_RANK is '$node_rank': with $nnodes node(s) it must be an integer from 0 to $((nnodes - 1))."
+fi
+
+if ((nnodes == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
+    # torchrun finds a free port. The address spares looking up a host name that may not resolve.
+    rendezvous=(--standalone --local_addr=127.0.0.1)
+else
+    if [[ -n ${MASTER_ADDR:-} ]]; then
+        master_addr=$MASTER_ADDR
+    elif ((nnodes == 1)); then
+        master_addr=127.0.0.1
+    elif [[ -n ${SLURM_JOB_ID:-} && -n $slurm_list ]] && ((slurm_nodes > 1)); then
+        hosts=$(scontrol show hostnames "$slurm_list") || die "scontrol could not list the nodes: set MASTER_ADDR."
+        master_addr=${hosts%%$'\n'*}
+    elif ((node_rank == 0)); then
+        master_addr=$(hostname)
+    else
+        die "MASTER_ADDR is not set: node $node_rank of $nnodes must know the host name or address of node 0."
+    fi
+    rendezvous=(--nnodes="$nnodes" --node_rank="$node_rank"
+        --master_addr="$master_addr" --master_port="${MASTER_PORT:-29500}")
+fi
+
+# ---- interpreter: torchrun is run as a module of it, so never another environment's ----------
+
+if [[ -n ${CONDA_ENV_PATH:-} ]]; then
+    python=$CONDA_ENV_PATH/bin/python
+    if [[ ! -x $python ]]; then die "CONDA_ENV_PATH is '$CONDA_ENV_PATH', which has no bin/python."; fi
+    export PATH=$CONDA_ENV_PATH/bin:$PATH
+elif [[ -n ${PYTHON:-} ]]; then
+    python=$PYTHON
+elif [[ -n ${VIRTUAL_ENV:-} && -x $VIRTUAL_ENV/bin/python ]]; then
+    python=$VIRTUAL_ENV/bin/python
+elif [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-} != base && -x $CONDA_PREFIX/bin/python ]]; then
+    python=$CONDA_PREFIX/bin/python  # conda's base is active on many machines without being meant
+elif [[ -x $root/.venv/bin/python ]]; then
+    python=$root/.venv/bin/python
+else
+    python=python3
+fi
+if ! type -P -- "$python" >/dev/null; then die "the interpreter '$python' was not found (see PYTHON in --help)."; fi
+
+# ---- processes on this node ------------------------------------------------------------------
+
+visible=0  # CUDA devices that the processes will see
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    IFS=', ' read -r -a devices <<<"$CUDA_VISIBLE_DEVICES"
+    for device in ${devices[@]+"${devices[@]}"}; do
+        case "$device" in
+            -1 | NoDevFiles) break ;;  # CUDA ignores what follows; SLURM without GPUs writes NoDevFiles
+            *) visible=$((visible + 1)) ;;
+        esac
+    done
+elif type -P nvidia-smi >/dev/null; then
+    visible=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
+fi
+num_gpus=${NUM_GPUS:-$((visible > 0 ? visible : 1))}
+if ! [[ $num_gpus =~ ^[1-9][0-9]*$ ]]; then
+    die "NUM_GPUS is '$num_gpus': it must be a positive integer, the number of processes on this node."
+fi
+if ((visible > 0 && num_gpus > visible)); then
+    die "NUM_GPUS is $num_gpus, and $visible CUDA device(s) are visible here."
+fi
+
+# ---- the command -----------------------------------------------------------------------------
+
+settings=()
+# pass VARIABLE --flag: the flag and its value, where the variable is set and not empty.
+pass() {
+    if [[ -n ${!1:-} ]]; then settings+=("$2" "${!1}"); fi
+}
+pass data_path --data_path
+for name in MODEL IMG_SIZE NOISE_SCALE PRED_PARAM BATCH_SIZE BLR EPOCHS WARMUP_EPOCHS \
+    GEN_BSZ NUM_IMAGES CFG INTERVAL_MIN INTERVAL_MAX DATASET GLOBAL_BATCH OUTPUT_DIR RESUME \
+    WANDB_PROJECT WANDB_ENTITY WANDB_RUN_NAME WANDB_NUM_VIS; do
+    pass "$name" "--$(tr '[:upper:]' '[:lower:]' <<<"$name")"
+done
+if [[ ${ENABLE_WANDB:-1} == 0 ]]; then settings+=(--wandb_mode disabled); else pass WANDB_MODE --wandb_mode; fi
+if [[ ${ONLINE_EVAL:-} == 1 ]]; then settings+=(--online_eval); fi
+if [[ ${ONLINE_EVAL:-} == 0 ]]; then settings+=(--no-online_eval); fi
+if [[ ${EVALUATE_GEN:-} == 1 ]]; then settings+=(--evaluate_gen); fi
+
+start "node $node_rank of $nnodes, $num_gpus process(es)" \
+    "$python" -m torch.distributed.run --nproc_per_node="$num_gpus" "${rendezvous[@]}" \
+    "$root/main_jit.py" ${settings[@]+"${settings[@]}"} "$@"

@@ -1,0 +1,506 @@
+"""run_jit_multinode.sh: what is set in the environment, and nothing else, becomes the torchrun command.
+
+Every test runs a copy of the script beside an empty main_jit.py, in an environment of PATH and HOME plus
+what the test sets. Nearly all use DRY_RUN=1; the few that start something start a stand-in that records
+its arguments. nvidia-smi, scontrol and srun are stand-ins as well, so no GPU and no SLURM is touched.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "run_jit_multinode.sh"
+
+VALUES = {  # variable -> flag that carries its value
+    "DATA_PATH": "--data_path",
+    "DATA_ROOT": "--data_path",
+    "IMAGENET_ROOT": "--data_path",
+    "MODEL": "--model",
+    "IMG_SIZE": "--img_size",
+    "NOISE_SCALE": "--noise_scale",
+    "PRED_PARAM": "--pred_param",
+    "BATCH_SIZE": "--batch_size",
+    "BLR": "--blr",
+    "EPOCHS": "--epochs",
+    "WARMUP_EPOCHS": "--warmup_epochs",
+    "GEN_BSZ": "--gen_bsz",
+    "NUM_IMAGES": "--num_images",
+    "CFG": "--cfg",
+    "INTERVAL_MIN": "--interval_min",
+    "INTERVAL_MAX": "--interval_max",
+    "DATASET": "--dataset",
+    "GLOBAL_BATCH": "--global_batch",
+    "OUTPUT_DIR": "--output_dir",
+    "RESUME": "--resume",
+    "WANDB_PROJECT": "--wandb_project",
+    "WANDB_ENTITY": "--wandb_entity",
+    "WANDB_RUN_NAME": "--wandb_run_name",
+    "WANDB_MODE": "--wandb_mode",
+    "WANDB_NUM_VIS": "--wandb_num_vis",
+}
+SWITCHES = {  # variable and value -> flags
+    ("ONLINE_EVAL", "1"): ["--online_eval"],
+    ("ONLINE_EVAL", "0"): ["--no-online_eval"],
+    ("EVALUATE_GEN", "1"): ["--evaluate_gen"],
+    ("EVALUATE_GEN", "0"): [],
+    ("ENABLE_WANDB", "1"): [],
+    ("ENABLE_WANDB", "0"): ["--wandb_mode", "disabled"],
+}
+OWN = """NUM_GPUS NNODES WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT AUTO_SRUN CONDA_ENV_PATH PYTHON JIT_DIR DRY_RUN
+    OMP_NUM_THREADS NCCL_* WANDB_API_KEY"""  # variables that never become a flag of main_jit.py
+TWO_NODES = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_NODEID": "0"}
+STEP = {**TWO_NODES, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0"}
+
+
+def program(path, body):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+class Launcher:
+    def __init__(self, folder):
+        self.root = folder / "my checkout"  # the space is meant: quoting must survive it
+        self.root.mkdir()
+        self.script = Path(shutil.copy(SCRIPT, self.root))
+        self.main = self.root / "main_jit.py"
+        self.main.touch()
+        self.bin = folder / "bin"
+        self.fake("nvidia-smi", "exit 9")  # no driver, whatever this machine has
+
+    def fake(self, name, body):
+        return program(self.bin / name, body)
+
+    def run(self, *flags, cwd=None, script=None, **variables):
+        env = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/"), **variables}
+        command = ["bash", str(script or self.script), *flags]
+        return subprocess.run(command, env=env, cwd=cwd or self.root, capture_output=True, text=True, timeout=30)
+
+    def command(self, *flags, **kwargs):
+        """The words of the command that DRY_RUN=1 prints."""
+        done = self.run(*flags, DRY_RUN="1", **kwargs)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == 1
+        return shlex.split(done.stdout)
+
+    def settings(self, *flags, **kwargs):
+        """What follows main_jit.py in it."""
+        words = self.command(*flags, **kwargs)
+        return words[words.index(str(self.main)) + 1 :]
+
+    def torchrun(self, *flags, **kwargs):
+        """What precedes main_jit.py in it."""
+        words = self.command(*flags, DATASET="digits", **kwargs)
+        return words[: words.index(str(self.main))]
+
+    def error(self, *flags, **variables):
+        """The message with which it refuses; nothing on stdout, where the command would be."""
+        done = self.run(*flags, **{"DRY_RUN": "1", **variables})
+        assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+        assert done.stdout == ""
+        return done.stderr
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    return Launcher(tmp_path)
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+
+def test_nothing_set_passes_nothing(launcher):
+    """No hyperparameter default lives in the launcher: the dataset alone is needed, and alone is passed."""
+    words = launcher.command(DATASET="digits")
+    assert words == [
+        "python3", "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone", "--local_addr=127.0.0.1",
+        str(launcher.main), "--dataset", "digits",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variable", "flag"), VALUES.items())
+def test_value_becomes_flag(launcher, variable, flag):
+    extra = {} if flag == "--data_path" else {"DATA_PATH": "data"}
+    settings = launcher.settings(**{variable: "some value", **extra})
+    pairs = list(zip(settings[::2], settings[1::2], strict=True))
+    assert sorted(pairs) == sorted([(flag, "some value"), *(("--data_path", value) for value in extra.values())])
+
+
+def test_empty_is_unset(launcher):
+    empty = dict.fromkeys([*VALUES, *(name for name, _ in SWITCHES)], "")
+    own = dict.fromkeys(["NUM_GPUS", "NNODES", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHON"], "")
+    assert launcher.command("--dataset", "digits", **empty, **own) == launcher.command("--dataset", "digits")
+
+
+def test_first_data_path_wins(launcher):
+    three = {"DATA_PATH": "a", "DATA_ROOT": "b", "IMAGENET_ROOT": "c"}
+    assert launcher.settings(**three) == ["--data_path", "a"]
+    assert launcher.settings(**{**three, "DATA_PATH": ""}) == ["--data_path", "b"]
+
+
+@pytest.mark.parametrize(("variable", "value"), SWITCHES)
+def test_switch(launcher, variable, value):
+    assert launcher.settings(DATA_PATH="d", **{variable: value}) == ["--data_path", "d", *SWITCHES[variable, value]]
+
+
+def test_wandb_switched_off_overrides_mode(launcher):
+    settings = launcher.settings(DATASET="digits", ENABLE_WANDB="0", WANDB_MODE="online")
+    assert settings == ["--dataset", "digits", "--wandb_mode", "disabled"]
+
+
+@pytest.mark.parametrize("variable", ["ONLINE_EVAL", "EVALUATE_GEN", "ENABLE_WANDB", "AUTO_SRUN", "DRY_RUN"])
+@pytest.mark.parametrize("value", ["true", "2", "01"])
+def test_switch_takes_only_0_and_1(launcher, variable, value):
+    assert variable in launcher.error(DATASET="digits", **{variable: value})
+
+
+def test_flags_are_appended_unchanged(launcher):
+    flags = ["--model", "other", "--note=two  words", "", "it's", '"$HOME" * \\', "line\nbreak"]
+    done = launcher.run(*flags, DRY_RUN="1", DATASET="digits", MODEL="m")
+    pasted = subprocess.run(["bash", "-c", f"printf '%s\\0' {done.stdout}"], capture_output=True, text=True, check=True)
+    assert pasted.stdout.split("\0")[-12:-1] == ["--model", "m", "--dataset", "digits", *flags]
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variables", [{}, {"DATASET": "imagefolder"}, {"EVALUATE_GEN": "0"}])
+def test_imagefolder_needs_data(launcher, variables):
+    message = launcher.error(**variables)
+    assert all(word in message for word in ["DATA_PATH", "DATA_ROOT", "IMAGENET_ROOT", "DATASET=digits"])
+
+
+@pytest.mark.parametrize("flags", [["--dataset", "imagefolder"], ["--dataset=imagefolder"]])
+def test_dataset_flag_wins_over_variable(launcher, flags):
+    assert "DATA_PATH" in launcher.error(*flags, DATASET="digits")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--data_path", "d"], ["--data_path=d"], ["--dataset", "digits"], ["--dataset=cifar10"], ["--sample"],
+     ["--evaluate_gen"], ["--epochs", "1", "--help"]],
+)  # fmt: skip
+def test_data_not_needed(launcher, flags):
+    assert launcher.settings(*flags) == flags
+    assert launcher.settings(*flags, DATASET="imagefolder") == ["--dataset", "imagefolder", *flags]
+
+
+def test_evaluation_needs_no_data(launcher):
+    assert launcher.settings(EVALUATE_GEN="1", RESUME="run") == ["--resume", "run", "--evaluate_gen"]
+
+
+def test_resume_is_a_folder(launcher, tmp_path):
+    (tmp_path / "weights").write_text("a file")
+    for value in ["run/checkpoint-last.pth", str(tmp_path / "weights")]:
+        message = launcher.error(DATASET="digits", RESUME=value)
+        assert "RESUME" in message and value in message and "folder" in message
+    for value in [str(tmp_path), "not/there/yet"]:
+        assert launcher.settings(DATASET="digits", RESUME=value)[-2:] == ["--resume", value]
+
+
+# ---- processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"),
+    [("0", 1), ("4,5,7", 3), ("GPU-3f2a, MIG-77", 2), ("", 1), ("-1", 1), ("0,-1,1", 1), ("NoDevFiles", 1)],
+)
+def test_processes_from_cuda_visible_devices(launcher, devices, count):
+    launcher.fake("nvidia-smi", "printf 'GPU %s: a card\\n' 0 1 2 3 4 5")  # all six, which the variable overrules
+    assert f"--nproc_per_node={count}" in launcher.torchrun(CUDA_VISIBLE_DEVICES=devices)
+
+
+def test_processes_from_nvidia_smi(launcher):
+    launcher.fake("nvidia-smi", "[[ $1 == -L ]] && printf 'GPU %s: a card\\n  MIG 1g Device 0: (UUID)\\n' 0 1 2")
+    assert "--nproc_per_node=3" in launcher.torchrun()
+    assert "--nproc_per_node=2" in launcher.torchrun(NUM_GPUS="2")
+    message = launcher.error(DATASET="digits", NUM_GPUS="4")
+    assert "NUM_GPUS is 4" in message and "3 CUDA" in message
+
+
+def test_processes_without_gpu(launcher):
+    assert "--nproc_per_node=2" in launcher.torchrun(NUM_GPUS="2")
+    assert "--nproc_per_node=2" in launcher.torchrun(NUM_GPUS="2", CUDA_VISIBLE_DEVICES="")
+
+
+def test_more_processes_than_visible(launcher):
+    message = launcher.error(DATASET="digits", NUM_GPUS="8", CUDA_VISIBLE_DEVICES="0,1")
+    assert "NUM_GPUS is 8" in message and "2 CUDA" in message
+
+
+@pytest.mark.parametrize("variable", ["NUM_GPUS", "NNODES", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "08"])
+def test_counts_are_positive_integers(launcher, variable, value):
+    message = launcher.error(DATASET="digits", **{variable: value})
+    assert variable in message and f"'{value}'" in message
+
+
+# ---- nodes -----------------------------------------------------------------------------------
+
+
+def test_single_node_with_a_port(launcher):
+    words = launcher.torchrun(MASTER_PORT="1234")
+    assert words[4:] == ["--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1", "--master_port=1234"]
+
+
+@pytest.mark.parametrize("nodes", [{"NNODES": "3"}, {"WORLD_SIZE": "3"}, {"NNODES": "3", "WORLD_SIZE": "3"}])
+def test_nodes_by_hand(launcher, nodes):
+    words = launcher.torchrun(NODE_RANK="2", MASTER_ADDR="head", **nodes)
+    assert words[4:] == ["--nnodes=3", "--node_rank=2", "--master_addr=head", "--master_port=29500"]
+
+
+def test_master_address_without_slurm(launcher):
+    launcher.fake("hostname", "echo this-host")
+    assert "--master_addr=this-host" in launcher.torchrun(NNODES="2")
+    assert "MASTER_ADDR" in launcher.error(DATASET="digits", NNODES="2", NODE_RANK="1")
+
+
+def test_nnodes_and_world_size_disagree(launcher):
+    message = launcher.error(DATASET="digits", NNODES="2", WORLD_SIZE="16")
+    assert "NNODES is 2" in message and "WORLD_SIZE is 16" in message
+
+
+@pytest.mark.parametrize("nodes", [{"NODE_RANK": "1"}, {"NNODES": "2", "NODE_RANK": "2"}, {"NODE_RANK": "-1"}])
+def test_node_rank_out_of_range(launcher, nodes):
+    assert "NODE_RANK" in launcher.error(DATASET="digits", MASTER_ADDR="head", **nodes)
+
+
+# ---- SLURM -----------------------------------------------------------------------------------
+
+
+def srun_words(launcher, *flags):
+    """The command that fans out over two nodes."""
+    step = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--export=ALL"]
+    return ["srun", *step, "bash", str(launcher.script), *flags]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{}, {"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}, {"SLURM_STEP_ID": "batch"},
+     {"JIT_SRUN_JOB": "76"}],
+    ids=["batch", "batch step number", "interactive step number", "step name", "guard of another job"],
+)  # fmt: skip
+def test_fans_out_from_the_batch_script(launcher, where):
+    words = launcher.command("--note", "two words", DATASET="digits", **TWO_NODES, **where)
+    assert words == srun_words(launcher, "--note", "two words")
+
+
+def test_fan_out_checks_first(launcher):
+    """One message from the batch script, rather than one from each node; the nodes' GPUs are not asked for here."""
+    assert "DATA_PATH" in launcher.error(**TWO_NODES)
+    assert "RESUME" in launcher.error(DATASET="digits", RESUME="a.pth", **TWO_NODES)
+    words = launcher.command(DATASET="digits", NUM_GPUS="8", CUDA_VISIBLE_DEVICES="0", **TWO_NODES)
+    assert words == srun_words(launcher)
+
+
+def test_fan_out_node_count(launcher):
+    four = {**TWO_NODES, "SLURM_NNODES": "4", "DATASET": "digits"}
+    assert launcher.command(NNODES="2", **four) == srun_words(launcher)
+    assert launcher.command(NNODES="1", **four)[0] == "python3"
+    message = launcher.error(NNODES="5", **four)
+    assert "5 nodes" in message and "has 4" in message
+    other_name = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2"}
+    assert launcher.command(DATASET="digits", **other_name) == srun_words(launcher)
+
+
+def test_fan_out_drops_a_rank_set_for_all(launcher):
+    words = launcher.command(DATASET="digits", NODE_RANK="0", **TWO_NODES)
+    assert words == ["env", "-u", "NODE_RANK", *srun_words(launcher)]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"SLURM_STEP_ID": "0"}, {"SLURM_STEP_ID": "3"}, {"JIT_SRUN_JOB": "77"}, {"AUTO_SRUN": "0"}],
+    ids=["step 0", "step 3", "guard", "switched off"],
+)
+def test_does_not_fan_out(launcher, where):
+    launcher.fake("scontrol", '[[ "$*" == "show hostnames node[3-4]" ]] && printf "node3\\nnode4\\n"')
+    words = launcher.torchrun(**{**TWO_NODES, "SLURM_NODEID": "1", **where})
+    assert words[4:] == ["--nnodes=2", "--node_rank=1", "--master_addr=node3", "--master_port=29500"]
+
+
+def test_step_with_fewer_nodes_than_the_job(launcher):
+    launcher.fake("scontrol", '[[ "$*" == "show hostnames node[4-5]" ]] && printf "node4\\nnode5\\n"')
+    four = {**STEP, "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[3-6]", "SLURM_STEP_NODELIST": "node[4-5]"}
+    assert launcher.torchrun(**four)[4:7] == ["--nnodes=2", "--node_rank=0", "--master_addr=node4"]
+
+
+def test_one_step_per_node_by_hand(launcher):
+    """`srun --nodes=1` once per node, each with its NODE_RANK: the nodes are the job's, not the step's."""
+    launcher.fake("scontrol", '[[ "$*" == "show hostnames node[3-4]" ]] && printf "node3\\nnode4\\n"')
+    words = launcher.torchrun(**{**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "node4"}, NODE_RANK="1")
+    assert words[4:7] == ["--nnodes=2", "--node_rank=1", "--master_addr=node3"]
+
+
+def test_step_with_address_given(launcher):
+    assert "--master_addr=ib0-head" in launcher.torchrun(**STEP, MASTER_ADDR="ib0-head")
+
+
+def test_failing_scontrol(launcher):
+    launcher.fake("scontrol", "exit 1")
+    assert "MASTER_ADDR" in launcher.error(DATASET="digits", **STEP)
+
+
+def test_step_with_several_launchers_per_node(launcher):
+    assert "--ntasks-per-node=1" in launcher.error(DATASET="digits", **{**STEP, "SLURM_LOCALID": "1"})
+
+
+def test_single_node_allocation_does_not_fan_out(launcher):
+    assert "--standalone" in launcher.torchrun(SLURM_JOB_ID="77", SLURM_NNODES="1", SLURM_JOB_NODELIST="node3")
+
+
+def test_srun_runs_the_script_once_per_node(launcher, tmp_path):
+    """From the spool copy that sbatch makes, through srun, to torchrun on each of two nodes."""
+    launcher.fake("scontrol", 'printf "node3\\nnode4\\n"')
+    launcher.fake(
+        "srun",
+        f'echo "$@" >> "{tmp_path}/srun"; while [[ $1 == --* ]]; do shift; done\n'
+        'for node in 0 1; do SLURM_STEP_ID=0 SLURM_NODEID=$node "$@" || exit; done',
+    )
+    python = program(tmp_path / "python", f'echo "$@" >> "{tmp_path}/torchrun"')
+    spool = Path(shutil.copy(SCRIPT, tmp_path / "slurm_script"))
+    variables = {**TWO_NODES, "DATASET": "digits", "PYTHON": str(python), "SLURM_SUBMIT_DIR": str(launcher.root)}
+    done = launcher.run("--seed", "1", script=spool, cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "srun").read_text() == " ".join(srun_words(launcher, "--seed", "1")[1:]) + "\n"
+    started = (tmp_path / "torchrun").read_text().splitlines()
+    assert [re.search("--node_rank=(.)", line)[1] for line in started] == ["0", "1"]
+    assert all(line.endswith("main_jit.py --dataset digits --seed 1") for line in started)
+
+
+# ---- finding things --------------------------------------------------------------------------
+
+
+def test_works_from_another_folder(launcher, tmp_path):
+    """The script is found from anywhere, and ./data still means the caller's."""
+    python = program(tmp_path / "python", f'pwd > "{tmp_path}/cwd"; echo "$@" >> "{tmp_path}/argv"')
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "link.sh").symlink_to(launcher.script)
+    for script in ["../my checkout/run_jit_multinode.sh", tmp_path / "link.sh"]:
+        done = launcher.run(script=script, cwd=elsewhere, DATA_PATH="./data", PYTHON=str(python))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "cwd").read_text().strip() == str(elsewhere.resolve())
+        last = (tmp_path / "argv").read_text().splitlines()[-1]
+        assert last.endswith(f"{launcher.main.resolve()} --data_path ./data")
+
+
+def test_main_is_looked_for(launcher, tmp_path):
+    copy = shutil.copy(SCRIPT, tmp_path / "slurm_script")
+    assert launcher.command(script=copy, DATASET="digits", JIT_DIR=str(launcher.root))[-3] == str(launcher.main)
+    done = launcher.run(script=copy, DATASET="digits", DRY_RUN="1", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 2 and "main_jit.py" in done.stderr and "JIT_DIR" in done.stderr
+    # A stray variable does not lead away from the script's own folder.
+    (tmp_path / "main_jit.py").touch()
+    assert launcher.command(DATASET="digits", JIT_DIR=str(tmp_path))[-3] == str(launcher.main)
+
+
+def test_interpreter_order(launcher, tmp_path):
+    env = {name: str(tmp_path / name) for name in ["CONDA_ENV_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"]}
+    for folder in [*map(Path, env.values()), launcher.root / ".venv"]:
+        program(folder / "bin" / "python", "")
+    env["PYTHON"] = str(program(tmp_path / "own", ""))
+    env["CONDA_DEFAULT_ENV"] = "research"
+    for name in ["CONDA_ENV_PATH", "PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX"]:
+        expected = env[name] if name == "PYTHON" else f"{env[name]}/bin/python"
+        assert launcher.torchrun(**env)[0] == expected
+        # conda's base environment counts for nothing: the checkout's own environment is meant
+        if name == "CONDA_PREFIX":
+            assert launcher.torchrun(**{**env, "CONDA_DEFAULT_ENV": "base"})[0].endswith("/.venv/bin/python")
+        del env[name]
+    assert launcher.torchrun(**env)[0] == str(launcher.root / ".venv/bin/python")
+
+
+def test_interpreter_missing(launcher, tmp_path):
+    assert "CONDA_ENV_PATH" in launcher.error(DATASET="digits", CONDA_ENV_PATH=str(tmp_path))
+    assert "no-such-python" in launcher.error(DATASET="digits", PYTHON="no-such-python")
+
+
+def test_conda_env_comes_first_on_path(launcher, tmp_path):
+    program(tmp_path / "env/bin/python", 'echo "$PATH"')
+    done = launcher.run(DATASET="digits", CONDA_ENV_PATH=str(tmp_path / "env"))
+    assert done.stdout.startswith(f"{tmp_path}/env/bin:")
+
+
+# ---- running ---------------------------------------------------------------------------------
+
+
+def test_exit_code_process_and_arguments(launcher, tmp_path):
+    """exec: the process started is the one that the caller sees, with its exit code and its signals."""
+    python = program(tmp_path / "python", f'printf "%s\\0" $$ "$@" > "{tmp_path}/argv"; exit 7')
+    env = {"PATH": f"{launcher.bin}:{os.environ['PATH']}", "DATASET": "digits", "PYTHON": str(python)}
+    process = subprocess.Popen(["bash", launcher.script, "--note", "a  b"], env=env, stderr=subprocess.PIPE, text=True)
+    message = process.communicate(timeout=30)[1]
+    assert process.returncode == 7
+    pid, *argv = (tmp_path / "argv").read_text().split("\0")[:-1]
+    assert int(pid) == process.pid
+    assert argv[:2] == ["-m", "torch.distributed.run"]
+    assert argv[-5:] == [str(launcher.main), "--dataset", "digits", "--note", "a  b"]
+    assert message.count("\n") == 1  # one line, with the command
+    assert shlex.split(message)[-len(argv) :] == argv
+
+
+def test_dry_run_starts_nothing(launcher, tmp_path):
+    python = program(tmp_path / "python", f'touch "{tmp_path}/started"')
+    launcher.fake("srun", f'touch "{tmp_path}/started"')
+    launcher.command(DATASET="digits", PYTHON=str(python))
+    launcher.command(DATASET="digits", PYTHON=str(python), **TWO_NODES)
+    assert not (tmp_path / "started").exists()
+
+
+def test_key_is_not_printed_and_environment_passes_through(launcher, tmp_path):
+    names = ["WANDB_API_KEY", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME"]
+    secret = dict.fromkeys(names, "s3cret")
+    python = program(tmp_path / "python", f'env > "{tmp_path}/env"; echo "$@"')
+    launcher.fake("srun", f'env > "{tmp_path}/srun_env"; echo "$@"')
+    for variables in [{}, {"DRY_RUN": "1"}, TWO_NODES, {**TWO_NODES, "DRY_RUN": "1"}]:
+        done = launcher.run(DATASET="digits", PYTHON=str(python), **secret, **variables)
+        assert done.returncode == 0 and done.stdout
+        assert "s3cret" not in done.stdout + done.stderr
+    assert "s3cret" not in launcher.error(**secret)
+    for seen in ["env", "srun_env"]:
+        assert all(f"{name}=s3cret" in (tmp_path / seen).read_text().splitlines() for name in names)
+    launcher.run(DATASET="digits", PYTHON=str(python))
+    unset = (tmp_path / "env").read_text()
+    assert not re.search("^(OMP_|NCCL_|GLOO_)", unset, re.MULTILINE)  # passed through, never forced
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(launcher, flag):
+    launcher.main.unlink()  # help needs nothing
+    done = launcher.run(flag)
+    assert done.returncode == 0 and done.stderr == ""
+    for name in [*VALUES, *(name for name, _ in SWITCHES), *OWN.split()]:
+        assert name in done.stdout
+    assert "python main_jit.py --help" in done.stdout
+    assert len(re.findall(r"run_jit_multinode\.sh$", done.stdout, re.MULTILINE)) >= 3  # the examples
+
+
+def test_examples_in_help_are_valid(launcher):
+    """The examples that run on one machine print a command."""
+    examples = [line.strip() for line in launcher.run("--help").stdout.splitlines() if line.startswith("  DAT")]
+    examples = [line for line in examples if line.endswith(" bash run_jit_multinode.sh")]
+    assert len(examples) == 2
+    for line in examples:
+        variables = dict(word.split("=", 1) for word in line.split()[:-2])
+        assert launcher.settings(**variables)
+
+
+def test_shellcheck():
+    beside = Path(sys.executable).parent / "shellcheck"
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if not shellcheck:
+        pytest.skip("shellcheck is not installed (requirements-dev.txt)")
+    done = subprocess.run([shellcheck, str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_is_executable():
+    assert os.access(SCRIPT, os.X_OK)

@@ -1,0 +1,73 @@
+"""A denoiser from a handful of plain settings: what a checkpoint, an export and a new run have in common."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+
+from denoiser import Denoiser
+from model_jit import JiT_models
+from spectral_forcing import SpectralForcing
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Everything that decides what a denoiser computes, apart from its weights. Names as the flags of main_jit.py."""
+
+    model: str
+    img_size: int
+    class_num: int
+    pred_param: str
+    t_eps: float
+    noise_scale: float
+    spectral_forcing: bool
+    window_size: int | None
+    sf_c_min: float
+    sf_c_max: float
+    sf_kappa: float
+    sf_fixed_scale: float | None
+    attn_dropout: float = 0.0
+    proj_dropout: float = 0.0
+    attn_fp32: bool = False
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "DenoiserConfig":
+        same = {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
+        return cls(
+            **same,
+            spectral_forcing=not args.disable_dct_patchify,
+            sf_fixed_scale=args.dct_fixed_scale if args.disable_dct_scale_schedule else None,
+        )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.img_size, self.img_size
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class"."""
+        return self.class_num
+
+    def build(self, autocast_dtype: torch.dtype | None = None) -> Denoiser:
+        """The denoiser with freshly initialised weights, on the CPU (or on torch's current default device)."""
+        net = JiT_models[self.model](
+            input_size=self.img_size,
+            num_classes=self.class_num,
+            attn_drop=self.attn_dropout,
+            proj_drop=self.proj_dropout,
+            attn_fp32=self.attn_fp32,
+        )
+        operator = None
+        if self.spectral_forcing:
+            operator = SpectralForcing(
+                self.img_size, self.window_size, self.sf_c_min, self.sf_c_max, self.sf_kappa, self.sf_fixed_scale
+            )
+        return Denoiser(net, operator, self.pred_param, self.t_eps, self.noise_scale, autocast_dtype)
+
+    def describe_operator(self) -> str:
+        """One phrase on Spectral Forcing."""
+        if not self.spectral_forcing:
+            return "off (plain JiT)"
+        window = "whole image" if self.window_size in (None, self.img_size) else f"{self.window_size} px windows"
+        f = "t" if self.sf_fixed_scale is None else self.sf_fixed_scale
+        return f"on: {window}, cutoff from {self.sf_c_min} to {self.sf_c_max} with f = {f}, kappa {self.sf_kappa}"

@@ -1,0 +1,192 @@
+"""Checkpoints in the published form, `<folder>/checkpoint-last.pth`: ours load there and theirs load here.
+
+A file is a torch.save'd dict: `model`, `model_ema1`, `model_ema2` (state dicts, every key prefixed "net."),
+`optimizer` (AdamW; group 0 without and group 1 with weight decay), `epoch` (last finished), `args` (a Namespace).
+Ours add `run`: what a later process needs to continue the same run, as plain numbers and strings.
+"""
+
+import argparse
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util.errors import UserError
+
+NAME = "checkpoint-last.pth"
+PREFIX = "net."
+PROJ1 = PREFIX + "x_embedder.proj1.weight"
+WEIGHTS = ("model", "model_ema1", "model_ema2")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in host memory, with `proj1` in the convolution's layout whatever the file has.
+
+    Attributes:
+        path: the file.
+        weights: "model", "model_ema1", "model_ema2" -> state dict with keys prefixed "net.".
+        optimizer: AdamW's state dict, or None in a file without one.
+        epoch: the last finished epoch, counted from 0.
+        args: the flags it was trained with; what decides Spectral Forcing is always there.
+        sf_source: how that was known, as a phrase for a message.
+        run: our additions, empty for a foreign file.
+    """
+
+    path: Path
+    weights: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Any] | None
+    epoch: int
+    args: dict[str, Any]
+    sf_source: str
+    run: dict[str, Any]
+
+
+def find(folder: str | os.PathLike) -> Path | None:
+    """The checkpoint in `folder`, or None. A file in the place of the folder is an error."""
+    folder = Path(folder)
+    if folder.is_file() or folder.suffix == ".pth":
+        raise UserError(f"{folder} is a file name: name the folder that holds {NAME} instead, {folder.parent}")
+    path = folder / NAME
+    return path if path.is_file() else None
+
+
+def load(folder: str | os.PathLike) -> Checkpoint:
+    """Read the checkpoint of a run, ours or a published one, without executing anything in it.
+
+    Raises:
+        UserError: no checkpoint there, a truncated or foreign file.
+    """
+    path = find(folder)
+    if path is None:
+        why = f"there is no {NAME} in it" if Path(folder).is_dir() else "there is no such folder"
+        raise UserError(f"no checkpoint in {folder}: {why}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{path} cannot be read as a checkpoint; it is truncated, or not a file of tensors and plain settings: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
+    return _understand(path, content)
+
+
+def _understand(path: Path, content: Any) -> Checkpoint:
+    missing = [k for k in (*WEIGHTS, "epoch", "args") if k not in content] if isinstance(content, dict) else ["all"]
+    if missing:
+        raise UserError(f"{path} is not a JiT checkpoint: it lacks {', '.join(missing)}")
+    states = [content[name] for name in WEIGHTS]
+    if not all(isinstance(s, Mapping) and all(isinstance(v, Tensor) for v in s.values()) for s in states):
+        raise UserError(f"{path} is not a JiT checkpoint: {', '.join(WEIGHTS)} must be state dicts")
+    if any(PROJ1 not in state for state in states):
+        raise UserError(f"{path} is not a JiT checkpoint: its weights have no {PROJ1}")
+    if not isinstance(content["args"], argparse.Namespace) or not isinstance(content["epoch"], int):
+        raise UserError(f"{path} is not a JiT checkpoint: args must be a Namespace and epoch a number")
+    args = vars(content["args"])
+    linear = content["model"][PROJ1].dim() == 2
+    if "disable_dct_patchify" in args:
+        sf_source = "its settings say so"
+    else:
+        args = {**args, "disable_dct_patchify": not linear}
+        sf_source = f"its settings do not say, and its patch projection is {'linear' if linear else 'a convolution'}"
+    weights = {name: _to_convolution(path, state) for name, state in zip(WEIGHTS, states, strict=True)}
+    run = content.get("run", {})
+    return Checkpoint(path, weights, content.get("optimizer"), content["epoch"], args, sf_source, run)
+
+
+def _to_convolution(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same state dict with `proj1` as (bottleneck, C, p, p); the linear layout (bottleneck, C*p*p) is reshaped."""
+    state, weight = dict(state), state[PROJ1]
+    if weight.dim() == 2:
+        pixels = weight.shape[1] // 3
+        p = round(pixels**0.5)
+        if 3 * p * p != weight.shape[1]:
+            raise UserError(f"{path}: {PROJ1} has {weight.shape[1]} columns, which is no square patch of 3 channels")
+        state[PROJ1] = weight.reshape(-1, 3, p, p)
+    return state
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Fill `module` with `state`; every key and every shape must agree.
+
+    Raises:
+        UserError: naming what differs. The module is then unchanged.
+    """
+    own = module.state_dict()
+    wrong = [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]
+    wrong += [
+        f"{k} is {list(state[k].shape)} and the network's is {list(v.shape)}"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if wrong:
+        raise UserError(f"{path} does not fit the network: " + "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4))
+    module.load_state_dict(dict(state))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+    """Fill an AdamW from a checkpoint's state, also one that was written with `proj1` in the linear layout.
+
+    Raises:
+        UserError: where groups or shapes do not fit.
+    """
+    own = [group["params"] for group in optimizer.param_groups]
+    theirs = [group["params"] for group in state["param_groups"]]
+    if [len(g) for g in own] != [len(g) for g in theirs]:
+        raise UserError(
+            f"{path}: its optimizer has groups of {[len(g) for g in theirs]} tensors, ours {[len(g) for g in own]}"
+        )
+    slots = {}
+    for parameter, slot in zip(chain(*own), chain(*theirs), strict=True):
+        values = dict(state["state"].get(slot, {}))
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in values and values[name].shape != parameter.shape:
+                if values[name].dim() != 2 or values[name].numel() != parameter.numel():
+                    raise UserError(
+                        f"{path}: the optimizer's {name} is {list(values[name].shape)} where "
+                        f"the parameter is {list(parameter.shape)}"
+                    )
+                values[name] = values[name].reshape(parameter.shape)
+        slots[slot] = values
+    # How our optimizer is executed is ours to say; what it is, is the checkpoint's.
+    execution = {k: optimizer.param_groups[0][k] for k in ("fused", "foreach", "capturable", "differentiable")}
+    groups = [{**ours, **group, **execution} for ours, group in zip(
+        [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+        state["param_groups"],
+        strict=True,
+    )]
+    optimizer.load_state_dict({"state": {k: v for k, v in slots.items() if v}, "param_groups": groups})
+
+
+def save(folder: str | os.PathLike, content: dict[str, Any]) -> Path:
+    """Write `content` aside, flush it to the disk, and put it in the place of the previous checkpoint.
+
+    Raises:
+        UserError: the folder cannot be written. The previous checkpoint is then still there.
+    """
+    path = Path(folder) / NAME
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"the checkpoint cannot be written to {path}: {error}") from error
+    return path

@@ -1,0 +1,226 @@
+"""From flags and a checkpoint to one resolved set of settings, refused before any work if it cannot be.
+
+What was given on the command line and what the checkpoint says are kept apart until here (util/flags.py says which of
+the two holds). The result is written to the run's folder as JSON.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model_jit import JiT_models
+from util.data import DEFAULT_DATA_PATH, KNOWN
+from util.errors import UserError
+from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+AT_LEAST = {
+    0: ("seed", "start_epoch", "warmup_epochs", "weight_decay", "min_lr", "lr", "blr"),
+    1: (
+        *("epochs", "batch_size", "global_batch", "accum_iter", "class_num", "img_size"),
+        *("num_sampling_steps", "num_images", "gen_bsz", "num_per_class", "wandb_num_vis"),
+        *("eval_freq", "save_last_freq", "log_freq"),
+    ),
+}
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "torch-fidelity", "wandb", "pillow", "safetensors")
+
+
+def resolve(
+    given: Mapping[str, Any], saved: Mapping[str, Any] | None, training: bool, only: tuple[str, ...] | None = None
+) -> Namespace:
+    """One value for each flag: what was given, else what the checkpoint has, else the default.
+
+    Args:
+        given: the flags on the command line.
+        saved: `args` of the checkpoint, None without one.
+        training: whether training goes on from it (else it is evaluated or sampled).
+        only: take these flags alone from the checkpoint.
+
+    Raises:
+        UserError: flags that contradict the checkpoint, all of them named.
+    """
+    values, contradictions = {**DEFAULTS, **given}, []
+    for name, value in (saved or {}).items():
+        flag = FLAGS.get(name)
+        if flag is None or flag.bound == OWN or (only is not None and name not in only):
+            continue
+        if name not in given:
+            values[name] = value
+        elif given[name] != value and (flag.bound == ALWAYS or (flag.bound == TRAINING and training)):
+            contradictions.append(f"--{name} {given[name]} (the checkpoint was trained with {value})")
+    if contradictions:
+        raise UserError("flags that contradict the checkpoint: " + ", ".join(contradictions) + "; leave them out")
+    return _complete(Namespace(**values))
+
+
+def _complete(args: Namespace) -> Namespace:
+    """Defaults that depend on the data set."""
+    known = KNOWN[args.dataset]
+    args.img_size = args.img_size or known.img_size
+    args.class_num = args.class_num or known.class_num
+    args.flip = args.dataset != "digits" if args.flip is None else args.flip
+    args.data_path = args.data_path or DEFAULT_DATA_PATH[args.dataset]
+    return args
+
+
+def check(args: Namespace, evaluates: bool) -> list[str]:
+    """Refuse settings that cannot work, before anything is built. Returns warnings.
+
+    Args:
+        evaluates: whether `num_images` images will be generated for metrics.
+    """
+    if args.model not in JiT_models:
+        raise UserError(f"unknown model {args.model!r}; known: {', '.join(JiT_models)}")
+    patch = JiT_models[args.model].keywords["patch_size"]
+    if args.img_size % patch:
+        raise UserError(f"--img_size {args.img_size} is not divisible by the patch size {patch} of {args.model}")
+    sf = not args.disable_dct_patchify
+    if sf and args.window_size is not None and (args.window_size < 2 or args.img_size % args.window_size):
+        raise UserError(
+            f"--window_size {args.window_size} must be at least 2 and divide the image size {args.img_size}"
+        )
+    for lowest, names in AT_LEAST.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not value >= lowest:
+                raise UserError(f"--{name} {value} must be at least {lowest}")
+    for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "ema_decay1", "ema_decay2"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be between 0 and 1")
+    if not 0 <= args.interval_min <= args.interval_max <= 1:
+        raise UserError(
+            f"the guidance interval ({args.interval_min}, {args.interval_max}) must satisfy 0 <= min <= max <= 1"
+        )
+    if evaluates and args.num_images % args.class_num:
+        raise UserError(
+            f"--num_images {args.num_images} is not a multiple of the {args.class_num} classes: "
+            "an evaluation needs equally many images of each class"
+        )
+    warnings = []
+    if not sf and (args.disable_dct_scale_schedule or args.window_size is not None):
+        warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
+    if sf and args.dct_fixed_scale != DEFAULTS["dct_fixed_scale"] and not args.disable_dct_scale_schedule:
+        warnings.append("--dct_fixed_scale has no effect without --disable_dct_scale_schedule")
+    return warnings
+
+
+def parse_labels(text: str | None, class_num: int) -> list[int]:
+    """Classes in "0,1,2" or "0-9" or a mixture; the first ten by default."""
+    labels: list[int] = []
+    try:
+        for part in (text or f"0-{min(class_num, 10) - 1}").split(","):
+            first, _, last = part.strip().partition("-")
+            labels += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise UserError(f"--labels {text!r} must be class numbers such as 0,1,2 or 0-9") from None
+    outside = [label for label in labels if label >= class_num]
+    if outside or not labels:
+        raise UserError(f"--labels {text}: {outside or 'none'} where the classes are 0 to {class_num - 1}")
+    return labels
+
+
+def split_global_batch(args: Namespace, world_size: int) -> None:
+    """Settle `global_batch` and `accum_iter` for this number of processes.
+
+    Raises:
+        UserError: a global batch that batch size, processes and accumulation do not make.
+    """
+    one_pass = args.batch_size * world_size
+    if args.global_batch is None:
+        args.accum_iter = args.accum_iter or 1
+        args.global_batch = one_pass * args.accum_iter
+        return
+    accum_iter = args.accum_iter or args.global_batch // one_pass
+    if accum_iter * one_pass != args.global_batch:
+        raise UserError(
+            f"a global batch of {args.global_batch} is not batch size {args.batch_size} x {world_size} processes x "
+            f"{accum_iter or 1} accumulated passes: choose a batch size that divides it, or another global batch"
+        )
+    args.accum_iter = accum_iter
+
+
+def run_name(args: Namespace) -> str:
+    """A name that differs wherever two experiments differ: readable parts, and a digest of all that is bound."""
+    bound = {n: getattr(args, n) for n, flag in FLAGS.items() if flag.bound in (ALWAYS, TRAINING)}
+    bound |= {"init_from": args.init_from, "init_weights": args.init_weights if args.init_from else None}
+    digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:6]
+    if args.disable_dct_patchify:
+        operator = "base"
+    else:
+        operator = "sf" if args.window_size in (None, args.img_size) else f"sf-w{args.window_size}"
+    parts = [args.dataset, args.model.replace("/", "-"), str(args.img_size), operator, args.pred_param, digest]
+    return "_".join(parts)
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that decide numbers, and the operating system."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+changes" where the working tree differs; "unknown" outside git."""
+    try:
+        git = ["git", "-C", str(REPOSITORY)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if dirty.strip() else "")
+
+
+def hardware(device: torch.device) -> str:
+    """The accelerator's name, or the processor's with the threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a number needs beside it: date, command, commit, versions, hardware."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(device),
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write aside and rename, so that a reader never sees half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def describe(args: Namespace) -> str:
+    """The settings that differ from the defaults, by section."""
+    lines = []
+    for title, flags in SECTIONS.items():
+        changed = [f"{f.name} {getattr(args, f.name)}" for f in flags if getattr(args, f.name) != f.default]
+        if changed:
+            lines.append(f"  {title.partition(' (')[0]}: " + ", ".join(changed))
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""One process or many: what torchrun's environment says, and the few collectives that are used."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from util.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = CPU
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
+
+
+def launched_by_torchrun() -> bool:
+    """WORLD_SIZE alone says nothing: the launcher's users set it to the number of nodes."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def tell_torchrun(reason: str) -> None:
+    """Let torchrun end with the reason instead of a hint how to find one."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        message = {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": message}))
+
+
+def find_world(device: str | None) -> World:
+    """Rank, number of processes and device of this process; nothing is started.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: it must be cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here")
+    if not launched_by_torchrun():
+        return World(device=torch.device(device))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this node has no CUDA device: {torch.cuda.device_count()} are visible; "
+            "set NUM_GPUS to at most that"
+        )
+    where = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, where)
+
+
+@contextmanager
+def process_group(world: World, timeout_minutes: float = 30) -> Iterator[None]:
+    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        yield
+        return
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def all_reduce_mean(value: Tensor, world: World) -> Tensor:
+    """Mean over the processes, the same on each of them; does not wait for the device."""
+    if world.size > 1:
+        dist.all_reduce(value)
+        value /= world.size
+    return value
+
+
+def share(n: int, world: World) -> range:
+    """The contiguous part of 0 .. n - 1 that belongs to this process; parts differ in length by at most one."""
+    return range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
+
+
+def gather_by_index(part: Tensor, n: int, world: World) -> Tensor | None:
+    """Rows of all processes in index order on rank 0, None elsewhere.
+
+    Args:
+        part: (len(share(n, world)), ...) rows of this process, on the CPU.
+        n: number of rows in all.
+    """
+    if world.size == 1:
+        return part
+    longest = -(-n // world.size)
+    padded = part.new_zeros((longest, *part.shape[1:]))
+    padded[: len(part)] = part
+    padded = padded.to(world.device)
+    received = [torch.empty_like(padded) for _ in range(world.size)] if world.main else None
+    dist.gather(padded, received)
+    if received is None:
+        return None
+    lengths = [len(share(n, World(rank, world.size))) for rank in range(world.size)]
+    return torch.cat([rows[:length].cpu() for rows, length in zip(received, lengths, strict=True)])

@@ -1,0 +1,50 @@
+"""Exponential moving averages of the weights."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Average of every parameter of a module, started as a copy: ema <- decay * ema + (1 - decay) * p.
+
+    Buffers are not averaged; a state dict takes them from the module.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.averages = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, suppress: Tensor | None = None) -> None:
+        """One step. `suppress`, a scalar on the device, leaves the average as it is where it is 1."""
+        weight = 1 - self.decay
+        averages, parameters = list(self.averages.values()), list(module.parameters())
+        if suppress is None:
+            torch._foreach_lerp_(averages, parameters, weight)
+        else:
+            torch._foreach_lerp_(averages, parameters, [weight * (1 - suppress)] * len(averages))
+
+    def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's state dict with the averages in the place of its parameters."""
+        return {name: self.averages.get(name, value) for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def copy_from(self, state: dict[str, Tensor]) -> None:
+        for name, average in self.averages.items():
+            average.copy_(state[name])
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Within the block the module computes with the averages. They change places: nothing is copied."""
+        self._swap(module.named_parameters())
+        try:
+            yield
+        finally:
+            self._swap(module.named_parameters())
+
+    def _swap(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        for name, parameter in parameters:
+            parameter.data, self.averages[name] = self.averages[name], parameter.data

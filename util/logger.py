@@ -1,0 +1,95 @@
+"""Where a run's numbers go: always to a file of JSON lines, to Weights & Biases where that is on, and to the terminal.
+
+Only rank 0 writes; on the other ranks every call does nothing.
+"""
+
+import json
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from util.distributed import World
+from util.errors import UserError
+
+LOG_NAME = "log.jsonl"
+WANDB_ID_NAME = "wandb_id.txt"
+
+
+def progress(items: Iterable, world: World, total: int, what: str, unit: str):
+    """tqdm's bar over `items` where there is a terminal, the bare items elsewhere."""
+    show = world.main and sys.stderr.isatty()
+    return tqdm(items, total=total, desc=what, unit=unit, dynamic_ncols=True, leave=False) if show else items
+
+
+class RunLog:
+    """Log of one run.
+
+    Args:
+        folder: of the run; the log is continued if there is one.
+        wandb: keyword arguments of wandb.init (project, entity, name, mode, config); mode "disabled" is off.
+        wandb_id: id of the run that is continued, if the folder does not know one.
+
+    Raises:
+        UserError: Weights & Biases was asked for and cannot start.
+    """
+
+    def __init__(self, folder: Path, world: World, wandb: Mapping[str, Any], wandb_id: str | None = None):
+        self.main, self.file, self.wandb_run, self.wandb_id = world.main, None, None, wandb_id
+        if not self.main:
+            return
+        self.path = folder / LOG_NAME
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        if wandb["mode"] != "disabled":
+            self._start_wandb(folder, wandb)
+
+    def _start_wandb(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        remembered = folder / WANDB_ID_NAME
+        known = remembered.read_text().strip() if remembered.exists() else self.wandb_id
+        self.wandb_id = known or secrets.token_hex(4)
+        try:
+            self.wandb_run = wandb.init(
+                **settings,
+                dir=str(folder),
+                id=self.wandb_id,
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+            self.wandb_run.define_metric("*", step_metric="step")
+        except Exception as error:  # of many kinds, and all mean the same to the user
+            raise UserError(f"Weights & Biases did not start ({error}); ENABLE_WANDB=0 does without it") from error
+        remembered.write_text(self.wandb_id + "\n")
+
+    def record(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line; numbers also go to Weights & Biases as `event/name`."""
+        if not self.main:
+            return
+        line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
+        self.file.write(json.dumps(line) + "\n")
+        if self.wandb_run is not None:
+            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+            self.wandb_run.log({**numbers, "step": step})
+
+    def image(self, name: str, step: int, path: Path) -> None:
+        if self.wandb_run is not None:
+            import wandb
+
+            self.wandb_run.log({name: wandb.Image(str(path)), "step": step})
+
+    def say(self, text: str) -> None:
+        """A line for people, above a progress bar if there is one."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self, exit_code: int = 0) -> None:
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=exit_code)
+        if self.file is not None:
+            self.file.close()
