@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader
 
 from denoiser import Denoiser, LogitNormal, draw, random_flip
 from sampler import guided, sample, start_noise, uniform_grid
-from util.data import positions, to_float
+from util.data import to_float
 from util.distributed import World, all_reduce_mean, gather_by_index, share
 from util.ema import EMA
 from util.errors import NonFiniteError
 from util.images import quantise
 from util.learning_rate import learning_rate
+from util.loader import positions
 from util.logger import RunLog, progress
 from util.metrics import MetricSuite
 
@@ -160,9 +161,7 @@ def _forward_backward(
         if recipe.flip:
             x = random_flip(x, recipe.seed, step, position)
         shape = tuple(x.shape[1:])
-        d = draw(
-            recipe.seed, step, position, y, shape, recipe.density, recipe.label_drop_prob, recipe.null_class
-        )  # fmt: skip
+        d = draw(recipe.seed, step, position, y, shape, recipe.density, recipe.label_drop_prob, recipe.null_class)
         last = micro == recipe.accum_iter - 1
         with nullcontext() if last or world.size == 1 else training.forward.no_sync():
             loss = training.forward(x, d.y, d.t, d.noise) / recipe.accum_iter

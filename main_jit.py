@@ -1,8 +1,8 @@
 """Train, evaluate or sample a JiT behind Spectral Forcing. Started by run_jit_multinode.sh, by torchrun, or alone.
 
-    python main_jit.py --dataset digits --model JiT-Demo/8 --epochs 32                        train
-    python main_jit.py --evaluate_gen --resume DIR --num_images 5000                           evaluate
-    python main_jit.py --sample --resume DIR --labels 0,1,2 --num_per_class 8 --seed 0         sample
+python main_jit.py --dataset digits --model JiT-Demo/8 --epochs 32                        train
+python main_jit.py --evaluate_gen --resume DIR --num_images 5000                           evaluate
+python main_jit.py --sample --resume DIR --labels 0,1,2 --num_per_class 8 --seed 0         sample
 """
 
 import sys
@@ -18,56 +18,21 @@ from torch import Tensor
 from denoiser import Denoiser, LogitNormal
 from engine_jit import Recipe, Sampling, Training, build_optimizer, evaluate, generate_all, train_one_epoch, wrap
 from util import checkpoint as ckpt
-from util import config
+from util import config, provenance
 from util.build import DenoiserConfig
-from util.data import GlobalBatchSampler, Images, build_dataset, build_loader
+from util.data import Images, build_dataset
 from util.distributed import World, barrier, find_world, process_group, rank_from_environment, tell_torchrun
 from util.ema import EMA
 from util.errors import UserError
 from util.flags import build_parser
 from util.images import labelled_grid, save_png, to_pil
 from util.learning_rate import peak_lr
+from util.loader import GlobalBatchSampler, build_loader
 from util.logger import RunLog
 from util.metrics import MetricSuite, ensure_inception_weights, parse_metrics
-
-WEIGHTS = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # flag --ema -> name in a checkpoint
-
+from util.resume import init_notes, load_for_inference, load_for_training
 
 # ---------------------------------------------------------------------------------------------------- preparation
-
-
-def load_for_inference(given: dict[str, Any], what: str) -> tuple[Namespace, ckpt.Checkpoint]:
-    folder = given.get("resume") or given.get("output_dir")
-    if folder is None:
-        raise UserError(f"--{what} needs a trained model: name its folder with --resume (RESUME in the launcher)")
-    saved = ckpt.load(folder)
-    args = config.resolve(given, saved.args, training=False)
-    args.resume, args.output_dir = folder, given.get("output_dir") or folder
-    return args, saved
-
-
-def load_for_training(given: dict[str, Any], world: World) -> tuple[Namespace, ckpt.Checkpoint | None]:
-    """Settings and checkpoint of a training run. One in the output folder wins; --resume only starts a run."""
-    resume, output, init = given.get("resume"), given.get("output_dir"), given.get("init_from")
-    if resume and init:
-        raise UserError("--resume goes on with a run and --init_from starts another one: give one of the two")
-    saved, bound = None, None
-    if output is not None and ckpt.find(output):
-        saved = ckpt.load(output)
-    elif resume is not None and (ckpt.find(resume) or output is None or Path(resume) != Path(output)):
-        saved = ckpt.load(resume)
-    elif init is not None:
-        architecture = ("model", "img_size", "class_num")
-        bound = config.resolve(given, ckpt.load(init).args, training=False, only=architecture)
-    args = bound or config.resolve(given, saved.args if saved else None, training=True)
-    config.split_global_batch(args, world.size)
-    args.resume, args.output_dir = resume, output or str(Path("output") / config.run_name(args))
-    if output is None and ckpt.find(args.output_dir):
-        return load_for_training({**given, "output_dir": args.output_dir}, world)
-    if saved and "start_epoch" in given and given["start_epoch"] != saved.epoch + 1:
-        raise UserError(f"--start_epoch {given['start_epoch']}, but {saved.path} goes on at epoch {saved.epoch + 1}")
-    args.start_epoch = saved.epoch + 1 if saved else args.start_epoch
-    return args, saved
 
 
 def autocast_dtype(args: Namespace, world: World) -> torch.dtype | None:
@@ -104,9 +69,7 @@ def build_suite(args: Namespace, world: World) -> MetricSuite:
 
 def sampling_of(args: Namespace) -> Sampling:
     interval = (args.interval_min, args.interval_max)
-    return Sampling(
-        args.sampling_method, args.num_sampling_steps, args.cfg, interval, args.seed, args.gen_bsz
-    )  # fmt: skip
+    return Sampling(args.sampling_method, args.num_sampling_steps, args.cfg, interval, args.seed, args.gen_bsz)
 
 
 def class_names(args: Namespace) -> list[str]:
@@ -148,7 +111,7 @@ def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World):
     """The denoiser with the weights that --ema names, on the device."""
     shape = DenoiserConfig.from_args(args)
     denoiser = shape.build(autocast_dtype(args, world))
-    ckpt.load_weights(denoiser, saved.weights[WEIGHTS[args.ema]], saved.path)
+    ckpt.load_weights(denoiser, saved.weights[ckpt.CHOICES[args.ema]], saved.path)
     if world.main:
         print(f"{saved.path}: epoch {saved.epoch + 1}, {args.ema}, {args.model} at {args.img_size} px")
         print(f"Spectral Forcing {shape.describe_operator()}: {saved.sf_source}")
@@ -173,7 +136,7 @@ def run_sample(given: dict[str, Any], world: World) -> str:
         for i, image in enumerate(images):
             save_png(to_pil(image), folder / f"{i:06d}.png")
         settings = {**sampling_of(args).describe(), "ema": args.ema, "labels": labels, "checkpoint": str(saved.path)}
-        config.write_json(folder / "settings.json", {**settings, **config.provenance(world.device)})
+        provenance.write_json(folder / "settings.json", {**settings, **provenance.provenance(world.device)})
     return f"grid: {folder / 'grid.png'}   images: {folder}/000000.png to {len(labels) - 1:06d}.png"
 
 
@@ -190,8 +153,8 @@ def evaluate_and_write(
     if world.main:
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"ema": args.ema, "epoch": epoch, "weights": source, "processes": world.size}
-        report = {**report, **about, **config.provenance(world.device)}
-        config.write_json(path, report)
+        report = {**report, **about, **provenance.provenance(world.device)}
+        provenance.write_json(path, report)
     return report, path
 
 
@@ -220,13 +183,12 @@ def run_train(given: dict[str, Any], world: World) -> str:
     torch.manual_seed(args.seed)
     denoiser = shape.build(autocast_dtype(args, world))
     init = ckpt.load(args.init_from) if args.init_from and saved is None else None
+    warn(init_notes(args, init) if init else [], world)
     if saved or init:
         start = saved or init
-        ckpt.load_weights(denoiser, start.weights[WEIGHTS["model" if saved else args.init_weights]], start.path)
+        ckpt.load_weights(denoiser, start.weights[ckpt.CHOICES["model" if saved else args.init_weights]], start.path)
     dataset = open_dataset(args)
-    sampler = GlobalBatchSampler(
-        len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed
-    )  # fmt: skip
+    sampler = GlobalBatchSampler(len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory=world.device.type == "cuda")
     recipe = Recipe(
         epochs=args.epochs,
@@ -301,7 +263,7 @@ def save(training: Training, epoch: int, args: Namespace, log: RunLog) -> None:
         "optimizer": training.optimizer.state_dict(),
         "epoch": epoch,
         "args": args,
-        "run": {"wandb_id": log.wandb_id, "commit": config.commit(), "versions": config.versions()},
+        "run": {"wandb_id": log.wandb_id, "commit": provenance.commit(), "versions": provenance.versions()},
     }
     path = ckpt.save(args.output_dir, content)
     log.say(f"saved {path} (epoch {epoch + 1})")
@@ -356,8 +318,8 @@ def write_start(folder, args, shape, recipe, denoiser, world, log, source) -> No
         "started_from": source or "fresh weights",
     }
     name = "config.json" if args.start_epoch == 0 else f"config-from-epoch{args.start_epoch + 1:04d}.json"
-    content = {"args": vars(args), "resolved": resolved, **config.provenance(world.device)}
-    config.write_json(folder / name, content)
+    content = {"args": vars(args), "resolved": resolved, **provenance.provenance(world.device)}
+    provenance.write_json(folder / name, content)
     log.record("start", args.start_epoch * recipe.steps_per_epoch, resolved)
     log.say(
         f"{args.model} at {args.img_size} px, {parameters:,} parameters, on {world.size} x {world.device.type}"

@@ -107,6 +107,9 @@ data_path=${DATA_PATH:-${DATA_ROOT:-${IMAGENET_ROOT:-}}}
 dataset=${DATASET:-}  # here only to see whether data is needed
 needs_data=1
 if [[ -n $data_path || ${EVALUATE_GEN:-} == 1 ]]; then needs_data=0; fi
+for folder in "${OUTPUT_DIR:-}" "${RESUME:-}"; do  # a run that goes on has its data set in its checkpoint
+    if [[ -n $folder && -f $folder/checkpoint-last.pth ]]; then needs_data=0; fi
+done
 previous=
 for flag in "$@"; do
     if [[ $previous == --dataset ]]; then dataset=$flag; fi

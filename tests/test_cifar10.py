@@ -34,7 +34,7 @@ def png_of_rows(images):
     sheet = Image.new("RGB", (1024, len(images)))
     for n, image in enumerate(images):
         for row in range(32):
-            sheet.paste(Image.fromarray(image[row:row + 1]), (32 * row, n))
+            sheet.paste(Image.fromarray(image[row : row + 1]), (32 * row, n))
     content = io.BytesIO()
     sheet.save(content, "PNG")
     return content.getvalue()
@@ -51,7 +51,7 @@ def fake(tmp_path, monkeypatch):
     path = tmp_path / "fake.tgz"
     with tarfile.open(path, "w:gz") as tar:
         for i in range(5):
-            part = arrays["train_images"][4 * i:4 * i + 4]
+            part = arrays["train_images"][4 * i : 4 * i + 4]
             add(tar, f"package/data_batch_{i + 1}.png", png_of_rows(part))
         add(tar, "package/test_batch.png", png_of_rows(arrays["test_images"]))
         for split in FAKE_COUNTS:

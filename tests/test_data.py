@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from util import data
-from util.data import DataError, Digits, GlobalBatchSampler, ImageFolderImages, build_dataset, build_loader
+from util import data, loader
+from util.data import DataError, Digits, ImageFolderImages, build_dataset
+from util.loader import GlobalBatchSampler, build_loader
 
 
 def noise_image(width, height, mode="RGB", seed=0):
@@ -35,6 +36,7 @@ def make_folder(root, counts, size=(20, 16)):
 
 # Centre crop.
 
+
 def reference_crop(image, size, passes):
     """The crop by another route, for sides that halve evenly: the number of halvings in closed form, each of them as
     means of neighbours in two passes ('xy': along rows first), each rounded half up as 8-bit BOX is, and Image.crop."""
@@ -50,8 +52,10 @@ def reference_crop(image, size, passes):
     return np.asarray(wide.crop((left, top, left + size, top + size)))
 
 
-@pytest.mark.parametrize("width, height, size", [(128, 96, 32), (96, 200, 24), (64, 64, 32), (40, 44, 32),
-                                                 (63, 90, 32), (20, 17, 32), (512, 64, 16)])
+@pytest.mark.parametrize(
+    "width, height, size",
+    [(128, 96, 32), (96, 200, 24), (64, 64, 32), (40, 44, 32), (63, 90, 32), (20, 17, 32), (512, 64, 16)],
+)
 def test_center_crop_against_independent_formulation(width, height, size):
     image = noise_image(width, height)
     crop = data.center_crop(image, size)
@@ -77,6 +81,7 @@ def test_center_crop_upscales_a_constant_to_itself():
 
 
 # Modes.
+
 
 def save_modes(folder):
     """One file per mode, each of a constant image; returns {file name: expected (r, g, b)}."""
@@ -119,6 +124,7 @@ def test_floating_point_images_are_refused(tmp_path):
 
 
 # Image folders.
+
 
 def test_image_folder_layouts_and_attributes(tmp_path):
     make_folder(tmp_path / "train", {"b": 2, "a": 3})
@@ -172,7 +178,7 @@ def test_image_folder_errors_name_the_path(tmp_path):
 def test_unreadable_image_is_named(tmp_path, workers, bad):
     path = make_folder(tmp_path / "train", {"a": 3}, size=(64, 64)) / "a" / bad
     whole = (tmp_path / "train" / "a" / "0.png").read_bytes()
-    path.write_bytes({"truncated.png": whole[:len(whole) // 2], "garbage.jpg": b"no image", "empty.png": b""}[bad])
+    path.write_bytes({"truncated.png": whole[: len(whole) // 2], "garbage.jpg": b"no image", "empty.png": b""}[bad])
     images = ImageFolderImages(tmp_path, 16)
     loader = build_loader(images, GlobalBatchSampler(4, 1, 0, 1, 1, 0), workers, False)
     before = set(multiprocessing.active_children())
@@ -200,6 +206,7 @@ def test_loader_works_again_after_a_failure(tmp_path):
 
 # Digits and the table of datasets.
 
+
 def test_digits():
     digits = build_dataset("digits", None, 32)
     assert len(digits) == 1797 and digits.num_classes == 10 and digits.class_names == list("0123456789")
@@ -214,6 +221,7 @@ def test_digits():
 
 def test_digits_values_at_their_own_size():
     from sklearn.datasets import load_digits
+
     digits, values = Digits(8), load_digits().images
     stack = torch.stack([digits[i][0][0] for i in range(len(digits))]).numpy()  # (N, 8, 8)
     assert np.abs(stack - values * 255 / 16).max() <= 0.5
@@ -244,6 +252,7 @@ def test_default_path_does_not_depend_on_the_working_directory():
 
 # Order.
 
+
 def global_batches(num_images, batch_size, world_size, accum_iter, seed=3, epoch=0, start_step=0):
     """(steps, global batch) indices in the order of the positions that `positions` gives."""
     lists = []
@@ -257,7 +266,7 @@ def global_batches(num_images, batch_size, world_size, accum_iter, seed=3, epoch
     for rank in range(world_size):
         for k, indices in enumerate(lists[rank]):
             step, micro = divmod(k, accum_iter)
-            out[step, list(data.positions(rank, world_size, micro, batch_size))] = indices
+            out[step, list(loader.positions(rank, world_size, micro, batch_size))] = indices
     assert (out >= 0).all()
     return out
 
@@ -298,6 +307,7 @@ def test_too_few_images_says_the_numbers():
 
 # Loader.
 
+
 def test_loader_order_does_not_depend_on_workers():
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -335,8 +345,8 @@ def test_workers_use_one_thread_and_ignore_sigint():
 def test_default_workers(monkeypatch, cores, local, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    assert data.default_workers(in_memory=False) == expected
-    assert data.default_workers(in_memory=True) == 0
+    assert loader.default_workers(in_memory=False) == expected
+    assert loader.default_workers(in_memory=True) == 0
 
 
 def test_to_float():

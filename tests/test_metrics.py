@@ -66,6 +66,7 @@ def inception_file(tmp_path_factory):
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """An empty torch hub cache, no variable, and a download that fails at once."""
+
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
@@ -95,13 +96,36 @@ def test_fid_and_is_equal_torch_fidelity_on_pngs(inception_file, tmp_path):
     write_pngs(tmp_path / "generated", generated)
     write_pngs(tmp_path / "real" / "train" / "class0", real)
     expected = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "generated"), input2=str(tmp_path / "real" / "train" / "class0"), cuda=False, isc=True,
-        fid=True, feature_extractor_weights_path=str(inception_file), cache=False, save_cpu_ram=True, verbose=False,
+        input1=str(tmp_path / "generated"),
+        input2=str(tmp_path / "real" / "train" / "class0"),
+        cuda=False,
+        isc=True,
+        fid=True,
+        feature_extractor_weights_path=str(inception_file),
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
         batch_size=15,
     )
     reference = tmp_path / "reference.npz"
-    arguments = ["--dataset", "imagefolder", "--data_path", tmp_path / "real", "--img_size", SIZE, "--out", reference,
-                 "--inception_weights", inception_file, "--batch_size", 10, "--num_workers", 0, "--device", "cpu"]
+    arguments = [
+        "--dataset",
+        "imagefolder",
+        "--data_path",
+        tmp_path / "real",
+        "--img_size",
+        SIZE,
+        "--out",
+        reference,
+        "--inception_weights",
+        inception_file,
+        "--batch_size",
+        10,
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+    ]
     assert prepare_ref.main([str(a) for a in arguments]) == 0
 
     suite = MetricSuite(("fid", "is"), "imagefolder", SIZE, len(generated), "cpu", reference, inception_file)
@@ -197,8 +221,15 @@ def test_effnet_ranks_digits_before_noise(effnet, tmp_path):
     again = effnet(real[:20])["effnet_lite0"]
     assert torch.equal(again, effnet(real[:20])["effnet_lite0"])
     torch.testing.assert_close(again, first[:20], rtol=1e-4, atol=1e-4)  # another batch size
-    meta = {"dataset": "digits", "split": "train", "img_size": SIZE, "crop": "none", "extractor": effnet.name,
-            "extractor_sha256": effnet.sha256, "num_images": 80}
+    meta = {
+        "dataset": "digits",
+        "split": "train",
+        "img_size": SIZE,
+        "crop": "none",
+        "extractor": effnet.name,
+        "extractor_sha256": effnet.sha256,
+        "num_images": 80,
+    }
     x = first.double().numpy()
     save_reference(tmp_path / "r.npz", x.mean(axis=0), np.cov(x, rowvar=False), meta)
     suite = MetricSuite(("fd_effnet",), "digits", SIZE, 80, "cpu", tmp_path / "r.npz")

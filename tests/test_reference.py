@@ -37,8 +37,17 @@ class Colours:
 
 
 def meta(**changes) -> dict:
-    values = {"dataset": "digits", "split": "train", "img_size": 32, "crop": "none", "extractor": "inception",
-              "extractor_sha256": "abc", "num_images": 50, "date": "2026-01-01", "versions": {}}
+    values = {
+        "dataset": "digits",
+        "split": "train",
+        "img_size": 32,
+        "crop": "none",
+        "extractor": "inception",
+        "extractor_sha256": "abc",
+        "num_images": 50,
+        "date": "2026-01-01",
+        "versions": {},
+    }
     return values | changes
 
 
@@ -179,8 +188,15 @@ def test_files_that_are_not_npz(tmp_path, statistics):
     flipped[len(whole) // 2] ^= 0xFF
     np.save(tmp_path / "single.npy", statistics[1])
     pickled = pickle.dumps(Payload(marker))
-    for content in (b"", b"text", whole[:-50], whole[:100], bytes(flipped), pickled,
-                    (tmp_path / "single.npy").read_bytes()):
+    for content in (
+        b"",
+        b"text",
+        whole[:-50],
+        whole[:100],
+        bytes(flipped),
+        pickled,
+        (tmp_path / "single.npy").read_bytes(),
+    ):
         path.write_bytes(content)
         with pytest.raises(MetricError, match="not a reference file"):
             load_reference(path, DIM, Colours(), 32)
@@ -206,8 +222,10 @@ def test_prepare_ref_writes_what_numpy_computes(tmp_path, fake_extractor, capsys
     arguments += ["--out", str(out)]
     assert prepare_ref.main(arguments) == 0
     indices = prepare_ref.choose_indices(1797, 70)
-    assert len(set(indices)) == 70 and indices == sorted(indices) and set(indices) < set(
-        prepare_ref.choose_indices(1797, 90)
+    assert (
+        len(set(indices)) == 70
+        and indices == sorted(indices)
+        and set(indices) < set(prepare_ref.choose_indices(1797, 90))
     )
     dataset = build_dataset("digits", None, 32, "train")
     x = Colours()(torch.stack([dataset[i][0] for i in indices]))["inception_2048"].double().numpy()
@@ -257,7 +275,13 @@ def test_prepare_ref_as_a_program(tmp_path):
     """No traceback and exit code 2, from another working directory."""
     environment = os.environ | {"INCEPTION_WEIGHTS": str(tmp_path / "none.pth")}
     arguments = ["--dataset", "digits", "--device", "cpu", "--out", str(tmp_path / "r.npz")]
-    done = subprocess.run([sys.executable, ROOT / "prepare_ref.py", *arguments], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "prepare_ref.py", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and "INCEPTION_WEIGHTS" in done.stderr

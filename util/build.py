@@ -8,6 +8,7 @@ import torch
 from denoiser import Denoiser
 from model_jit import JiT_models
 from spectral_forcing import SpectralForcing
+from util.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,17 @@ class DenoiserConfig:
         return self.class_num
 
     def build(self, autocast_dtype: torch.dtype | None = None) -> Denoiser:
-        """The denoiser with freshly initialised weights, on the CPU (or on torch's current default device)."""
+        """The denoiser with freshly initialised weights, on the CPU (or on torch's current default device).
+
+        Raises:
+            UserError: settings that do not fit together.
+        """
+        try:
+            return self._build(autocast_dtype)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _build(self, autocast_dtype: torch.dtype | None) -> Denoiser:
         net = JiT_models[self.model](
             input_size=self.img_size,
             num_classes=self.class_num,

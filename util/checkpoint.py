@@ -23,7 +23,8 @@ from util.errors import UserError
 NAME = "checkpoint-last.pth"
 PREFIX = "net."
 PROJ1 = PREFIX + "x_embedder.proj1.weight"
-WEIGHTS = ("model", "model_ema1", "model_ema2")
+CHOICES = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # name in a flag -> name in the file
+WEIGHTS = tuple(CHOICES.values())
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         slots[slot] = values
     # How our optimizer is executed is ours to say; what it is, is the checkpoint's.
     execution = {k: optimizer.param_groups[0][k] for k in ("fused", "foreach", "capturable", "differentiable")}
-    groups = [{**ours, **group, **execution} for ours, group in zip(
-        [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
-        state["param_groups"],
-        strict=True,
-    )]
+    groups = [
+        {**ours, **group, **execution}
+        for ours, group in zip(
+            [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+            state["param_groups"],
+            strict=True,
+        )
+    ]
     optimizer.load_state_dict({"state": {k: v for k, v in slots.items() if v}, "param_groups": groups})
 
 

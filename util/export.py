@@ -1,10 +1,10 @@
 """One set of weights with its configuration in a safetensors file, to use a trained model elsewhere.
 
-    python -m util.export --resume DIR --ema ema1 --out digits.safetensors
+python -m util.export --resume DIR --ema ema1 --out digits.safetensors
 
-    from util.export import load_denoiser
-    denoiser, config = load_denoiser("digits.safetensors")
-    v = denoiser.velocity(z, t, y)              # z (B, 3, H, W), t (B,), y (B,)
+from util.export import load_denoiser
+denoiser, config = load_denoiser("digits.safetensors")
+v = denoiser.velocity(z, t, y)              # z (B, 3, H, W), t (B,), y (B,)
 """
 
 import argparse
@@ -23,15 +23,15 @@ from util.build import DenoiserConfig
 from util.errors import UserError
 
 CONFIG_KEY = "denoiser"
-WEIGHTS = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}
 
 
 def export(folder: str | Path, out: str | Path, ema: str = "ema1") -> DenoiserConfig:
     """Write the weights `ema` ("ema1", "ema2" or "model") of the checkpoint in `folder` to `out`."""
     saved = checkpoint.load(folder)
     settings = DenoiserConfig.from_args(config.resolve({}, saved.args, training=False))
-    checkpoint.load_weights(settings.build(), saved.weights[WEIGHTS[ema]], saved.path)  # it fits, or says what does not
-    tensors = {name: tensor.contiguous() for name, tensor in saved.weights[WEIGHTS[ema]].items()}
+    weights = saved.weights[checkpoint.CHOICES[ema]]
+    checkpoint.load_weights(settings.build(), weights, saved.path)  # they fit, or it says what does not
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     about = {CONFIG_KEY: json.dumps(asdict(settings)), "weights": ema, "epoch": str(saved.epoch)}
     save_file(tensors, str(out), metadata=about)
     return settings
@@ -58,7 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resume", required=True, help="folder of the run")
     parser.add_argument("--out", required=True, help="file to write, .safetensors")
-    parser.add_argument("--ema", default="ema1", choices=tuple(WEIGHTS), help="which weights (default: ema1)")
+    parser.add_argument("--ema", default="ema1", choices=tuple(checkpoint.CHOICES), help="which weights")
     args = parser.parse_args()
     try:
         settings = export(args.resume, args.out, args.ema)

@@ -101,7 +101,7 @@ SECTIONS: dict[str, list[Flag]] = {
     "evaluation": [
         Flag("online_eval", True, argparse.BooleanOptionalAction, FREE, "evaluate during training"),
         Flag("eval_freq", 40, int, FREE, "epochs between sample grids and online evaluations"),
-        Flag("metrics", "fid,is", str, FREE, "fid, is, fd_effnet, class_agreement (digits)"),
+        Flag("metrics", None, str, FREE, "of fid, is, fd_effnet, class_agreement (default: fid,is; digits: the last)"),
         Flag("num_images", 50000, int, FREE, "images of an evaluation, a multiple of the number of classes"),
         Flag("gen_bsz", 128, int, FREE, "images per process and sampling pass"),
         Flag("fid_stats", None, str, OWN, "reference statistics (default: by data set and size, from fid_stats/)"),

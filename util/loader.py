@@ -1,0 +1,130 @@
+"""The order in which images are read, and the loader that reads them.
+
+The order of an epoch is a function of (seed, epoch), and a step's global batch does not depend on how many processes
+and accumulated passes share it.
+
+Shapes: B images of a micro-batch; a batch is (B, 3, H, W) uint8 with labels (B,) int64.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from util.data import DataError, Images
+
+MAX_WORKERS = 12
+
+
+def positions(rank: int, world_size: int, micro: int, batch_size: int) -> range:
+    """Positions in the global batch of the images of micro-batch `micro` on process `rank`: batch_size of them."""
+    first = (micro * world_size + rank) * batch_size
+    return range(first, first + batch_size)
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Lists of batch_size image indices for one process, such that the global batches depend on (seed, epoch) alone.
+
+    Step s of an epoch is perm[s*G : (s+1)*G] with G = batch_size * world_size * accum_iter and perm the permutation
+    of (seed, epoch) (`permutation`); what remains of the epoch after the last whole global batch is dropped. Within a
+    step, this process takes `positions(rank, world_size, m, batch_size)` for m = 0..accum_iter-1, one list each.
+    DataError when the images do not fill one global batch.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int, accum_iter: int, seed: int):
+        if min(batch_size, world_size, accum_iter) < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"bad {batch_size=}, {rank=}, {world_size=}, {accum_iter=}")
+        self.num_images, self.batch_size, self.rank, self.world_size = num_images, batch_size, rank, world_size
+        self.accum_iter, self.seed = accum_iter, seed
+        self.global_batch = batch_size * world_size * accum_iter
+        if num_images < self.global_batch:
+            raise DataError(
+                f"the dataset has {num_images} images, fewer than one global batch of {self.global_batch} "
+                f"= {batch_size} per process x {world_size} processes x {accum_iter} accumulated. "
+                "Lower BATCH_SIZE or GLOBAL_BATCH, or use more images."
+            )
+        self.set_epoch(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_images // self.global_batch
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch, and the step in it at which the next iteration starts (0..steps_per_epoch)."""
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step {start_step} is not in 0..{self.steps_per_epoch}")
+        self.epoch, self.start_step = epoch, start_step
+
+    def permutation(self) -> np.ndarray:
+        """(num_images,) int64: the order of this epoch."""
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.epoch]))
+        return np.random.Generator(bits).permutation(self.num_images)
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.start_step) * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.permutation()
+        for step in range(self.start_step, self.steps_per_epoch):
+            batch = order[step * self.global_batch : (step + 1) * self.global_batch]
+            for micro in range(self.accum_iter):
+                mine = positions(self.rank, self.world_size, micro, self.batch_size)
+                yield batch[mine.start : mine.stop].tolist()
+
+
+def default_workers(in_memory: bool) -> int:
+    """Worker processes for one training process: 0 for data in memory, else its share of the cores, 1..MAX_WORKERS."""
+    if in_memory:
+        return 0
+    share = len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(MAX_WORKERS, share))
+
+
+def _init_worker(worker_id: int) -> None:
+    """One thread per worker, and Ctrl-C in the terminal is left to the main process, which ends its workers."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader that ends its workers at once when one of them fails, and starts new ones if iterated over again.
+
+    Left to the garbage collector, as the iterator is when a worker's exception has been raised through it, that takes
+    torch 2.11 a time-out of 5 s per worker.
+    """
+
+    def __iter__(self) -> Iterator:
+        return self._guarded(super().__iter__())
+
+    def _guarded(self, batches: Iterator) -> Iterator:
+        try:
+            yield from batches
+        except Exception:
+            if self.num_workers > 0:
+                self._iterator = None
+                batches._shutdown_workers()  # torch has no public name for it
+            raise
+
+
+def build_loader(
+    dataset: Images, sampler: Sampler[list[int]], num_workers: int | None, pin_memory: bool
+) -> ImageLoader:
+    """Loader of (images (B, 3, H, W) uint8, labels (B,) int64) in the sampler's order.
+
+    num_workers None: `default_workers`. Call the sampler's set_epoch before each iteration over the loader. The loader
+    has its own generator, so that iterating over it leaves torch's global random state alone.
+    """
+    workers = default_workers(dataset.in_memory) if num_workers is None else num_workers
+    return ImageLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_init_worker,
+        persistent_workers=workers > 0,
+        prefetch_factor=2 if workers else None,
+        generator=torch.Generator().manual_seed(0),
+    )
