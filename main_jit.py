@@ -28,7 +28,7 @@ from util.flags import build_parser
 from util.images import labelled_grid, save_png, to_pil
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
-from util.logger import RunLog
+from util.logger import LOG_NAME, RunLog
 from util.metrics import MetricSuite, ensure_inception_weights, parse_metrics
 from util.resume import init_notes, load_for_inference, load_for_training
 
@@ -236,7 +236,7 @@ def run_train(given: dict[str, Any], world: World) -> str:
 def train(training, loader, sampler, recipe, args, shape, suite, world, log) -> dict[str, Path]:
     """All epochs that are left. Returns what was written: name -> path."""
     folder = Path(args.output_dir)
-    products = {"checkpoint": folder / ckpt.NAME, "log": folder / "log.jsonl"}
+    products = {"checkpoint": folder / ckpt.NAME, "log": folder / LOG_NAME}
     if args.start_epoch >= args.epochs:
         log.say(f"nothing to train: {args.start_epoch} of {args.epochs} epochs are done (EPOCHS raises their number)")
     for epoch in range(args.start_epoch, args.epochs):

@@ -11,7 +11,6 @@ work can be divided between processes; `main` takes all indices in one.
 """
 
 import argparse
-import datetime
 import os
 import sys
 from collections.abc import Sequence
@@ -21,10 +20,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.data import DATASETS, KNOWN, build_dataset, build_loader
+from util.data import DATASETS, KNOWN, build_dataset
 from util.errors import UserError
 from util.features import EffNetLite0, InceptionV3, MetricError
-from util.metrics import STREAM, versions
+from util.loader import build_loader
+from util.metrics import STREAM
+from util.provenance import provenance
 from util.reference import Moments, default_reference, save_reference
 
 SUBSET_SEED = 0
@@ -138,10 +139,8 @@ def run(args: argparse.Namespace) -> tuple[Path, str]:
         "extractor_details": extractor.describe(),
         "num_images": len(indices),
         "subset_seed": None if args.num_images is None else SUBSET_SEED,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device.type,
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
-        "versions": versions(),
+        **provenance(device),
     }
     return out, save_reference(out, mu, sigma, meta)
 

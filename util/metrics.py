@@ -249,16 +249,8 @@ class MetricSuite:
                 "matmul": torch.backends.cuda.matmul.allow_tf32,
                 "cudnn": torch.backends.cudnn.allow_tf32,
             },
-            "versions": versions(),
             "warnings": list(self.warnings),
         }
         if "is" in self.names:
             out["inception_score"] = {"splits": IS_SPLITS, "shuffle": True, "seed": IS_SEED}
         return out
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that the numbers depend on, without importing them."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "torch-fidelity", "timm", "numpy", "scikit-learn")}

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "torch-fidelity", "wandb", "pillow", "safetensors")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scipy",
+    "torch-fidelity",
+    "wandb",
+    "pillow",
+    "safetensors",
+    "scikit-learn",
+)
 
 
 def versions() -> dict[str, str]:

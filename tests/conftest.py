@@ -1,0 +1,184 @@
+"""What several test modules share: a network and a data set so small that a whole run takes about a second.
+
+The network is registered under TINY for as long as a module that asks for the fixture `tiny` runs; all of its weights
+are random, since the real initialisation, which starts as the zero function, would hide differences in a few steps.
+"""
+
+import hashlib
+import json
+import os
+from functools import lru_cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_jit
+from model_jit import JiT, JiT_models
+from util import checkpoint
+from util.data import Digits, build_dataset
+from util.distributed import World
+
+TINY = "JiT-Test/8"
+ONE = World()  # a single process on the CPU
+FEW = 40  # images; with the global batch of ARGS two steps an epoch
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+class RandomJiT(JiT):
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape)
+
+
+TINY_MODEL = partial(
+    RandomJiT,
+    patch_size=8,
+    hidden_size=32,
+    depth=4,
+    num_heads=2,
+    bottleneck_dim=8,
+    in_context_len=2,
+    in_context_start=1,
+)
+
+
+class FewDigits(Digits):
+    """The first FEW digits."""
+
+    def __init__(self, img_size: int):
+        super().__init__(img_size)
+        self._images, self.labels = self._images[:FEW], self.labels[:FEW]
+
+
+few_digits = lru_cache(FewDigits)
+
+
+def few(name, data_path, img_size, split="train"):
+    """In the place of util.data.build_dataset: FEW digits, anything else as it is."""
+    return few_digits(img_size) if name == "digits" else build_dataset(name, data_path, img_size, split)
+
+
+def register(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(JiT_models, TINY, TINY_MODEL)
+    patch.setattr(main_jit, "build_dataset", few)
+
+
+def arguments(**changes) -> list[str]:
+    """Flags of a run with TINY, changed; None leaves a flag out, True and False are switches."""
+    settings = {
+        "dataset": "digits",
+        "model": TINY,
+        "img_size": 16,
+        "batch_size": 16,
+        "epochs": 2,
+        "warmup_epochs": 0.5,
+        "lr": 1e-3,
+        "ema_decay1": 0.9,
+        "ema_decay2": 0.5,
+        "log_freq": 1,
+        "num_sampling_steps": 2,
+        "wandb_num_vis": 2,
+        "wandb_mode": "disabled",
+        "online_eval": False,
+        "device": "cpu",
+    }
+    return flags(**{**settings, **changes})
+
+
+def flags(**settings) -> list[str]:
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def train(folder: Path, code: int = 0, **changes) -> Path:
+    assert main_jit.main(arguments(output_dir=folder, **changes)) == code
+    return folder
+
+
+def read_log(folder: Path, event: str = "train") -> list[dict]:
+    """The lines of one kind in a run's log, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in ("time", "images_per_s")} for line in lines if line["event"] == event
+    ]
+
+
+def raw(folder: Path) -> dict:
+    """The content of a run's checkpoint, without the code that is tested."""
+    return torch.load(folder / checkpoint.NAME, weights_only=False)
+
+
+def differences(a, b, path: str = "") -> list[str]:
+    """Where two nested structures of tensors and plain values differ in a single bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) and a.dtype == b.dtype else [path]
+    if isinstance(a, dict):
+        if not isinstance(b, dict) or list(a) != list(b):
+            return [path]
+        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return [path]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
+    return [] if a == b else [path]
+
+
+STATE = ("model", "model_ema1", "model_ema2", "optimizer", "epoch")
+
+
+def state_differences(a: Path, b: Path) -> list[str]:
+    """Differences between the checkpoints of two runs in all that training changes."""
+    a, b = raw(a), raw(b)
+    return differences({k: a[k] for k in STATE}, {k: b[k] for k in STATE})
+
+
+def listing(*folders: Path) -> dict[str, str]:
+    """Every file and folder below `folders`, with what is in it."""
+    found = {}
+    for path in (p for folder in folders for p in sorted(folder.rglob("*"))):
+        found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    return found
+
+
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, marker: Path):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """TINY and FEW digits are there, and one thread computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a finished run of two epochs. Read it, do not write to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        return train(tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, so that what would be written by default is seen."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
