@@ -24,7 +24,7 @@ from util.data import Images, build_dataset
 from util.distributed import World, barrier, find_world, process_group, rank_from_environment, tell_torchrun
 from util.ema import EMA
 from util.errors import UserError
-from util.flags import build_parser
+from util.flags import DEFAULTS, build_parser
 from util.images import labelled_grid, save_png, to_pil
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
@@ -119,7 +119,11 @@ def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World):
 
 
 def setting_name(args: Namespace, epoch: int) -> str:
-    return f"epoch{epoch + 1:04d}-{args.ema}-{args.sampling_method}{args.num_sampling_steps}-cfg{args.cfg:g}"
+    """Part of a file name that differs wherever images differ, apart from seed and labels."""
+    guidance = f"cfg{args.cfg:g}"
+    if args.cfg != 1 and (args.interval_min, args.interval_max) != (DEFAULTS["interval_min"], DEFAULTS["interval_max"]):
+        guidance += f"-t{args.interval_min:g}to{args.interval_max:g}"
+    return f"epoch{epoch + 1:04d}-{args.ema}-{args.sampling_method}{args.num_sampling_steps}-{guidance}"
 
 
 def run_sample(given: dict[str, Any], world: World) -> str:

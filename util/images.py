@@ -44,6 +44,9 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int, title: st
     rows = [range(i, min(i + columns, count)) for i in range(0, count, columns)]
     in_front = all(len({labels[i] for i in row}) == 1 for row in rows)
     font = ImageFont.load_default(size=max(11, cell // 6))
+    longest = max(font.getlength(label) for label in labels)
+    if not in_front and longest > cell:
+        font = ImageFont.load_default(size=max(7, int(font.size * cell / longest)))
     line = font.size + 6
     margin = 8 + max(int(font.getlength(label)) for label in labels) if in_front else gap
     top = line if title else gap
