@@ -1,13 +1,12 @@
-"""What happens between a checkpoint and the next: an epoch of training, and sampling with its evaluation.
+"""What happens between a checkpoint and the next: an epoch of training; sampling and evaluation by their names here.
 
 Shapes: B images of a micro-batch on one process; images (B, 3, H, W).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +14,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from denoiser import Denoiser, LogitNormal, draw, random_flip
-from sampler import guided, sample, start_noise, uniform_grid
 from util.data import to_float
-from util.distributed import World, all_reduce_mean, gather_by_index, share
+from util.distributed import World, all_reduce_mean
 from util.ema import EMA
 from util.errors import NonFiniteError
-from util.images import quantise
+from util.evaluation import evaluate
+from util.generation import Sampling, generate, generate_all
 from util.learning_rate import learning_rate
 from util.loader import positions
 from util.logger import RunLog, progress
-from util.metrics import MetricSuite
+
+__all__ = [
+    "Recipe",
+    "Sampling",
+    "Training",
+    "build_optimizer",
+    "evaluate",
+    "generate",
+    "generate_all",
+    "train_one_epoch",
+    "wrap",
+]
 
 
 @dataclass(frozen=True)
@@ -191,116 +201,3 @@ def _report(values: dict[str, float], step: int, bar, recipe: Recipe, log: RunLo
             f"epoch {values['epoch'] + 1}/{recipe.epochs}  step {step + 1}/{recipe.epochs * recipe.steps_per_epoch}  "
             f"loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.3g}  {rate:.0f} images/s"
         )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are made; image i depends on these, on its label and on i alone."""
-
-    solver: str
-    steps: int
-    cfg: float
-    interval: tuple[float, float]
-    seed: int
-    batch_size: int
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "solver": self.solver,
-            "steps": self.steps,
-            "cfg": self.cfg,
-            "interval": list(self.interval),
-            "seed": self.seed,
-        }
-
-
-@torch.inference_mode()
-def generate(
-    denoiser: Denoiser,
-    sampling: Sampling,
-    labels: Sequence[int],
-    image_shape: tuple[int, int, int],
-    null_class: int,
-    world: World,
-    what: str = "sampling",
-) -> Iterator[Tensor]:
-    """This process's share of the images 0 .. len(labels) - 1, in index order, as batches uint8 (B, 3, H, W).
-
-    Raises:
-        UserError: an image with values that are not finite.
-    """
-    mine = share(len(labels), world)
-    starts = range(mine.start, mine.stop, sampling.batch_size)
-    was_training = denoiser.training
-    denoiser.eval()
-    try:
-        for start in progress(starts, world, len(starts), what, "batch"):
-            index = range(start, min(start + sampling.batch_size, mine.stop))
-            y = torch.tensor([labels[i] for i in index], device=world.device)
-            z = denoiser.noise_scale * start_noise(sampling.seed, index, image_shape).to(world.device)
-            velocity = guided(denoiser.velocity, y, null_class, sampling.cfg, sampling.interval)
-            x = sample(velocity, z, uniform_grid(sampling.steps), sampling.solver)
-            yield quantise(x, index, y, sampling.seed)
-    finally:
-        denoiser.train(was_training)
-
-
-def generate_all(
-    denoiser: Denoiser,
-    sampling: Sampling,
-    labels: Sequence[int],
-    image_shape: tuple[int, int, int],
-    null_class: int,
-    world: World,
-) -> Tensor | None:
-    """All images uint8 (len(labels), 3, H, W) on rank 0's host, None elsewhere."""
-    empty = torch.empty((0, *image_shape), dtype=torch.uint8)
-    batches = [b.cpu() for b in generate(denoiser, sampling, labels, image_shape, null_class, world)]
-    return gather_by_index(torch.cat([empty, *batches]), len(labels), world)
-
-
-def evaluate(
-    denoiser: Denoiser,
-    sampling: Sampling,
-    num_images: int,
-    image_shape: tuple[int, int, int],
-    class_num: int,
-    suite: MetricSuite,
-    world: World,
-) -> dict[str, Any] | None:
-    """Generate `num_images`, equally many of each class, and measure them. Image i has label i // (images per class).
-
-    Returns:
-        On rank 0 the metrics, settings and times; None elsewhere.
-    """
-    start = time.perf_counter()
-    labels = [i // (num_images // class_num) for i in range(num_images)]
-    parts: dict[str, list[Tensor]] = {}
-    extracting = 0.0
-    for images in generate(denoiser, sampling, labels, image_shape, class_num, world, "evaluating"):
-        before = time.perf_counter()
-        for stream, features in suite.extract(images).items():
-            parts.setdefault(stream, []).append(features)
-        extracting += time.perf_counter() - before
-    # In a fixed order, since each gather is a collective; a process without images takes part with no rows.
-    features = {
-        stream: gather_by_index(torch.cat([torch.empty(0, width), *parts.get(stream, [])]), num_images, world)
-        for stream, width in sorted(suite.streams.items())
-    }
-    gathered = time.perf_counter()
-    if not world.main:
-        return None
-    metrics = suite.compute(features, torch.tensor(labels))
-    end = time.perf_counter()
-    return {
-        "metrics": metrics,
-        "num_images": num_images,
-        **sampling.describe(),
-        "measured_with": suite.describe(),
-        "seconds": {
-            "sampling_and_gathering": round(gathered - start - extracting, 3),
-            "features": round(extracting, 3),
-            "metrics": round(end - gathered, 3),
-        },
-        "images_per_s": round(num_images / (end - start), 3),
-    }

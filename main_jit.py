@@ -2,6 +2,7 @@
 
 python main_jit.py --dataset digits --model JiT-Demo/8 --epochs 32                        train
 python main_jit.py --evaluate_gen --resume DIR --num_images 5000                           evaluate
+python main_jit.py --evaluate_gen --resume DIR --sweep_cfg 1.0:4.0:0.1 --sweep_ema 1,2     choose, then evaluate
 python main_jit.py --sample --resume DIR --labels 0,1,2 --num_per_class 8 --seed 0         sample
 """
 
@@ -16,15 +17,17 @@ import torch
 from torch import Tensor
 
 from denoiser import Denoiser, LogitNormal
-from engine_jit import Recipe, Sampling, Training, build_optimizer, evaluate, generate_all, train_one_epoch, wrap
+from engine_jit import Recipe, Training, build_optimizer, train_one_epoch, wrap
 from util import checkpoint as ckpt
-from util import config, provenance
+from util import config, provenance, sweep
 from util.build import DenoiserConfig
 from util.data import Images, build_dataset
-from util.distributed import World, barrier, find_world, process_group, rank_from_environment, tell_torchrun
+from util.distributed import World, barrier, find_world, from_main, process_group, rank_from_environment, tell_torchrun
 from util.ema import EMA
 from util.errors import UserError
-from util.flags import DEFAULTS, build_parser
+from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, report_name
+from util.flags import build_parser
+from util.generation import Sampling, generate_all, setting_name
 from util.images import labelled_grid, save_png, to_pil
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
@@ -49,27 +52,22 @@ def open_dataset(args: Namespace) -> Images:
     return dataset
 
 
-def build_suite(args: Namespace, world: World) -> MetricSuite:
+def build_suite(args: Namespace, world: World, num_images: int) -> MetricSuite:
     """The metrics, with everything they need checked. Weights that must be fetched are fetched by rank 0 first."""
-    names = parse_metrics(args.metrics)
-    if not names:
-        raise UserError("an evaluation without metrics: name some in --metrics, or train with --no-online_eval")
     try:
+        names = parse_metrics(args.metrics)
+        if not names:
+            raise UserError("an evaluation without metrics: name some in --metrics, or train with --no-online_eval")
         if world.main and {"fid", "is"} & set(names):
             ensure_inception_weights(args.inception_weights)
         barrier(world)
         return MetricSuite(
-            names, args.dataset, args.img_size, args.num_images, world.device, args.fid_stats, args.inception_weights
+            names, args.dataset, args.img_size, num_images, world.device, args.fid_stats, args.inception_weights
         )
     except UserError as error:
         if args.evaluate_gen:
             raise
         raise UserError(f"{error} (ONLINE_EVAL=0 or --no-online_eval trains without an evaluation)") from error
-
-
-def sampling_of(args: Namespace) -> Sampling:
-    interval = (args.interval_min, args.interval_max)
-    return Sampling(args.sampling_method, args.num_sampling_steps, args.cfg, interval, args.seed, args.gen_bsz)
 
 
 def class_names(args: Namespace) -> list[str]:
@@ -99,7 +97,7 @@ def draw_grid(
     denoiser: Denoiser, shape: DenoiserConfig, args: Namespace, labels: list[int], world: World, path: Path, title: str
 ) -> Tensor | None:
     """Generate images of `labels` and write a labelled grid; returns the images on rank 0, None elsewhere."""
-    images = generate_all(denoiser, sampling_of(args), labels, shape.image_shape, shape.null_class, world)
+    images = generate_all(denoiser, Sampling.from_args(args), labels, shape.image_shape, shape.null_class, world)
     if world.main:
         names = class_names(args)
         grid = labelled_grid(images, [names[label] for label in labels], grid_columns(labels), title)
@@ -118,28 +116,21 @@ def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World):
     return denoiser.to(world.device).eval(), shape
 
 
-def setting_name(args: Namespace, epoch: int) -> str:
-    """Part of a file name that differs wherever images differ, apart from seed and labels."""
-    guidance = f"cfg{args.cfg:g}"
-    if args.cfg != 1 and (args.interval_min, args.interval_max) != (DEFAULTS["interval_min"], DEFAULTS["interval_max"]):
-        guidance += f"-t{args.interval_min:g}to{args.interval_max:g}"
-    return f"epoch{epoch + 1:04d}-{args.ema}-{args.sampling_method}{args.num_sampling_steps}-{guidance}"
-
-
 def run_sample(given: dict[str, Any], world: World) -> str:
     args, saved = load_for_inference(given, "sample")
     warn(config.check(args, evaluates=False), world)
     chosen = config.parse_labels(args.labels, args.class_num)
     labels = [label for label in chosen for _ in range(args.num_per_class)]
     denoiser, shape = load_denoiser(args, saved, world)
-    folder = Path(args.output_dir) / "samples" / f"{setting_name(args, saved.epoch)}-seed{args.seed}"
+    sampling = Sampling.from_args(args)
+    folder = Path(args.output_dir) / "samples" / f"{setting_name(saved.epoch, args.ema, sampling)}-seed{args.seed}"
     with process_group(world):
         title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
         images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title)
     if world.main:
         for i, image in enumerate(images):
             save_png(to_pil(image), folder / f"{i:06d}.png")
-        settings = {**sampling_of(args).describe(), "ema": args.ema, "labels": labels, "checkpoint": str(saved.path)}
+        settings = {**sampling.describe(), "ema": args.ema, "labels": labels, "checkpoint": str(saved.path)}
         provenance.write_json(folder / "settings.json", {**settings, **provenance.provenance(world.device)})
     return f"grid: {folder / 'grid.png'}   images: {folder}/000000.png to {len(labels) - 1:06d}.png"
 
@@ -147,34 +138,33 @@ def run_sample(given: dict[str, Any], world: World) -> str:
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-def evaluate_and_write(
-    denoiser, shape: DenoiserConfig, args: Namespace, suite: MetricSuite, epoch: int, source: str, world: World
-) -> tuple[dict[str, Any] | None, Path]:
-    """Evaluate and, on rank 0, write the report. Returns (report, its path)."""
-    report = evaluate(denoiser, sampling_of(args), args.num_images, shape.image_shape, args.class_num, suite, world)
-    name = f"{setting_name(args, epoch)}-seed{args.seed}-n{args.num_images}.json"
-    path = Path(args.output_dir) / "eval" / name
-    if world.main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"ema": args.ema, "epoch": epoch, "weights": source, "processes": world.size}
-        report = {**report, **about, **provenance.provenance(world.device)}
-        provenance.write_json(path, report)
-    return report, path
-
-
-def metric_line(report: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in report["metrics"].items())
-
-
 def run_evaluate(given: dict[str, Any], world: World) -> str:
     args, saved = load_for_inference(given, "evaluate_gen")
     warn(config.check(args, evaluates=True), world)
+    plan, sampling, folder = sweep.Plan.from_args(args), Sampling.from_args(args), Path(args.output_dir)
+    save_images = Path(args.save_images) if args.save_images else None
     with process_group(world):
-        suite = build_suite(args, world)
-        warn(suite.warnings, world)
+        suites = [build_suite(args, world, n) for n in ([plan.images] if plan else []) + [args.num_images]]
+        warn(list(dict.fromkeys(w for suite in suites for w in suite.warnings)), world)
+        if plan:
+            sweep.criterion(suites[0].names)  # refused before the weights are loaded
         denoiser, shape = load_denoiser(args, saved, world)
-        report, path = evaluate_and_write(denoiser, shape, args, suite, saved.epoch, str(saved.path), world)
-    return f"{metric_line(report)}   report: {path}" if world.main else ""
+
+        def subject_of(ema: str) -> Subject:
+            ckpt.load_weights(denoiser, saved.weights[ckpt.CHOICES[ema]], saved.path)
+            return Subject(denoiser, shape, ema, saved.epoch, saved.path)
+
+        if plan:
+            report, products = sweep.run_sweep(
+                plan, sampling, subject_of, suites, args.num_images, folder, world, save_images, args.keep_features
+            )
+        else:
+            subject = Subject(denoiser, shape, args.ema, saved.epoch, saved.path)
+            report, path = evaluate_and_write(
+                subject, sampling, args.num_images, suites[0], folder / "eval", world, save_images, args.keep_features
+            )
+            products = [f"report: {path}"]
+    return "   ".join([metric_line(report), *products])
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -222,7 +212,7 @@ def run_train(given: dict[str, Any], world: World) -> str:
 
     folder = Path(args.output_dir)
     with process_group(world):
-        suite = build_suite(args, world) if args.online_eval else None
+        suite = build_suite(args, world, args.num_images) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
         training = Training(denoiser, wrap(denoiser, world), optimizer, emas)
         log = open_log(folder, args, world, saved)
@@ -243,19 +233,37 @@ def train(training, loader, sampler, recipe, args, shape, suite, world, log) -> 
     products = {"checkpoint": folder / ckpt.NAME, "log": folder / LOG_NAME}
     if args.start_epoch >= args.epochs:
         log.say(f"nothing to train: {args.start_epoch} of {args.epochs} epochs are done (EPOCHS raises their number)")
+    if suite is not None and from_main(world, lambda: evaluation_is_missing(args)):
+        log.say(f"the evaluation after epoch {args.start_epoch} was due and has no report: it is completed first")
+        products |= look(training, args.start_epoch - 1, recipe, args, shape, suite, world, log)
     for epoch in range(args.start_epoch, args.epochs):
         start = time.perf_counter()
         sampler.set_epoch(epoch)
         train_one_epoch(training, loader, epoch, recipe, world, log)
         last = epoch + 1 == args.epochs
         log.say(f"epoch {epoch + 1}/{args.epochs} done in {time.perf_counter() - start:.1f} s")
-        if last or (epoch + 1) % args.save_last_freq == 0:
+        looks = look_is_due(epoch, args)
+        # An evaluation needs the checkpoint too: with it, it can be completed after an interruption.
+        if last or (epoch + 1) % args.save_last_freq == 0 or (looks and suite is not None):
             if world.main:
                 save(training, epoch, args, log)
             barrier(world)
-        if last or (epoch + 1) % args.eval_freq == 0:
+        if looks:
             products |= look(training, epoch, recipe, args, shape, suite, world, log)
     return products
+
+
+def look_is_due(epoch: int, args: Namespace) -> bool:
+    return epoch + 1 == args.epochs or (epoch + 1) % args.eval_freq == 0
+
+
+def evaluation_is_missing(args: Namespace) -> bool:
+    """Whether the run was interrupted between the checkpoint that it goes on from and that epoch's report."""
+    epoch, folder = args.start_epoch - 1, Path(args.output_dir)
+    if epoch < 0 or not look_is_due(epoch, args) or not ckpt.find(folder):
+        return False
+    name = report_name(epoch, args.ema, Sampling.from_args(args), args.num_images)
+    return not (folder / "eval" / f"{name}.json").is_file()
 
 
 def save(training: Training, epoch: int, args: Namespace, log: RunLog) -> None:
@@ -277,18 +285,20 @@ def look(training, epoch, recipe, args, shape, suite, world, log) -> dict[str, P
     """A grid of samples and, with --online_eval, the metrics, of the weights that --ema names."""
     denoiser, folder, step = training.denoiser, Path(args.output_dir), (epoch + 1) * recipe.steps_per_epoch
     averages = {"ema1": training.emas[0], "ema2": training.emas[1]}.get(args.ema)
-    grid = folder / "samples" / f"{setting_name(args, epoch)}.png"
+    sampling = Sampling.from_args(args)
+    grid = folder / "samples" / f"{setting_name(epoch, args.ema, sampling)}.png"
     products = {"samples": grid}
     with averages.applied_to(denoiser) if averages else nullcontext():
         labels = spread_labels(args.wandb_num_vis, args.class_num)
         draw_grid(denoiser, shape, args, labels, world, grid, f"{args.model}  epoch {epoch + 1}  cfg {args.cfg:g}")
         log.image("samples", step, grid)
         if suite is not None:
-            report, path = evaluate_and_write(denoiser, shape, args, suite, epoch, f"{folder}, {args.ema}", world)
-            products["metrics"] = path
-            if world.main:
-                log.record("eval", step, {"epoch": epoch, **report["metrics"], "num_images": args.num_images})
-                log.say(f"epoch {epoch + 1}: {metric_line(report)}  ({args.num_images} images)")
+            subject = Subject(denoiser, shape, args.ema, epoch, folder / ckpt.NAME)
+            report, products["metrics"] = evaluate_and_write(
+                subject, sampling, args.num_images, suite, folder / "eval", world, keep_features=args.keep_features
+            )
+            log.record("eval", step, loggable(report))
+            log.say(f"epoch {epoch + 1}: {metric_line(report)}  ({args.num_images} images)")
     return products
 
 
@@ -365,6 +375,9 @@ def run(argv: list[str] | None) -> str:
     world = find_world(given.get("device"))
     if given.get("evaluate_gen") and given.get("sample"):
         raise UserError("--evaluate_gen and --sample are two things to do: give one of them")
+    alone = [f"--{name}" for name in (*sweep.FLAGS, "save_images") if name in given and not given.get("evaluate_gen")]
+    if alone:
+        raise UserError(f"{', '.join(alone)}: only with --evaluate_gen, which evaluates the checkpoint in --resume")
     if given.get("sample"):
         return run_sample(given, world)
     if given.get("evaluate_gen"):

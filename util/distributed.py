@@ -3,11 +3,12 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,10 @@ from torch import Tensor
 from util.errors import UserError
 
 CPU = torch.device("cpu")
+PATIENCE = timedelta(days=7)  # how long a process may be ahead of another in an evaluation
+T = TypeVar("T")
+
+_patient: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,53 @@ def process_group(world: World, timeout_minutes: float = 30) -> Iterator[None]:
     try:
         yield
     finally:
+        global _patient
+        _patient = None
         dist.destroy_process_group()
 
 
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
+
+
+def _patient_group() -> dist.ProcessGroup:
+    """A gloo group on the host with a timeout of its own, made when it is first needed, by all processes alike.
+
+    In the default group whoever waits longer than its timeout is ended, and metrics of many images, or a process
+    that has more of them to make than another, take longer.
+    """
+    global _patient
+    if _patient is None:
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient
+
+
+def wait_for_all(world: World) -> None:
+    """A barrier for processes that may be hours apart."""
+    if world.size > 1:
+        dist.barrier(group=_patient_group())
+
+
+def from_main(world: World, function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on all processes; it is called there alone, and may take hours.
+
+    Raises:
+        UserError: on all processes, where it is raised on rank 0.
+    """
+    if world.size == 1:
+        return function()
+    outcome: list = [None]
+    if world.main:
+        try:
+            outcome = [(function(), None)]
+        except UserError as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0, group=_patient_group(), device=CPU)
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def all_reduce_mean(value: Tensor, world: World) -> Tensor:

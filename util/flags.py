@@ -106,6 +106,14 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("gen_bsz", 128, int, FREE, "images per process and sampling pass"),
         Flag("fid_stats", None, str, OWN, "reference statistics (default: by data set and size, from fid_stats/)"),
         Flag("inception_weights", None, str, OWN, "file of Inception weights (also: INCEPTION_WEIGHTS)"),
+        Flag("save_images", None, str, OWN, "folder for PNGs of the images that --evaluate_gen makes"),
+        Flag("keep_features", False, "store_true", OWN, "leave the features of the images beside the report"),
+    ],
+    "sweep, with --evaluate_gen": [
+        Flag("sweep_cfg", None, str, OWN, "guidance scales, as in 1.0:4.0:0.1 or 1.5,2.0 (default: --cfg)"),
+        Flag("sweep_ema", None, str, OWN, "of 1, 2 and 0 or model, as in 1,2 (default: --ema)"),
+        Flag("sweep_interval", None, str, OWN, "lo:hi pairs, as in 0.1:1.0,0.2:0.8 (default: --interval_min and _max)"),
+        Flag("sweep_images", None, int, OWN, "images of each setting (default: 8000); the best one has --num_images"),
     ],
     "run": [
         Flag("output_dir", None, str, OWN, "folder of the run (default: output/<name made from the settings>)"),

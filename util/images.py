@@ -3,7 +3,8 @@
 Shapes: B images, H = W; uint8 images are (B, 3, H, W) in 0..255, float images are in [-1, 1].
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,17 +14,29 @@ from torch import Tensor
 from util.errors import UserError
 
 
-def quantise(x: Tensor, index: Sequence[int], y: Tensor, seed: int) -> Tensor:
+class NonFiniteImages(UserError):
+    """Sampling gave values that are not finite."""
+
+
+def quantise(
+    x: Tensor, index: Sequence[int], y: Tensor, seed: int, since: Callable[[], Sequence[str]] | None = None
+) -> Tensor:
     """Images in [-1, 1] -> uint8, by ((x + 1) / 2 * 255).clamp(0, 255).round(), on their device.
 
+    Args:
+        since: called where values are not finite: a phrase for each image of the batch that says since when.
+
     Raises:
-        UserError: values that are not finite, naming image, label and seed.
+        NonFiniteImages: values that are not finite, naming image, label and seed.
     """
     finite = x.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
-        which = ", ".join(f"image {index[i]} (label {int(y[i])})" for i in bad[:5])
-        raise UserError(f"sampling with seed {seed} gave values that are not finite: {which}, {len(bad)} in this batch")
+        phrases = since() if since else [""] * len(x)
+        which = ", ".join(f"image {index[i]} (label {int(y[i])}){phrases[i]}" for i in bad[:5])
+        raise NonFiniteImages(
+            f"sampling with seed {seed} gave values that are not finite: {which}, {len(bad)} in this batch"
+        )
     return ((x + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
@@ -72,3 +85,17 @@ def save_png(image: Image.Image, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     return path
+
+
+def write_numbered(images: Tensor, first: int, folder: Path) -> None:
+    """uint8 images (B, 3, H, W) -> PNGs `<first>.png`, ... with six digits in `folder`; each is whole or not there."""
+    for i, image in enumerate(images, start=first):
+        path = numbered(folder, i)
+        aside = path.with_suffix(".tmp")
+        to_pil(image).save(aside, format="png", compress_level=1)  # as exact as the default, and several times faster
+        os.replace(aside, path)
+
+
+def numbered(folder: Path, i: int) -> Path:
+    """The PNG of image i in `folder`."""
+    return folder / f"{i:06d}.png"

@@ -1,0 +1,230 @@
+"""From a denoiser to a report: images, their features in shards, the metrics of all of them.
+
+Shapes: N images in all, B in a batch; images uint8 (B, 3, H, W); features (N, F) of each stream.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from denoiser import Denoiser
+from util import provenance
+from util.build import DenoiserConfig
+from util.distributed import World, from_main, wait_for_all
+from util.generation import Sampling, evaluation_mode, make_images, setting_name
+from util.metrics import MetricSuite
+from util.progress import ImageProgress
+from util.shards import Shards, digest, weights_identity
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a denoiser that holds the weights `ema` of the checkpoint file of an epoch."""
+
+    denoiser: Denoiser
+    shape: DenoiserConfig
+    ema: str
+    epoch: int
+    checkpoint: Path
+
+
+def evaluate(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    num_images: int,
+    image_shape: tuple[int, int, int],
+    class_num: int,
+    suite: MetricSuite,
+    world: World,
+    shards: Shards,
+) -> dict[str, Any]:
+    """Generate `num_images`, equally many of each class, and measure them. Image i has label i // (images per class).
+
+    Only the blocks that `shards` lacks are made; the processes share them. The shards stay.
+
+    Returns:
+        The metrics, settings and times of rank 0, on all processes.
+    Raises:
+        UserError: images that are not finite; features that cannot be written or read; metrics that are not defined.
+    """
+    times = dict.fromkeys(("sampling", "features", "gathering", "metrics"), 0.0)
+    labels = [i // (num_images // class_num) for i in range(num_images)]
+    missing, notes = from_main(world, shards.prepare)
+    if world.main:
+        for note in notes:
+            print(note, file=sys.stderr, flush=True)
+    shards.seen()
+    start = time.perf_counter()
+    _make_blocks(denoiser, sampling, labels, image_shape, class_num, suite, world, shards, missing, times)
+    made = time.perf_counter()
+    wait_for_all(world)
+    waited = time.perf_counter()
+    images_made = sum(len(shards.block(b)) for b in missing)
+
+    def finish() -> dict[str, Any]:
+        features = shards.read_all()
+        read = time.perf_counter()
+        metrics = suite.compute(features, torch.tensor(labels))
+        times["gathering"] += read - made
+        times["metrics"] = time.perf_counter() - read
+        details = getattr(suite, "details", None)
+        return {
+            "metrics": metrics,
+            **({"details": details} if details else {}),
+            "num_images": num_images,
+            **sampling.describe(),
+            "measured_with": suite.describe(),
+            "seconds": {name: round(seconds, 3) for name, seconds in times.items()},
+            "images_made": images_made,  # fewer than num_images where an interrupted evaluation went on
+            "images_per_s": round(images_made / (waited - start), 3) if images_made else None,
+        }
+
+    return from_main(world, finish)
+
+
+def _make_blocks(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    labels: list[int],
+    image_shape: tuple[int, int, int],
+    null_class: int,
+    suite: MetricSuite,
+    world: World,
+    shards: Shards,
+    missing: list[int],
+    times: dict[str, float],
+) -> None:
+    """This process's part of the `missing` blocks, every world.size-th. Batches go on from one block into the next."""
+    blocks = missing[world.rank :: world.size]
+    index = [i for b in blocks for i in shards.block(b)]
+    left = sum(len(shards.block(b)) for b in missing)
+    rows: dict[str, Tensor] = {stream: torch.empty(0, width) for stream, width in shards.streams.items()}
+    pictures = torch.empty((0, *image_shape), dtype=torch.uint8)
+    waiting = 0  # images whose block is not whole yet
+    progress = ImageProgress("evaluating", len(labels), len(labels) - left, world)
+    try:
+        with evaluation_mode(denoiser):
+            for at in range(0, len(index), sampling.batch_size):
+                before = time.perf_counter()
+                batch = index[at : at + sampling.batch_size]
+                images = make_images(denoiser, sampling, batch, labels, image_shape, null_class, world.device)
+                sampled = time.perf_counter()
+                features = suite.extract(images)
+                extracted = time.perf_counter()
+                rows = {stream: torch.cat([rows[stream], features[stream]]) for stream in rows}
+                if shards.images is not None:
+                    pictures = torch.cat([pictures, images.cpu()])
+                waiting += len(batch)
+                while blocks and (n := len(shards.block(blocks[0]))) <= waiting:
+                    shards.write(blocks.pop(0), {stream: part[:n] for stream, part in rows.items()}, pictures[:n])
+                    rows, pictures = {stream: part[n:] for stream, part in rows.items()}, pictures[n:]
+                    waiting -= n
+                times["sampling"] += sampled - before
+                times["features"] += extracted - sampled
+                times["gathering"] += time.perf_counter() - extracted
+                progress.update(len(labels) - left + left * (at + len(batch)) // len(index))
+    finally:
+        progress.close()
+
+
+def fingerprint_of(
+    subject: Subject, sampling: Sampling, num_images: int, suite: MetricSuite, device: torch.device
+) -> dict[str, Any]:
+    """All that decides the images, and all that decides their features."""
+    described = suite.describe()
+    return {
+        "images": {
+            "weights": weights_identity(subject.checkpoint),
+            "epoch": subject.epoch,
+            "ema": subject.ema,
+            "denoiser": asdict(subject.shape),
+            "precision": precision_of(subject.denoiser),
+            "device": device.type,
+            "tf32": tf32(),
+            "sampling": sampling.describe(),
+            "num_images": num_images,
+            "class_num": subject.shape.class_num,
+        },
+        "features": {"streams": dict(sorted(suite.streams.items())), "extractors": described["extractors"]},
+    }
+
+
+def precision_of(denoiser: Denoiser) -> str:
+    return str(denoiser.autocast_dtype or torch.float32).removeprefix("torch.")
+
+
+def tf32() -> dict[str, bool]:
+    return {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
+
+
+def report_name(epoch: int, ema: str, sampling: Sampling, num_images: int) -> str:
+    return f"{setting_name(epoch, ema, sampling)}-seed{sampling.seed}-n{num_images}"
+
+
+def evaluate_and_write(
+    subject: Subject,
+    sampling: Sampling,
+    num_images: int,
+    suite: MetricSuite,
+    folder: Path,
+    world: World,
+    save_images: Path | None = None,
+    keep_features: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Evaluate, and write the report into `folder`. The features are there until it is written, and then removed.
+
+    Args:
+        save_images: folder for PNGs of the images.
+        keep_features: leave the features beside the report.
+        about: put into the report as well.
+
+    Returns:
+        (report, its path), on all processes.
+    """
+    shape = subject.shape
+    fingerprint = from_main(world, lambda: fingerprint_of(subject, sampling, num_images, suite, world.device))
+    mark = digest(fingerprint)
+    name = report_name(subject.epoch, subject.ema, sampling, num_images)
+    shards = Shards(folder / f"{name}-{mark}.features", fingerprint, num_images, suite.streams, save_images)
+    report = evaluate(subject.denoiser, sampling, num_images, shape.image_shape, shape.class_num, suite, world, shards)
+    path = folder / f"{name}.json"
+    report |= {
+        "ema": subject.ema,
+        "epoch": subject.epoch,
+        "checkpoint": str(subject.checkpoint),
+        "weights": fingerprint["images"]["weights"],
+        "fingerprint": mark,
+        "reference": report["measured_with"].get("references", {}),
+        "tf32": tf32(),
+        "precision": precision_of(subject.denoiser),
+        "processes": world.size,
+        "batch_size": sampling.batch_size,
+        **({"images": str(save_images)} if save_images else {}),
+        **(about or {}),
+    }
+    if world.main:
+        report |= provenance.provenance(world.device)
+        provenance.write_json(path, report)
+        if getattr(suite, "details", None) and hasattr(suite, "plot"):
+            suite.plot(path.with_suffix(".png"))
+        if not keep_features:
+            shards.remove()
+    return report, path
+
+
+def loggable(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a report for a log, without nesting."""
+    numbers = {name: report[name] for name in ("epoch", "num_images", "cfg", "seed", "images_per_s", "processes")}
+    seconds = {f"seconds_{name}": value for name, value in report["seconds"].items()}
+    return {**report["metrics"], **numbers, **seconds}
+
+
+def metric_line(report: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in report["metrics"].items())
