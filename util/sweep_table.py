@@ -85,6 +85,8 @@ def plot(
                     for point, report in zip(points, reports, strict=True)
                     if point.ema == ema and (point.interval == interval or point.cfg == 1) and name in report["metrics"]
                 )
+                if not line:  # a metric that is not defined for any of these images
+                    continue
                 label = f"{ema}, ({interval[0]:g}, {interval[1]:g})"
                 ax.plot(*zip(*line, strict=True), LINES[k % len(LINES)], color=f"C{e % 10}", marker=".", label=label)
         if name in reports[winner]["metrics"]:
