@@ -10,7 +10,7 @@ import pytest
 
 import main_jit
 from tests.conftest import TINY, listing
-from util import config, loader
+from util import checkpoint, config, loader
 from util.config import check, parse_labels, resolve, run_name, split_global_batch
 from util.data import KNOWN
 from util.errors import UserError
@@ -131,13 +131,13 @@ UNBOUND = {
     "log_freq": 1,
     "precision": "fp32",
     "attn_fp32": True,
+}
+OF_THIS_CALL = {
     "wandb_project": "p",
     "wandb_entity": "e",
     "wandb_run_name": "n",
     "wandb_mode": "disabled",
     "wandb_num_vis": 4,
-}
-OF_THIS_CALL = {
     "evaluate_gen": True,
     "sample": True,
     "labels": "1",
@@ -375,6 +375,19 @@ def test_the_scripts_own_defaults_may_be_repeated():
 def test_settings_of_foreign_checkpoints_are_ignored_where_unknown():
     args = resolve({}, {"dist_url": "env://", "gpu": 3, "model": "JiT-L/16"}, training=False)
     assert args.model == "JiT-L/16" and not hasattr(args, "dist_url") and not hasattr(args, "gpu")
+
+
+def test_a_published_run_keeps_its_global_batch():
+    """JiT's settings have a batch size per process, the number of processes, and the rate that follows from both."""
+    theirs = checkpoint._foreign_settings({"batch_size": 128, "world_size": 8, "lr": 2e-4, "window_size": 0})
+    args = resolve({"batch_size": 64}, theirs, training=True)
+    split_global_batch(args, world_size=2)
+    assert (args.global_batch, args.accum_iter, args.lr, args.window_size) == (1024, 8, 2e-4, None)
+
+
+def test_whole_and_decimal_numbers_name_one_run():
+    given = vars(build_parser().parse_args(["--warmup_epochs", "5"]))
+    assert run_name(fresh(**given)) == run_name(fresh())
 
 
 def test_only_some_settings_are_taken():

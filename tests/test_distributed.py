@@ -18,7 +18,17 @@ import main_jit
 from tests.conftest import STATE, arguments, differences, flags, raw, read_log, register, state_differences, train
 from tests.test_engine import Labelled, Recording, network, settings, state_of
 from util.checkpoint import NAME
-from util.distributed import World, all_reduce_mean, find_world, gather_by_index, launched_by_torchrun, process_group
+from util.distributed import (
+    World,
+    agree,
+    all_reduce_mean,
+    find_world,
+    gather_by_index,
+    in_group,
+    launched_by_torchrun,
+    process_group,
+)
+from util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -49,16 +59,19 @@ def _work(rank: int, folder, ports: list[int]) -> None:
     call("plain", arguments(output_dir=folder / "plain", flip=True, **half))
     call("accumulated", arguments(output_dir=folder / "accumulated", flip=True, batch_size=4, global_batch=16))
     call("dropout", arguments(output_dir=folder / "dropout", **half, **DROPOUT))
+    generator = torch.get_rng_state()  # where the masks came from
     call("dropout again", arguments(output_dir=folder / "again", **half, **DROPOUT))
     call("sample", flags(resume=folder / "plain", sample=True, labels="0-6", num_per_class=1, device="cpu"))
     call("evaluate", flags(resume=folder / "plain", evaluate_gen=True, num_images=30, gen_bsz=7, device="cpu"))
     call("refused", arguments(output_dir=folder / "refused", batch_size=21))
-    _poisoned(rank, folder, call)
 
     _as_torchrun(rank, ports.pop())
     world = find_world("cpu")
     results = {"world": (world.rank, world.size, world.main, launched_by_torchrun())}
     with process_group(world):
+        agree("number", 7, world)
+        with pytest.raises(UserError, match="same number: process 0: 0; process 1: 1"):
+            agree("number", rank, world)
         results["mean"] = all_reduce_mean(torch.tensor([1.0, 5.0]) * (rank + 1), world)
         for n in ROWS:
             whole = torch.arange(n * 3).view(n, 3).float()
@@ -73,7 +86,11 @@ def _work(rank: int, folder, ports: list[int]) -> None:
             suite = Recording(3, 4, 4)
             report = engine_jit.evaluate(Labelled(), settings(4), n, (3, 4, 4), 10 if n > 1 else 1, suite, world)
             results[f"evaluation {n}"] = (report is not None, suite.batches, getattr(suite, "features", None))
-    torch.save({**results, "codes": codes, "alive": alive}, folder / f"results-{rank}.pt")
+
+    _poisoned(rank, folder, call)
+    results |= {"codes": codes, "alive": alive, "generator": generator, "group left": in_group()}
+    torch.save(results, folder / f"results-{rank}.pt")
+    os._exit(0)  # as main_jit.py does after an error within the group: its destructors would wait
 
 
 def _watch_the_end() -> list[bool]:
@@ -151,6 +168,7 @@ def test_exit_codes(pair):
         codes = results["codes"]
         assert {name: code for name, code in codes.items() if code} == {"refused": 2, "poisoned": 2}
         assert len(codes) == 8
+        assert results["group left"]  # ending it would wait for processes that do not fail
 
 
 def test_ddp_is_gone_before_its_process_group(pair):
@@ -186,13 +204,15 @@ def test_dropout_is_reproducible_and_differs_between_processes(pair):
     folder = pair[0]
     assert state_differences(folder / "dropout", folder / "again") == []
     assert read_log(folder / "dropout") != read_log(folder / "plain")
+    first, second = (results["generator"] for results in pair[1])
+    assert not torch.equal(first, second)
 
 
 def test_one_log_and_one_set_of_files(pair):
     folder = pair[0] / "plain"
     names = sorted(p.name for p in folder.iterdir())
     assert names == [NAME, "config.json", "eval", "log.jsonl", "samples"]
-    samples = sorted(p.name for p in (folder / "samples").glob("*seed0/*"))
+    samples = sorted(p.name for p in (folder / "samples").glob("*seed0-*/*"))
     assert samples == [*(f"{i:06d}.png" for i in range(7)), "grid.png", "settings.json"]
     report = json.loads(next((folder / "eval").iterdir()).read_text())
     assert report["processes"] == 2 and report["num_images"] == 30

@@ -385,11 +385,11 @@ def test_evaluation_uses_the_weights_that_ema_names(tmp_path, trained, monkeypat
     for choice, key in (("ema1", "model_ema1"), ("ema2", "model_ema2"), ("model", "model")):
         argv = flags(resume=folder, sample=True, labels="4", num_per_class=1, ema=choice, device="cpu")
         assert main_jit.main(argv) == 0
-        assert not differences(used.pop(), {k: v for k, v in raw(folder)[key].items() if "pos_embed" != k[4:]})
+        assert not differences(used.pop(), {k: v for k, v in raw(folder)[key].items() if k[4:] != "pos_embed"})
         # In training too, and afterwards training goes on with the weights themselves.
         train(tmp_path / choice, ema=choice, epochs=2, eval_freq=1)
         first, last = used
-        saved = {k: v for k, v in raw(tmp_path / choice)[key].items() if "pos_embed" != k[4:]}
+        saved = {k: v for k, v in raw(tmp_path / choice)[key].items() if k[4:] != "pos_embed"}
         assert not differences(last, saved) and differences(first, last)
         assert state_differences(tmp_path / choice, trained) == []
         used.clear()
@@ -407,15 +407,16 @@ def test_samples_are_written_with_their_settings(tmp_path, trained):
     folder = shutil.copytree(trained, tmp_path / "run")
     names = sampled(folder, labels="0,4-5", num_per_class=2)
     assert names == [*(f"{i:06d}.png" for i in range(6)), "grid.png", "settings.json"]
-    content = json.loads(next((folder / "samples").glob("*seed0/settings.json")).read_text())
+    content = json.loads(next((folder / "samples").glob("*seed0-*/settings.json")).read_text())
     assert content["labels"] == [0, 0, 4, 4, 5, 5] and content["ema"] == "ema1" and content["seed"] == 0
 
 
-def test_fewer_samples_do_not_leave_old_ones(tmp_path, trained):
+def test_samples_of_other_labels_have_a_folder_of_their_own(tmp_path, trained):
     folder = shutil.copytree(trained, tmp_path / "run")
     sampled(folder, labels="0-2", num_per_class=2)
-    names = sampled(folder, labels="7", num_per_class=1)
-    assert names == ["000000.png", "grid.png", "settings.json"]
+    sampled(folder, labels="7", num_per_class=1)
+    sampled(folder, labels="7", num_per_class=2)
+    assert sorted(len(list(f.iterdir())) for f in (folder / "samples").glob("*-labels*")) == [3, 4, 8]
 
 
 def test_reports_of_different_intervals_are_kept(tmp_path, trained):

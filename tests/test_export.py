@@ -186,5 +186,5 @@ def test_sampling_from_a_run_and_from_its_export_agree(trained, tmp_path):
         x = sample(velocity, start_noise(4, [0, 1], (3, 16, 16)), uniform_grid(3), "heun")
     expected = ((x + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
     for i in (0, 1):
-        path = next((folder / "samples").glob(f"*seed4/{i:06d}.png"))
+        path = next((folder / "samples").glob(f"*seed4-*/{i:06d}.png"))
         assert np.array_equal(np.asarray(Image.open(path)), expected[i].permute(1, 2, 0).numpy())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import main_jit
-from tests.conftest import ONE, SECRET, arguments, raw, read_log, train
+from tests.conftest import ONE, SECRET, arguments, read_log, train
 from util.distributed import World
 from util.errors import UserError
 from util.logger import LOG_NAME, WANDB_ID_NAME, RunLog
@@ -97,9 +97,9 @@ def offline(tmp_path_factory):
 
 def test_a_resumed_run_keeps_its_id(offline):
     folder, ids = offline
-    assert len(set(ids)) == 1 and raw(folder)["run"]["wandb_id"] == ids[0]
+    assert len(set(ids)) == 1
     runs = sorted(path.name for path in (folder / "wandb").glob("offline-run-*"))
-    assert runs and all(name.endswith(f"-{ids[0]}") for name in runs)
+    assert len(runs) == 2 and all(f"-{ids[0]}" in name for name in runs)
     assert [line["step"] for line in read_log(folder)] == [0, 1, 2, 3]
 
 
@@ -111,7 +111,7 @@ def test_the_key_is_in_no_file(offline):
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
-def test_the_checkpoints_id_is_used_where_the_folder_knows_none(tmp_path, monkeypatch):
+def test_a_folder_keeps_its_id(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     seen = []
 
@@ -131,13 +131,18 @@ def test_the_checkpoints_id_is_used_where_the_folder_knows_none(tmp_path, monkey
 
     monkeypatch.setattr(wandb, "init", init)
     settings = {"mode": "offline", "project": "p", "entity": None, "name": "n", "config": {}}
-    log = RunLog(tmp_path, ONE, settings, "fromfile")
-    assert seen[0]["id"] == log.wandb_id == "fromfile" and seen[0]["resume"] == "allow" and seen[0]["project"] == "p"
+    log = RunLog(tmp_path, ONE, settings)
+    run_id = (tmp_path / WANDB_ID_NAME).read_text().strip()
+    assert seen[0]["id"] == run_id and seen[0]["resume"] == "allow" and seen[0]["project"] == "p"
     log.record("train", 3, {"loss": 0.5, "text": "no number"})
     assert seen[1] == {"train/loss": 0.5, "step": 3}
     log.close(2)
     assert seen[2] == 2
-    assert RunLog(tmp_path, ONE, settings, "another").wandb_id == "fromfile"  # the folder's own id wins
+    RunLog(tmp_path, ONE, settings)
+    assert seen[3]["id"] == run_id
+    (tmp_path / "another").mkdir()
+    RunLog(tmp_path / "another", ONE, settings)
+    assert seen[4]["id"] != run_id
 
 
 def test_it_does_not_start(tmp_path, monkeypatch):

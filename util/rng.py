@@ -23,7 +23,6 @@ class Stream(IntEnum):
     LABEL_DROP = 2
     FLIP = 3
     START_NOISE = 4
-    DROPOUT = 5
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
