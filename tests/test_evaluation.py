@@ -445,8 +445,8 @@ def test_an_evaluation_that_training_left_open_is_completed(tmp_path, toy_metric
     settings = {"epochs": 4, "eval_freq": 2, "save_last_freq": 10, "online_eval": True, "num_images": 100}
     whole = train(tmp_path / "whole", **settings)
     monkeypatch.setattr(main_jit, "MetricSuite", lambda *args: stopping(1))
-    with pytest.raises(Stop):
-        train(tmp_path / "run", **settings, gen_bsz=70)
+    train(tmp_path / "run", **settings, gen_bsz=70, code=1)
+    assert "Stop" in capsys.readouterr().err
     assert raw(tmp_path / "run")["epoch"] == 1 and shards(tmp_path / "run") == ["block-000000.npz"]
     monkeypatch.setattr(main_jit, "MetricSuite", ToySuite)
     recorder = Recorder(monkeypatch)

@@ -4,6 +4,7 @@ Shapes: N images in all, B in a batch; images uint8 (B, 3, H, W); features (N, F
 """
 
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -42,17 +43,26 @@ def evaluate(
     class_num: int,
     suite: MetricSuite,
     world: World,
-    shards: Shards,
+    shards: Shards | None = None,
 ) -> dict[str, Any]:
     """Generate `num_images`, equally many of each class, and measure them. Image i has label i // (images per class).
 
-    Only the blocks that `shards` lacks are made; the processes share them. The shards stay.
+    Only the blocks that `shards` lacks are made; the processes share them. The shards stay. Without `shards` they are
+    in a temporary folder, for the processes of one machine.
 
     Returns:
         The metrics, settings and times of rank 0, on all processes.
     Raises:
         UserError: images that are not finite; features that cannot be written or read; metrics that are not defined.
     """
+    if shards is None:
+        folder = Path(from_main(world, lambda: tempfile.mkdtemp(prefix="features-")))
+        shards = Shards(folder, {"images": None}, num_images, suite.streams)
+        try:
+            return evaluate(denoiser, sampling, num_images, image_shape, class_num, suite, world, shards)
+        finally:
+            if world.main:
+                shards.remove()
     times = dict.fromkeys(("sampling", "features", "gathering", "metrics"), 0.0)
     labels = [i // (num_images // class_num) for i in range(num_images)]
     missing, notes = from_main(world, shards.prepare)
