@@ -137,6 +137,8 @@ def run_sample(given: dict[str, Any], world: World) -> str:
         title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
         images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title)
     if world.main:
+        for older in folder.glob("[0-9]*.png"):  # of a call with other labels or more images
+            older.unlink()
         for i, image in enumerate(images):
             save_png(to_pil(image), folder / f"{i:06d}.png")
         settings = {**sampling_of(args).describe(), "ema": args.ema, "labels": labels, "checkpoint": str(saved.path)}
@@ -234,6 +236,7 @@ def run_train(given: dict[str, Any], world: World) -> str:
             exit_code = 0
         finally:
             log.close(exit_code)
+        del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
 
 

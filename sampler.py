@@ -69,7 +69,7 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
 
     Args:
         velocity: v(z, t) with t (B,) float32 on the CPU.
-        z: the start, (B, C, H, W); its device and type are those of the computation.
+        z: the start, (B, C, H, W) in float32 or float64, on the device of the computation.
         grid: increasing times on the CPU.
         method: "euler", or "heun": every step but the last is Heun's, the last is Euler's.
 

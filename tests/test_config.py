@@ -385,7 +385,6 @@ def test_only_some_settings_are_taken():
         resolve({"model": "JiT-B/32"}, saved(), training=False, only=("model",))
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="a data set that this version does not know is a traceback")
 def test_checkpoint_of_an_unknown_data_set():
     with pytest.raises(UserError, match="dataset"):
         resolve({}, saved(dataset="imagenet22k"), training=False)
@@ -474,7 +473,6 @@ def test_runs_that_differ_have_names_that_differ():
     assert "_base_" in run_name(fresh(disable_dct_patchify=True)) and "sf-w16" in run_name(fresh(window_size=16))
 
 
-@pytest.mark.xfail(strict=True, reason="data_path is not part of the name: a run on other images continues the first")
 def test_runs_on_different_folders_of_images_have_different_names():
     assert run_name(fresh(data_path="/data/cats")) != run_name(fresh(data_path="/data/dogs"))
 
@@ -510,9 +508,8 @@ def test_runs_on_different_folders_of_images_have_different_names():
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_check_refuses(given, parts):
-    args = resolve(given, None, training=True)
     with pytest.raises(UserError) as error:
-        check(args, evaluates=True)
+        check(resolve(given, None, training=True), evaluates=True)
     for part in parts:
         assert part in str(error.value)
 

@@ -7,7 +7,6 @@ Ours add `run`: what a later process needs to continue the same run, as plain nu
 
 import argparse
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,7 +71,7 @@ def load(folder: str | os.PathLike) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged, foreign or hostile file raises, it is refused
         reason = str(error).strip().splitlines()
         raise UserError(
             f"{path} cannot be read as a checkpoint; it is truncated, or not a file of tensors and plain settings: "

@@ -8,6 +8,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from model_jit import JiT_models
@@ -54,7 +55,10 @@ def resolve(
 
 
 def _complete(args: Namespace) -> Namespace:
-    """Defaults that depend on the data set."""
+    """Choices checked, and defaults that depend on the data set."""
+    for name, flag in FLAGS.items():
+        if flag.choices and getattr(args, name) not in flag.choices:
+            raise UserError(f"--{name} {getattr(args, name)} must be one of {', '.join(flag.choices)}")
     known = KNOWN[args.dataset]
     args.img_size = args.img_size or known.img_size
     args.class_num = args.class_num or known.class_num
@@ -96,9 +100,6 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
             f"--num_images {args.num_images} is not a multiple of the {args.class_num} classes: "
             "an evaluation needs equally many images of each class"
         )
-    for name, flag in FLAGS.items():
-        if flag.choices and getattr(args, name) not in flag.choices:
-            raise UserError(f"--{name} {getattr(args, name)} must be one of {', '.join(flag.choices)}")
     warnings = []
     if not sf and (args.disable_dct_scale_schedule or args.window_size is not None):
         warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
@@ -145,6 +146,7 @@ def split_global_batch(args: Namespace, world_size: int) -> None:
 def run_name(args: Namespace) -> str:
     """A name that differs wherever two experiments differ: readable parts, and a digest of all that is bound."""
     bound = {n: getattr(args, n) for n, flag in FLAGS.items() if flag.bound in (ALWAYS, TRAINING)}
+    bound["data_path"] = str(Path(args.data_path).resolve()) if args.data_path else None
     bound |= {"init_from": args.init_from, "init_weights": args.init_weights if args.init_from else None}
     digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:6]
     if args.disable_dct_patchify:
