@@ -145,6 +145,7 @@ def test_more_epochs_and_resume_into_another_folder(tmp_path, trained):
     # A checkpoint in the output folder wins over --resume: nothing is left to do.
     after = raw(branch)
     train(branch, epochs=3, resume=trained)
+    assert read_log(branch) == read_log(whole)[4:]
     assert not differences({k: after[k] for k in STATE}, {k: raw(branch)[k] for k in STATE})
 
 
