@@ -25,6 +25,7 @@ from util.distributed import World, barrier, find_world, process_group, rank_fro
 from util.ema import EMA
 from util.errors import UserError
 from util.flags import DEFAULTS, build_parser
+from util.held_out import hold_out, seen_before
 from util.images import labelled_grid, save_png, to_pil
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
@@ -191,7 +192,8 @@ def run_train(given: dict[str, Any], world: World) -> str:
     if saved or init:
         start = saved or init
         ckpt.load_weights(denoiser, start.weights[ckpt.CHOICES["model" if saved else args.init_weights]], start.path)
-    dataset = open_dataset(args)
+    dataset, held_out = hold_out(open_dataset(args), args, saved.args if saved else None)
+    warn(seen_before(args, init.args if init else None), world)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory=world.device.type == "cuda")
     recipe = Recipe(
@@ -230,14 +232,14 @@ def run_train(given: dict[str, Any], world: World) -> str:
         write_start(folder, args, shape, recipe, denoiser, world, log, source)
         exit_code = 1
         try:
-            products = train(training, loader, sampler, recipe, args, shape, suite, world, log)
+            products = train(training, loader, sampler, recipe, args, shape, suite, world, log, held_out)
             exit_code = 0
         finally:
             log.close(exit_code)
     return "   ".join(f"{name}: {path}" for name, path in products.items())
 
 
-def train(training, loader, sampler, recipe, args, shape, suite, world, log) -> dict[str, Path]:
+def train(training, loader, sampler, recipe, args, shape, suite, world, log, held_out) -> dict[str, Path]:
     """All epochs that are left. Returns what was written: name -> path."""
     folder = Path(args.output_dir)
     products = {"checkpoint": folder / ckpt.NAME, "log": folder / LOG_NAME}
@@ -253,6 +255,8 @@ def train(training, loader, sampler, recipe, args, shape, suite, world, log) -> 
             if world.main:
                 save(training, epoch, args, log)
             barrier(world)
+        if held_out and (last or (epoch + 1) % args.val_freq == 0):
+            held_out.record(training, epoch, recipe, world, log)
         if last or (epoch + 1) % args.eval_freq == 0:
             products |= look(training, epoch, recipe, args, shape, suite, world, log)
     return products
