@@ -1,4 +1,4 @@
-"""The loss on held-out images: which images, its value, that it is a fixed measurement, that training stays as it is."""
+"""The loss on held-out images: which images, its value, that it is a fixed measurement, and that training stays."""
 
 from argparse import Namespace
 
