@@ -69,7 +69,8 @@ class Denoiser(nn.Module):
         pred_param: "x" if the network's output is the data, "v" if it is the velocity.
         t_eps: lower bound of 1 - t where it divides; 0 is for `pred_param="v"`, whose target then is x - e exactly.
         noise_scale: standard deviation of e.
-        autocast_dtype: type of the matrix products in the network; None for no autocast.
+        autocast_dtype: type of the matrix products in the network; None for no autocast. Casting the module itself
+            does not work with Spectral Forcing, whose output is float32.
     """
 
     def __init__(

@@ -151,7 +151,7 @@ def _forward_backward(
 ) -> tuple[Tensor, int]:
     """Gradients of one global batch. Returns its mean loss (on the device, the same everywhere) and its size."""
     if recipe.dropout:  # dropout's masks alone come from torch's generator, set anew for each step and process
-        torch.manual_seed((recipe.seed * 1_000_003 + step) * 65_537 + world.rank)
+        torch.manual_seed(((recipe.seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)
     total, images = torch.zeros((), device=world.device), 0
     for micro in range(recipe.accum_iter):
         x, y = (part.to(world.device, non_blocking=True) for part in next(batches))

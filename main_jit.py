@@ -5,8 +5,10 @@ python main_jit.py --evaluate_gen --resume DIR --num_images 5000                
 python main_jit.py --sample --resume DIR --labels 0,1,2 --num_per_class 8 --seed 0         sample
 """
 
+import os
 import sys
 import time
+import traceback
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,9 +23,18 @@ from util import checkpoint as ckpt
 from util import config, provenance
 from util.build import DenoiserConfig
 from util.data import Images, build_dataset
-from util.distributed import World, barrier, find_world, process_group, rank_from_environment, tell_torchrun
+from util.distributed import (
+    World,
+    agree,
+    barrier,
+    find_world,
+    in_group,
+    process_group,
+    rank_from_environment,
+    tell_torchrun,
+)
 from util.ema import EMA
-from util.errors import UserError
+from util.errors import NonFiniteError, UserError
 from util.flags import DEFAULTS, build_parser
 from util.held_out import hold_out, seen_before
 from util.images import labelled_grid, save_png, to_pil
@@ -133,7 +144,8 @@ def run_sample(given: dict[str, Any], world: World) -> str:
     chosen = config.parse_labels(args.labels, args.class_num)
     labels = [label for label in chosen for _ in range(args.num_per_class)]
     denoiser, shape = load_denoiser(args, saved, world)
-    folder = Path(args.output_dir) / "samples" / f"{setting_name(args, saved.epoch)}-seed{args.seed}"
+    what = f"labels{args.labels or 'first'}x{args.num_per_class}".replace(",", "_")
+    folder = Path(args.output_dir) / "samples" / f"{setting_name(args, saved.epoch)}-seed{args.seed}-{what}"
     with process_group(world):
         title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
         images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title)
@@ -184,16 +196,14 @@ def run_evaluate(given: dict[str, Any], world: World) -> str:
 def run_train(given: dict[str, Any], world: World) -> str:
     args, saved = load_for_training(given, world)
     warn(config.check(args, evaluates=args.online_eval), world)
+    dataset, held_out = hold_out(open_dataset(args), args, saved.args if saved else None)
     shape = DenoiserConfig.from_args(args)
     torch.manual_seed(args.seed)
     denoiser = shape.build(autocast_dtype(args, world))
     init = ckpt.load(args.init_from) if args.init_from and saved is None else None
-    warn(init_notes(args, init) if init else [], world)
-    if saved or init:
-        start = saved or init
+    warn(init_notes(args, init) + seen_before(args, init.args) if init else [], world)
+    if start := saved or init:
         ckpt.load_weights(denoiser, start.weights[ckpt.CHOICES["model" if saved else args.init_weights]], start.path)
-    dataset, held_out = hold_out(open_dataset(args), args, saved.args if saved else None)
-    warn(seen_before(args, init.args if init else None), world)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory=world.device.type == "cuda")
     recipe = Recipe(
@@ -222,13 +232,18 @@ def run_train(given: dict[str, Any], world: World) -> str:
             raise UserError(f"{saved.path} has no optimizer state to go on with; --init_from starts from its weights")
         ckpt.load_optimizer(optimizer, saved.optimizer, saved.path)
 
+        if args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
+            warn([f"the cosine now ends at epoch {args.epochs} instead of {saved.args['epochs']}"], world)
+    source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
+    del saved, init  # the file's memory and, once it is replaced, its space on the disk
+
     folder = Path(args.output_dir)
     with process_group(world):
+        agree("run", (config.run_name(args), args.start_epoch, len(dataset), held_out and len(held_out.images)), world)
         suite = build_suite(args, world) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
         training = Training(denoiser, wrap(denoiser, world), optimizer, emas)
-        log = open_log(folder, args, world, saved)
-        source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
+        log = open_log(folder, args, world)
         write_start(folder, args, shape, recipe, denoiser, world, log, source)
         exit_code = 1
         try:
@@ -236,6 +251,7 @@ def run_train(given: dict[str, Any], world: World) -> str:
             exit_code = 0
         finally:
             log.close(exit_code)
+        del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
 
 
@@ -244,7 +260,10 @@ def train(training, loader, sampler, recipe, args, shape, suite, world, log, hel
     folder = Path(args.output_dir)
     products = {"checkpoint": folder / ckpt.NAME, "log": folder / LOG_NAME}
     if args.start_epoch >= args.epochs:
-        log.say(f"nothing to train: {args.start_epoch} of {args.epochs} epochs are done (EPOCHS raises their number)")
+        log.say(
+            f"nothing to train: {args.start_epoch} of {args.epochs} epochs are done. EPOCHS raises their number, "
+            f"RESUME={folder} EVALUATE_GEN=1 evaluates; what is there is in {folder}/samples and {folder}/eval"
+        )
     for epoch in range(args.start_epoch, args.epochs):
         start = time.perf_counter()
         sampler.set_epoch(epoch)
@@ -271,7 +290,7 @@ def save(training: Training, epoch: int, args: Namespace, log: RunLog) -> None:
         "optimizer": training.optimizer.state_dict(),
         "epoch": epoch,
         "args": args,
-        "run": {"wandb_id": log.wandb_id, "commit": provenance.commit(), "versions": provenance.versions()},
+        "run": {"commit": provenance.commit(), "versions": provenance.versions()},
     }
     path = ckpt.save(args.output_dir, content)
     log.say(f"saved {path} (epoch {epoch + 1})")
@@ -296,7 +315,7 @@ def look(training, epoch, recipe, args, shape, suite, world, log) -> dict[str, P
     return products
 
 
-def open_log(folder: Path, args: Namespace, world: World, saved: ckpt.Checkpoint | None) -> RunLog:
+def open_log(folder: Path, args: Namespace, world: World) -> RunLog:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -306,7 +325,7 @@ def open_log(folder: Path, args: Namespace, world: World, saved: ckpt.Checkpoint
             "mode": args.wandb_mode,
             "config": vars(args),
         }
-        return RunLog(folder, world, settings, saved.run.get("wandb_id") if saved else None)
+        return RunLog(folder, world, settings)
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written: {error}") from error
 
@@ -377,16 +396,21 @@ def run(argv: list[str] | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 for an error that a sentence explains, 130 after Ctrl-C."""
+    """Exit code 0, 2 for an error that a sentence explains, 1 for one that none explains, 130 after Ctrl-C."""
     rank = rank_from_environment()
     try:
         line = run(argv)
     except UserError as error:
-        if rank:
-            time.sleep(5)  # most errors are every process's: rank 0 says it, and torchrun ends the others
+        alone = in_group() and not isinstance(error, NonFiniteError)
+        if rank and not alone:
+            time.sleep(5)  # every process has this error: rank 0 says it, and torchrun ends the others
         print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
         tell_torchrun(str(error))
         return 2
+    except Exception as error:
+        traceback.print_exc()
+        tell_torchrun(f"process {rank}: {type(error).__name__}: {error}")
+        return 1
     except KeyboardInterrupt:
         print("interrupted; a run goes on from its last checkpoint when it is started again", file=sys.stderr)
         return 130
@@ -396,4 +420,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if in_group():  # failed where others may wait for this process: no destructor may wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

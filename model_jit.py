@@ -180,7 +180,7 @@ class JiT(nn.Module):
         attn_fp32: compute the attention product in float32 also under autocast, as the published training code does.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes that do not fit together; in `forward`, an image of another size.
     """
 
     def __init__(
@@ -257,6 +257,10 @@ class JiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if x.shape[-2:] != (self.input_size, self.input_size):
+            raise ValueError(
+                f"the network was built for {self.input_size}x{self.input_size} images, got {x.shape[-2]}x{x.shape[-1]}"
+            )
         y_emb = self.y_embedder(y)  # (B, D)
         c = self.t_embedder(t) + y_emb  # (B, D)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)

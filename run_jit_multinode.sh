@@ -41,7 +41,7 @@ flags. Flags after the script name are appended unchanged and win over variables
 
 variable                    default                 meaning
 DATA_PATH, DATA_ROOT,       needed for ImageFolder  dataset root holding train/, or train/ itself;
-  IMAGENET_ROOT             data                    the first one set wins
+  IMAGENET_ROOT             data                    the first one set wins (the last: ImageFolder only)
 MODEL, IMG_SIZE             JiT-B/16, 256
 NOISE_SCALE, PRED_PARAM     1.0, x                  PRED_PARAM: x or v
 BATCH_SIZE, BLR             128, 5e-5               batch per GPU, base learning rate
@@ -81,7 +81,7 @@ ONLINE_EVAL, EVALUATE_GEN, ENABLE_WANDB, AUTO_SRUN and DRY_RUN are 0 or 1.
 examples
   DATASET=digits ONLINE_EVAL=0 ENABLE_WANDB=0 EPOCHS=5 bash run_jit_multinode.sh
   DATA_PATH=./data/imagenet MODEL=JiT-B/16 GLOBAL_BATCH=1024 OUTPUT_DIR=output/b16 bash run_jit_multinode.sh
-  DATA_PATH=/data/imagenet sbatch --nodes=2 --ntasks-per-node=1 --gres=gpu:8 run_jit_multinode.sh
+  DATA_PATH=/data/imagenet sbatch --nodes=2 --ntasks-per-node=1 --gres=gpu:8 --cpus-per-task=64 run_jit_multinode.sh
 HELP
 }
 
@@ -103,10 +103,9 @@ if [[ -n ${RESUME:-} ]] && [[ -f $RESUME || $RESUME == *.pth ]]; then
     die "RESUME is '$RESUME', a file: it must be the folder that holds the checkpoint."
 fi
 
-data_path=${DATA_PATH:-${DATA_ROOT:-${IMAGENET_ROOT:-}}}
 dataset=${DATASET:-}  # here only to see whether data is needed
 needs_data=1
-if [[ -n $data_path || ${EVALUATE_GEN:-} == 1 ]]; then needs_data=0; fi
+if [[ ${EVALUATE_GEN:-} == 1 ]]; then needs_data=0; fi
 for folder in "${OUTPUT_DIR:-}" "${RESUME:-}"; do  # a run that goes on has its data set in its checkpoint
     if [[ -n $folder && -f $folder/checkpoint-last.pth ]]; then needs_data=0; fi
 done
@@ -119,6 +118,9 @@ for flag in "$@"; do
     esac
     previous=$flag
 done
+data_path=${DATA_PATH:-${DATA_ROOT:-}}
+if [[ -z $data_path && (-z $dataset || $dataset == imagefolder) ]]; then data_path=${IMAGENET_ROOT:-}; fi
+if [[ -n $data_path ]]; then needs_data=0; fi
 if ((needs_data)) && [[ -z $dataset || $dataset == imagefolder ]]; then
     die "no dataset: set DATA_PATH (or DATA_ROOT, or IMAGENET_ROOT) to the folder that holds train/;" \
         "DATASET=digits needs none."
@@ -175,7 +177,10 @@ if [[ ${AUTO_SRUN:-1} == 1 && -n ${SLURM_JOB_ID:-} && ${JIT_SRUN_JOB:-} != "${SL
     script=$root/run_jit_multinode.sh  # the other nodes do not have the spool copy
     if [[ ! -f $script ]]; then die "$script is missing: srun needs it on every node."; fi
     # --export=ALL: after `sbatch --export=NONE` srun would start the step without these variables.
-    command=(srun --nodes="$nnodes" --ntasks="$nnodes" --ntasks-per-node=1 --export=ALL bash "$script" "$@")
+    # --kill-on-bad-exit: a node that fails at once would leave the others waiting for it. And srun takes the
+    # number of processors from nowhere but its own command line.
+    command=(srun --nodes="$nnodes" --ntasks="$nnodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "$script" "$@")
     # One rank cannot be right for every node: there it comes from SLURM.
     if [[ -n ${NODE_RANK:-} ]]; then command=(env -u NODE_RANK "${command[@]}"); fi
     export JIT_SRUN_JOB=$SLURM_JOB_ID

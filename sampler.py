@@ -69,7 +69,7 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
 
     Args:
         velocity: v(z, t) with t (B,) float32 on the CPU.
-        z: the start, (B, C, H, W); its device and type are those of the computation.
+        z: the start, (B, C, H, W) in float32 or float64, on the device of the computation.
         grid: increasing times on the CPU.
         method: "euler", or "heun": every step but the last is Heun's, the last is Euler's.
 
@@ -82,9 +82,9 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
     if grid.dim() == 1:
         grid = grid[:, None].expand(-1, z.shape[0])  # (S + 1, B)
     last = len(grid) - 2
+    lengths = (grid[1:] - grid[:-1]).to(z.device)[..., None, None, None]  # (S, B, 1, 1, 1)
     for i in range(last + 1):
-        t, t_next = grid[i], grid[i + 1]
-        h = (t_next - t).to(z.device)[:, None, None, None]
+        t, t_next, h = grid[i], grid[i + 1], lengths[i]
         v = velocity(z, t)
         if method == "heun" and i < last:
             v = 0.5 * (v + velocity(z + h * v, t_next))

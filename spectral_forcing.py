@@ -48,7 +48,8 @@ class SpectralForcing(nn.Module):
         fixed_scale: a constant f in place of f(t) = t, which makes the mask independent of time.
 
     Raises:
-        ValueError: a window that does not divide the image or is smaller than 2, or a `kappa` that is not positive.
+        ValueError: a window that does not divide the image or is smaller than 2, a `kappa` that is not positive, a
+            cutoff or scale that is not finite.
     """
 
     def __init__(

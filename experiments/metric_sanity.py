@@ -21,18 +21,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch_fidelity import metric_fid
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util import provenance
 from util.data import REPOSITORY, build_dataset
 from util.features import EffNetLite0, InceptionV3
-from util.metrics import frechet_distance, inception_score
+from util.scores import PRC_NEIGHBOURS, frechet_distance, inception_score, precision_recall
 from util.spectrum import grey_spectrum, spectrum_gap
 
 OUT = REPOSITORY / "experiments" / "results" / "metric_sanity.json"
-NEIGHBOURS = 3  # of precision and recall
 BATCH = 100
 COLUMNS = {
     "fd_effnet_lite0": ("FD-EffNet-Lite0", ".1f"),
@@ -96,13 +94,11 @@ def statistics(features: Tensor) -> dict[str, np.ndarray]:
 def compare(real: dict[str, Tensor], fake: dict[str, Tensor]) -> dict[str, float]:
     """Every metric of `fake` against `real`, both as `measure` returns them."""
     a, b = real["effnet_lite0"], fake["effnet_lite0"]
-    prc = prc_features_to_metric(
-        b, a, prc_neighborhood=NEIGHBOURS, prc_batch_size=2000, save_cpu_ram=True, verbose=False
-    )
+    precision, recall = precision_recall(b, a)
     out = {
         "fd_effnet_lite0": frechet_distance(b, statistics(a)),
-        "precision": prc["precision"],
-        "recall": prc["recall"],
+        "precision": precision,
+        "recall": recall,
         "spectrum_gap": float(spectrum_gap(real["spectrum"], fake["spectrum"])),
     }
     if "inception_2048" in real:
@@ -152,7 +148,7 @@ def main() -> None:
     content = {
         "num_images": n,
         "reference": f"CIFAR-10 test images 0 to {n - 1}; the others are {n} to {2 * n - 1}",
-        "precision_recall": f"EfficientNet-Lite0 features, {NEIGHBOURS} neighbours",
+        "precision_recall": f"EfficientNet-Lite0 features, {PRC_NEIGHBOURS} neighbours",
         "extractors": [extractor.describe() for extractor in extractors],
         "metrics": table,
         "real_by_num_images": {"fd_effnet_lite0": bias(real["effnet_lite0"], undamaged["effnet_lite0"])},

@@ -148,6 +148,15 @@ def listing(*folders: Path) -> dict[str, str]:
     return found
 
 
+def smooth_images(n: int, seed: int, contrast: float, size: int = 32) -> torch.Tensor:
+    """uint8 (n, 3, size, size): blobs and noise whose strengths differ from image to image."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=g)
+    images = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+    noise = torch.randn(n, 3, size, size, generator=g) * torch.rand(n, 1, 1, 1, generator=g) * 0.3
+    return (((images - 0.5) * contrast + noise + 0.5) * 255).clamp(0, 255).round().to(torch.uint8)
+
+
 class Payload:
     """Unpickling it makes a folder."""
 
@@ -175,6 +184,42 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         register(patch)
         return train(tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """A state dict of torch-fidelity's Inception with random weights that let features vary between images."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = module.FeatureExtractorInceptionV3("random", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            fan_in = layer.weight[0].numel()
+            layer.weight.data.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+        elif isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None  # the plain average of what it sees next
+    network.train()
+    network(smooth_images(8, 99, 1.0))  # sets the running statistics, so that signals keep their size
+    network.eval()
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """An empty torch hub cache, no variable, and a download that fails at once."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
 
 @pytest.fixture

@@ -61,7 +61,9 @@ def published(linear=False, said=None, fused=False, seed=0):
     args = argparse.Namespace(model=TINY, img_size=16, class_num=10, lr=1e-3, epochs=600, dist_url="env://")
     if said is not None:
         args.disable_dct_patchify = said
-    states = {name: {k: v.clone() + 0.01 * i for k, v in denoiser.state_dict().items()} for i, name in enumerate(WEIGHTS)}
+    states = {
+        name: {k: v.clone() + 0.01 * i for k, v in denoiser.state_dict().items()} for i, name in enumerate(WEIGHTS)
+    }
     content = {**states, "optimizer": copy.deepcopy(optimizer.state_dict()), "epoch": 3, "args": args}
     if linear:
         for state in states.values():
@@ -96,7 +98,7 @@ def run(tmp_path):
             ema.update(denoiser)
     training = Training(denoiser, denoiser, optimizer, emas)
     args = settings(lr=1e-3, weight_decay=0.1, output_dir=str(tmp_path))
-    log = SimpleNamespace(wandb_id="abc", say=lambda text: None)
+    log = SimpleNamespace(say=lambda text: None)
     main_jit.save(training, 6, args, log)
     return training, args, tmp_path
 
@@ -111,7 +113,7 @@ def test_file_has_the_published_form(run):
         assert list(content[name]) == [f"net.{n}" for n in names]
     assert content["model"][PROJ1].dim() == 4
     assert type(content["args"]) is argparse.Namespace and content["args"] == args
-    assert content["epoch"] == 6 and content["run"]["wandb_id"] == "abc"
+    assert content["epoch"] == 6 and content["run"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     for name, parameter in training.denoiser.named_parameters():
         assert torch.equal(content["model"][name], parameter)
         assert torch.equal(content["model_ema1"][name], training.emas[0].averages[name])
@@ -123,11 +125,11 @@ def test_file_has_the_published_form(run):
 
 def test_round_trip(run):
     training, args, folder = run
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     saved = load(folder)
-    assert torch.serialization.get_safe_globals() == before  # nothing stays allowed
+    assert set(torch.serialization.get_safe_globals()) == before  # nothing stays allowed
     assert (saved.path, saved.epoch, saved.args) == (folder / NAME, 6, vars(args))
-    assert saved.run["wandb_id"] == "abc"
+    assert saved.run == raw(folder)["run"]
     fresh = DenoiserConfig.from_args(settings()).build()
     optimizer = build_optimizer(fresh, 0.1)
     load_weights(fresh, saved.weights["model"], saved.path)
@@ -250,9 +252,6 @@ def test_truncated_files(tmp_path):
     refused(tmp_path, "truncated")
 
 
-TRACEBACK = pytest.mark.xfail(strict=True, reason="errors of the unpickler that load does not expect are tracebacks")
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "content",
@@ -264,8 +263,8 @@ TRACEBACK = pytest.mark.xfail(strict=True, reason="errors of the unpickler that 
         b"\x80\x04",
         b"\x00" * 100,
         pickle.dumps([1, 2]),
-        pytest.param(b"these are no weights\n", marks=TRACEBACK),  # IndexError
-        pytest.param(b"Get the weights elsewhere\n", marks=TRACEBACK),  # struct.error
+        b"these are no weights\n",  # IndexError in the unpickler
+        b"Get the weights elsewhere\n",  # struct.error
     ],
 )
 def test_other_files(tmp_path, content):
@@ -380,7 +379,7 @@ def test_failed_save_leaves_the_previous_checkpoint(run, monkeypatch, place, err
     before = (folder / NAME).read_bytes()
     place(monkeypatch, error)
     with pytest.raises(UserError) as refusal:
-        main_jit.save(training, 7, args, SimpleNamespace(wandb_id=None, say=print))
+        main_jit.save(training, 7, args, SimpleNamespace(say=print))
     assert str(folder / NAME) in str(refusal.value) and str(error) in str(refusal.value)
     assert [p.name for p in folder.iterdir()] == [NAME]
     assert (folder / NAME).read_bytes() == before
@@ -394,18 +393,18 @@ def test_killed_save_leaves_the_previous_checkpoint(run, monkeypatch, place):
     with monkeypatch.context() as patch:
         place(patch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            main_jit.save(training, 7, args, SimpleNamespace(wandb_id=None, say=print))
+            main_jit.save(training, 7, args, SimpleNamespace(say=print))
     assert (folder / NAME).read_bytes() == before and load(folder).epoch == 6
-    main_jit.save(training, 7, args, SimpleNamespace(wandb_id=None, say=print))  # what was left does not disturb
+    main_jit.save(training, 7, args, SimpleNamespace(say=print))  # what was left does not disturb
     assert [p.name for p in folder.iterdir()] == [NAME] and load(folder).epoch == 7
 
 
 def test_save_is_on_the_disk_before_it_replaces(run, monkeypatch):
-    training, args, folder = run
+    training, args, _ = run
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda f: (events.append("fsync"), fsync(f))[1])
     monkeypatch.setattr(os, "replace", lambda *a: (events.append("replace"), replace(*a))[1])
-    main_jit.save(training, 7, args, SimpleNamespace(wandb_id=None, say=print))
+    main_jit.save(training, 7, args, SimpleNamespace(say=print))
     assert events[:2] == ["fsync", "replace"]
 
 

@@ -277,7 +277,7 @@ def test_node_rank_out_of_range(launcher, nodes):
 
 def srun_words(launcher, *flags):
     """The command that fans out over two nodes."""
-    step = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--export=ALL"]
+    step = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--export=ALL", "--kill-on-bad-exit=1"]
     return ["srun", *step, "bash", str(launcher.script), *flags]
 
 

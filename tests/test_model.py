@@ -415,6 +415,13 @@ def test_sizes_that_do_not_fit(change, message):
         JiT(**{**SMALL, **change})
 
 
+@pytest.mark.parametrize("shape", [(18, 18), (16, 19)])
+def test_image_of_another_size(shape):
+    net = JiT(**SMALL)
+    with pytest.raises(ValueError, match="16x16"):
+        net(torch.zeros(1, 3, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+
+
 def test_start_of_the_context_does_not_matter_without_context():
     net = JiT(**{**SMALL, "in_context_len": 0, "in_context_start": 99})
     assert "in_context_posemb" not in net.state_dict()

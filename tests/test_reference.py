@@ -1,22 +1,16 @@
-"""Reference files: their statistics, the round trip, every refusal, and the command that makes them."""
+"""Reference files: their statistics, the round trip, every refusal."""
 
 import json
-import os
 import pickle
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import prepare_ref
+from tests.conftest import Payload
 from util.features import MetricError
 from util.reference import META_CHECKED, Moments, load_reference, save_reference
 
-ROOT = Path(prepare_ref.__file__).parent
 DIM = 6
 
 
@@ -57,21 +51,6 @@ def statistics():
     return x.mean(axis=0), np.cov(x, rowvar=False)
 
 
-@pytest.fixture
-def fake_extractor(monkeypatch):
-    monkeypatch.setattr(prepare_ref, "InceptionV3", Colours)
-
-
-class Payload:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
 # --- statistics and format ------------------------------------------------------------------------------------------
 
 
@@ -84,7 +63,7 @@ def test_moments_equal_numpy_for_any_batches_and_merges():
             moments.update(torch.from_numpy(rows[i : i + 7]))
     total = Moments(DIM)
     for moments in (parts[2], Moments(DIM), parts[0], parts[1]):
-        total.merge(moments)
+        total.merge(total.unpack(moments.pack()))  # as between processes
     mu, sigma = total.finish()
     np.testing.assert_allclose(mu, x.mean(axis=0), rtol=1e-13)
     np.testing.assert_allclose(sigma, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12)
@@ -108,6 +87,21 @@ def test_round_trip(tmp_path, statistics):
     assert reference.meta == meta() and reference.sha256 == sha256 and reference.warnings == ()
     assert json.loads(json.dumps(reference.describe()))["sha256"] == sha256
     assert [p.name for p in path.parent.iterdir()] == ["r.npz"]  # no temporary file is left
+
+
+def test_round_trip_of_what_is_optional(tmp_path, statistics):
+    rng = np.random.RandomState(1)
+    more = {"features": rng.randn(9, DIM), "grey_spectrum": rng.rand(23) + 1, "rapsd_centred": rng.rand(23) + 1}
+    save_reference(tmp_path / "r.npz", *statistics, meta(), more)
+    reference = load_reference(tmp_path / "r.npz", DIM, Colours(), 32)
+    assert reference.features.dtype == np.float32
+    np.testing.assert_array_equal(reference.features, more["features"].astype(np.float32))
+    assert reference.spectra.keys() == {"grey_spectrum", "rapsd_centred"}
+    for name, values in reference.spectra.items():
+        np.testing.assert_array_equal(values, more[name])
+    save_reference(tmp_path / "old.npz", *statistics, meta())
+    old = load_reference(tmp_path / "old.npz", DIM, Colours(), 32)
+    assert old.features is None and old.spectra == {}
 
 
 def test_metadata_must_be_complete(tmp_path, statistics):
@@ -180,6 +174,33 @@ def test_arrays_that_are_not_statistics(tmp_path, statistics, change, message):
         load_reference(tmp_path / "r.npz", DIM, Colours(), 32)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"features": np.zeros((9, DIM + 1))}, "rows of 6 numbers"),
+        ({"features": np.zeros(DIM)}, "rows of 6 numbers"),
+        ({"features": np.zeros((0, DIM))}, "rows of 6 numbers"),
+        ({"features": np.full((9, DIM), np.nan)}, "features in .* non-finite"),
+        ({"features": np.full((9, DIM), 1e300)}, "features in .* non-finite"),
+        ({"features": np.zeros((9, DIM), int)}, "features in .* floating-point"),
+        ({"grey_spectrum": np.ones(22)}, "have 23 rings"),
+        ({"rapsd": np.ones((1, 23))}, "have 23 rings"),
+        ({"grey_spectrum": np.arange(23.0)}, "grey_spectrum in .* above zero"),
+        ({"rapsd_centred": -np.ones(23)}, "rapsd_centred in .* above zero"),
+        ({"rapsd": np.full(23, np.inf)}, "rapsd in .* finite"),
+        ({"rapsd": np.full(23, np.nan)}, "rapsd in .* finite"),
+    ],
+)
+@pytest.mark.parametrize("with_meta", [True, False])
+def test_optional_arrays_that_are_not_what_they_say(tmp_path, statistics, more, message, with_meta):
+    if with_meta:
+        save_reference(tmp_path / "r.npz", *statistics, meta(), more)
+    else:
+        np.savez(tmp_path / "r.npz", mu=statistics[0], sigma=statistics[1], **more)
+    with pytest.raises(MetricError, match=message):
+        load_reference(tmp_path / "r.npz", DIM, Colours(), 32)
+
+
 def test_files_that_are_not_npz(tmp_path, statistics):
     path, marker = tmp_path / "r.npz", tmp_path / "executed"
     save_reference(path, *statistics, meta())
@@ -203,85 +224,9 @@ def test_files_that_are_not_npz(tmp_path, statistics):
     np.savez(path, mu=statistics[0])
     with pytest.raises(MetricError, match="not a reference file"):
         load_reference(path, DIM, Colours(), 32)
-    for key in ("mu", "meta"):
+    for key in ("mu", "meta", "features", "rapsd"):
         arrays = {"mu": statistics[0], "sigma": statistics[1]} | {key: np.array([Payload(marker)], dtype=object)}
         np.savez(path, **arrays)
         with pytest.raises(MetricError, match="not a reference file"):
             load_reference(path, DIM, Colours(), 32)
     assert not marker.exists()
-
-
-# --- prepare_ref.py -------------------------------------------------------------------------------------------------
-
-
-def test_prepare_ref_writes_what_numpy_computes(tmp_path, fake_extractor, capsys):
-    from util.data import build_dataset
-
-    out = tmp_path / "digits.npz"
-    arguments = ["--dataset", "digits", "--num_images", "70", "--batch_size", "32", "--device", "cpu"]
-    arguments += ["--out", str(out)]
-    assert prepare_ref.main(arguments) == 0
-    indices = prepare_ref.choose_indices(1797, 70)
-    assert (
-        len(set(indices)) == 70
-        and indices == sorted(indices)
-        and set(indices) < set(prepare_ref.choose_indices(1797, 90))
-    )
-    dataset = build_dataset("digits", None, 32, "train")
-    x = Colours()(torch.stack([dataset[i][0] for i in indices]))["inception_2048"].double().numpy()
-    reference = load_reference(out, DIM, Colours(), 32)
-    np.testing.assert_allclose(reference.mu, x.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(reference.sigma, np.cov(x, rowvar=False), rtol=1e-5, atol=1e-12)
-    assert reference.meta["num_images"] == 70 and reference.meta["subset_seed"] == 0
-    assert reference.meta["dataset"] == "digits" and "torch" in reference.meta["versions"]
-    printed = capsys.readouterr().out
-    assert str(out) in printed and reference.sha256 in printed
-
-    assert prepare_ref.main(arguments) == 2  # it exists
-    assert "--overwrite" in capsys.readouterr().err
-    assert prepare_ref.main([*arguments, "--overwrite"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dataset", "digits", "--num_images", "1798"], "from 2 to 1797"),
-        (["--dataset", "digits", "--num_images", "1"], "from 2 to 1797"),
-        (["--dataset", "digits", "--batch_size", "0"], "--batch_size must be"),
-        (["--dataset", "digits", "--device", "abacus"], "--device abacus"),
-        (["--dataset", "digits", "--split", "test"], "no split"),
-        (["--dataset", "digits", "--out", "statistics"], r"end in \.npz"),
-        (["--dataset", "imagefolder"], "--data_path"),
-        (["--dataset", "imagefolder", "--data_path", "nowhere"], "does not exist"),
-    ],
-)
-def test_prepare_ref_errors_are_one_sentence(tmp_path, monkeypatch, fake_extractor, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    out = [] if "--out" in arguments else ["--out", str(tmp_path / "r.npz")]
-    device = [] if "--device" in arguments else ["--device", "cpu"]
-    assert prepare_ref.main([*arguments, *device, *out]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1
-    assert re.search(message, error[0]), error[0]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_another_split_needs_a_name(fake_extractor, capsys):
-    assert prepare_ref.main(["--dataset", "cifar10", "--split", "val", "--device", "cpu"]) == 2
-    assert "give --out" in capsys.readouterr().err
-
-
-def test_prepare_ref_as_a_program(tmp_path):
-    """No traceback and exit code 2, from another working directory."""
-    environment = os.environ | {"INCEPTION_WEIGHTS": str(tmp_path / "none.pth")}
-    arguments = ["--dataset", "digits", "--device", "cpu", "--out", str(tmp_path / "r.npz")]
-    done = subprocess.run(
-        [sys.executable, ROOT / "prepare_ref.py", *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1 and "INCEPTION_WEIGHTS" in done.stderr

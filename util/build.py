@@ -61,6 +61,8 @@ class DenoiserConfig:
             raise UserError(str(error)) from error
 
     def _build(self, autocast_dtype: torch.dtype | None) -> Denoiser:
+        if self.model not in JiT_models:
+            raise UserError(f"unknown model {self.model!r}; known: {', '.join(JiT_models)}")
         net = JiT_models[self.model](
             input_size=self.img_size,
             num_classes=self.class_num,

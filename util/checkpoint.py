@@ -7,7 +7,6 @@ Ours add `run`: what a later process needs to continue the same run, as plain nu
 
 import argparse
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,7 +71,7 @@ def load(folder: str | os.PathLike) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged, foreign or hostile file raises, it is refused
         reason = str(error).strip().splitlines()
         raise UserError(
             f"{path} cannot be read as a checkpoint; it is truncated, or not a file of tensors and plain settings: "
@@ -99,9 +98,24 @@ def _understand(path: Path, content: Any) -> Checkpoint:
     else:
         args = {**args, "disable_dct_patchify": not linear}
         sf_source = f"its settings do not say, and its patch projection is {'linear' if linear else 'a convolution'}"
+    args = _foreign_settings(args)
     weights = {name: _to_convolution(path, state) for name, state in zip(WEIGHTS, states, strict=True)}
     run = content.get("run", {})
     return Checkpoint(path, weights, content.get("optimizer"), content["epoch"], args, sf_source, run)
+
+
+def _foreign_settings(args: dict[str, Any]) -> dict[str, Any]:
+    """Settings as ours say them: published runs leave the global batch to batch size and number of processes."""
+    args = dict(args)
+    if (
+        "global_batch" not in args
+        and isinstance(args.get("batch_size"), int)
+        and isinstance(args.get("world_size"), int)
+    ):
+        args["global_batch"] = args["batch_size"] * args["world_size"]
+    if isinstance(args.get("window_size"), int) and args["window_size"] <= 0:
+        args["window_size"] = None
+    return args
 
 
 def _to_convolution(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,7 +171,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
                         f"the parameter is {list(parameter.shape)}"
                     )
                 values[name] = values[name].reshape(parameter.shape)
-        slots[slot] = values
+        slots[slot] = {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
     # How our optimizer is executed is ours to say; what it is, is the checkpoint's.
     execution = {k: optimizer.param_groups[0][k] for k in ("fused", "foreach", "capturable", "differentiable")}
     groups = [

@@ -8,6 +8,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from model_jit import JiT_models
@@ -17,7 +18,7 @@ from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 
 NEWER = ("val_split",)  # flags that are newer than names of runs: at their defaults they are no part of one
 AT_LEAST = {
-    0: ("seed", "start_epoch", "warmup_epochs", "weight_decay", "min_lr", "lr", "blr"),
+    0: ("seed", "start_epoch", "num_workers", "warmup_epochs", "weight_decay", "min_lr", "lr", "blr"),
     1: (
         *("epochs", "batch_size", "global_batch", "accum_iter", "class_num", "img_size"),
         *("num_sampling_steps", "num_images", "gen_bsz", "num_per_class", "wandb_num_vis"),
@@ -55,10 +56,20 @@ def resolve(
 
 
 def _complete(args: Namespace) -> Namespace:
-    """Defaults that depend on the data set."""
+    """Choices and ranges checked, and defaults that depend on the data set."""
+    for name, flag in FLAGS.items():
+        if flag.choices and getattr(args, name) not in flag.choices:
+            raise UserError(f"--{name} {getattr(args, name)} must be one of {', '.join(flag.choices)}")
     known = KNOWN[args.dataset]
-    args.img_size = args.img_size or known.img_size
-    args.class_num = args.class_num or known.class_num
+    args.img_size = known.img_size if args.img_size is None else args.img_size
+    args.class_num = known.class_num if args.class_num is None else args.class_num
+    for lowest, names in AT_LEAST.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not value >= lowest:
+                raise UserError(f"--{name} {value} must be at least {lowest}")
+    if args.seed >= 2**64:
+        raise UserError(f"--seed {args.seed} must be below 2^64")
     args.flip = args.dataset != "digits" if args.flip is None else args.flip
     args.metrics = args.metrics or ("class_agreement" if args.dataset == "digits" else "fid,is")
     return args
@@ -80,11 +91,6 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
         raise UserError(
             f"--window_size {args.window_size} must be at least 2 and divide the image size {args.img_size}"
         )
-    for lowest, names in AT_LEAST.items():
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not value >= lowest:
-                raise UserError(f"--{name} {value} must be at least {lowest}")
     for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "ema_decay1", "ema_decay2"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must be between 0 and 1")
@@ -97,9 +103,6 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
             f"--num_images {args.num_images} is not a multiple of the {args.class_num} classes: "
             "an evaluation needs equally many images of each class"
         )
-    for name, flag in FLAGS.items():
-        if flag.choices and getattr(args, name) not in flag.choices:
-            raise UserError(f"--{name} {getattr(args, name)} must be one of {', '.join(flag.choices)}")
     warnings = []
     if not sf and (args.disable_dct_scale_schedule or args.window_size is not None):
         warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
@@ -147,6 +150,7 @@ def run_name(args: Namespace) -> str:
     """A name that differs wherever two experiments differ: readable parts, and a digest of all that is bound."""
     bound = {n: getattr(args, n) for n, flag in FLAGS.items() if flag.bound in (ALWAYS, TRAINING)}
     bound = {n: value for n, value in bound.items() if n not in NEWER or value != DEFAULTS[n]}
+    bound["data_path"] = str(Path(args.data_path).resolve()) if args.data_path else None
     bound |= {"init_from": args.init_from, "init_weights": args.init_weights if args.init_from else None}
     digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:6]
     if args.disable_dct_patchify:

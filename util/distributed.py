@@ -33,7 +33,7 @@ class World:
 
 
 def rank_from_environment() -> int:
-    return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
+    return int(os.environ["RANK"]) if launched_by_torchrun() else 0
 
 
 def launched_by_torchrun() -> bool:
@@ -55,14 +55,13 @@ def find_world(device: str | None) -> World:
     Raises:
         UserError: a device that is not there.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = device.partition(":")[0]
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: it must be cpu or cuda")
+        raise UserError(f"--device {kind}: it must be cpu or cuda (CUDA_VISIBLE_DEVICES chooses among several)")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here")
     if not launched_by_torchrun():
-        return World(device=torch.device(device))
+        return World(device=torch.device("cuda", 0) if kind == "cuda" else CPU)
     local_rank = int(os.environ["LOCAL_RANK"])
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -75,7 +74,10 @@ def find_world(device: str | None) -> World:
 
 @contextmanager
 def process_group(world: World, timeout_minutes: float = 30) -> Iterator[None]:
-    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process."""
+    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process.
+
+    An error within leaves the group as it is: ending it is a collective, and the others do not take part.
+    """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size == 1:
@@ -83,10 +85,28 @@ def process_group(world: World, timeout_minutes: float = 30) -> Iterator[None]:
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield  # not in try: see above
+    dist.destroy_process_group()
+
+
+def in_group() -> bool:
+    """Whether the group is there: after an error, that others may be waiting for this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def agree(what: str, value: object, world: World) -> None:
+    """Compare a picklable value over the processes.
+
+    Raises:
+        UserError: on all of them, with the values, where they differ.
+    """
+    if world.size == 1:
+        return
+    values: list[object] = [None] * world.size
+    dist.all_gather_object(values, value)
+    if any(other != values[0] for other in values):
+        listed = "; ".join(f"process {rank}: {other}" for rank, other in enumerate(values) if other != values[0])
+        raise UserError(f"the processes do not see the same {what}: process 0: {values[0]}; {listed}")
 
 
 def barrier(world: World) -> None:

@@ -19,7 +19,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, suppress: Tensor | None = None) -> None:
-        """One step. `suppress`, a scalar on the device, leaves the average as it is where it is 1."""
+        """One step. Where `suppress`, a scalar on the device, is 1, the average stays (parameters must be finite)."""
         weight = 1 - self.decay
         averages, parameters = list(self.averages.values()), list(module.parameters())
         if suppress is None:

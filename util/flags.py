@@ -79,7 +79,7 @@ SECTIONS: dict[str, list[Flag]] = {
     ],
     "training": [
         Flag("epochs", 600, int, FREE, "epochs in all"),
-        Flag("warmup_epochs", 5, float, TRAINING, "epochs of linear warm-up"),
+        Flag("warmup_epochs", 5.0, float, TRAINING, "epochs of linear warm-up"),
         Flag("batch_size", 128, int, FREE, "images per process and forward pass"),
         Flag("global_batch", None, int, TRAINING, "images per step; accumulation follows from it"),
         Flag("accum_iter", None, int, OWN, "forward passes per step (default: 1, or as --global_batch needs)"),
@@ -121,11 +121,11 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),
         Flag("attn_fp32", False, "store_true", FREE, "attention product in float32 also under autocast"),
-        Flag("wandb_project", "jit", str, FREE, "Weights & Biases project"),
-        Flag("wandb_entity", None, str, FREE, "its user or team"),
-        Flag("wandb_run_name", None, str, FREE, "name of the run (default: made from the settings)"),
-        Flag("wandb_mode", "offline", str, FREE, "where to log", ("online", "offline", "disabled")),
-        Flag("wandb_num_vis", 16, int, FREE, "images in the grid of samples drawn during training"),
+        Flag("wandb_project", "jit", str, OWN, "Weights & Biases project"),
+        Flag("wandb_entity", None, str, OWN, "its user or team"),
+        Flag("wandb_run_name", None, str, OWN, "name of the run (default: made from the settings)"),
+        Flag("wandb_mode", "offline", str, OWN, "where to log", ("online", "offline", "disabled")),
+        Flag("wandb_num_vis", 16, int, OWN, "images in the grid of samples drawn during training"),
     ],
 }
 

@@ -34,6 +34,7 @@ from util.errors import UserError
 from util.loader import build_loader
 from util.logger import RunLog
 from util.rng import Stream
+from util.spectrum import num_rings, rapsd
 
 if TYPE_CHECKING:
     from engine_jit import Recipe, Training
@@ -123,9 +124,9 @@ def hold_out(
     return dataset, HeldOut(Part(whole, numbers), args.seed, args.batch_size, args.num_workers, args.val_rings)
 
 
-def seen_before(args: Namespace, init: Mapping[str, Any] | None) -> list[str]:
+def seen_before(args: Namespace, init: Mapping[str, Any]) -> list[str]:
     """A warning where a new run starts from weights (with settings `init`) that may know its held-out images."""
-    if init is None or args.val_split is None or args.val_split in SPLITS:
+    if args.val_split is None or args.val_split in SPLITS:
         return []
     if all(init.get(name) == getattr(args, name) for name in ("val_split", "seed", "dataset", "data_path")):
         return []
@@ -138,19 +139,6 @@ def bin_weights(density: LogitNormal) -> Tensor:
     """(T,) float64: the mass of the density of training times in each bin; they add up to 1."""
     edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64).logit()  # -inf .. inf
     return ndtr((edges - density.P_mean) / max(abs(density.P_std), 1e-12)).diff()
-
-
-def rings(size: int) -> Tensor:
-    """(H W,) int64: the ring of each mode of a size x size FFT, floor of its radius in cycles per image."""
-    f = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
-    return (f[:, None] ** 2 + f**2).sqrt().floor().long().flatten()
-
-
-def ring_power(error: Tensor, ring: Tensor) -> Tensor:
-    """(B, C, H, W), (H W,) -> (B, K) float64: mean of |FFT(error)|^2 over channels and the modes of each ring."""
-    power = torch.fft.fft2(error, norm="ortho").abs().square().double().mean(1).flatten(1)  # (B, H W)
-    count = torch.bincount(ring)
-    return power.new_zeros(len(power), len(count)).index_add_(1, ring, power) / count
 
 
 @dataclass(frozen=True)
@@ -186,8 +174,7 @@ class HeldOut:
         mine = share(len(self.images), world)
         starts = range(mine.start, mine.stop, self.batch_size)
         batches = [list(range(start, min(start + self.batch_size, mine.stop))) for start in starts]
-        ring = rings(self.images.img_size).to(world.device)
-        width = 1 + (int(ring.max()) + 1 if self.by_ring else 0)
+        width = 1 + (num_rings(self.images.img_size) if self.by_ring else 0)
         sums = torch.zeros(len(WEIGHTS), BINS, width, dtype=torch.float64, device=world.device)
         was_training = denoiser.training
         denoiser.eval()
@@ -196,7 +183,7 @@ class HeldOut:
                 number = torch.as_tensor(self.images.numbers[batch], device=world.device)
                 x, y = to_float(x.to(world.device)), y.to(world.device)
                 for b in range(BINS):
-                    sums[:, b] += self._one_bin(denoiser, emas, x, y, number, b, ring)
+                    sums[:, b] += self._one_bin(denoiser, emas, x, y, number, b)
         finally:
             denoiser.train(was_training)
         means = (all_reduce_mean(sums, world) * (world.size / len(self.images))).cpu()
@@ -207,7 +194,7 @@ class HeldOut:
         return build_loader(self.images, batches, workers, pin_memory=world.device.type == "cuda")
 
     @torch.no_grad()
-    def _one_bin(self, denoiser, emas, x: Tensor, y: Tensor, number: Tensor, b: int, ring: Tensor) -> Tensor:
+    def _one_bin(self, denoiser, emas, x: Tensor, y: Tensor, number: Tensor, b: int) -> Tensor:
         """(W, 1 or 1 + K) float64: sums over a batch of the loss and of the power in each ring, at times in bin b."""
         t = times(self.seed, number)[:, b]
         noise = rng.normal(self.seed, Stream.VALIDATION, NOISE + b, number, x[0].numel()).view_as(x)
@@ -216,7 +203,7 @@ class HeldOut:
             with average.applied_to(denoiser) if average else nullcontext():
                 error = denoiser.error(x, y, t, noise)  # (B, C, H, W)
             loss = error.square().flatten(1).double().mean(1, keepdim=True)  # (B, 1)
-            rows.append(torch.cat([loss, ring_power(error, ring)], 1) if self.by_ring else loss)
+            rows.append(torch.cat([loss, rapsd(error)], 1) if self.by_ring else loss)
         return torch.stack(rows).sum(1)
 
     def record(self, training: "Training", epoch: int, recipe: "Recipe", world: World, log: RunLog) -> Loss:

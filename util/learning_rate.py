@@ -17,5 +17,7 @@ def learning_rate(
         return peak * epoch / warmup_epochs
     if schedule == "constant":
         return peak
+    if schedule != "cosine":
+        raise ValueError(f"the learning-rate schedule is {schedule!r}: it must be 'constant' or 'cosine'")
     progress = min(1.0, (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12))
     return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -30,16 +30,15 @@ class RunLog:
     """Log of one run.
 
     Args:
-        folder: of the run; the log is continued if there is one.
+        folder: of the run; a log in it is continued, and so is its run at Weights & Biases.
         wandb: keyword arguments of wandb.init (project, entity, name, mode, config); mode "disabled" is off.
-        wandb_id: id of the run that is continued, if the folder does not know one.
 
     Raises:
         UserError: Weights & Biases was asked for and cannot start.
     """
 
-    def __init__(self, folder: Path, world: World, wandb: Mapping[str, Any], wandb_id: str | None = None):
-        self.main, self.file, self.wandb_run, self.wandb_id = world.main, None, None, wandb_id
+    def __init__(self, folder: Path, world: World, wandb: Mapping[str, Any]):
+        self.main, self.file, self.wandb_run = world.main, None, None
         if not self.main:
             return
         self.path = folder / LOG_NAME
@@ -51,20 +50,19 @@ class RunLog:
         import wandb
 
         remembered = folder / WANDB_ID_NAME
-        known = remembered.read_text().strip() if remembered.exists() else self.wandb_id
-        self.wandb_id = known or secrets.token_hex(4)
+        run_id = remembered.read_text().strip() if remembered.exists() else secrets.token_hex(4)
         try:
             self.wandb_run = wandb.init(
                 **settings,
                 dir=str(folder),
-                id=self.wandb_id,
+                id=run_id,
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),
             )
             self.wandb_run.define_metric("*", step_metric="step")
         except Exception as error:  # of many kinds, and all mean the same to the user
             raise UserError(f"Weights & Biases did not start ({error}); ENABLE_WANDB=0 does without it") from error
-        remembered.write_text(self.wandb_id + "\n")
+        remembered.write_text(run_id + "\n")
 
     def record(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line; numbers also go to Weights & Biases as `event/name`."""

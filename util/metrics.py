@@ -1,11 +1,15 @@
 """The metrics of generated images: which there are, what each needs, and their values from gathered features.
 
     N  generated images        F  features of one stream        labels  (N,) class of each image
+    K  rings of a spectrum     M  real images whose features the reference file holds
 
     fid               Fréchet distance over Inception's 2048 features, as torch-fidelity 0.4.0
     is                Inception Score over the unbiased logits, as torch-fidelity 0.4.0
     fd_effnet         Fréchet distance over EfficientNet-Lite0: FD-EffNet-Lite0, a different number from FID
     class_agreement   digits only: how often a classifier of real digits sees the class that was asked for
+
+What else a reference file allows is computed beside its Fréchet distance: precision, recall and, with Inception, KID
+where it holds features; the spectrum gap where it holds a spectrum. `describe` says what was left out, and why.
 
 A MetricSuite checks all that its metrics need when it is built, before the first image. It then turns batches
 into features (any process) and, where the features of all images are gathered in index order, into numbers.
@@ -13,14 +17,26 @@ into features (any process) and, where the features of all images are gathered i
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from util.features import DigitPixels, EffNetLite0, InceptionV3, MetricError, ensure_inception_weights
+from util.features import DigitPixels, EffNetLite0, GreySpectrum, InceptionV3, MetricError, ensure_inception_weights
 from util.reference import Reference, default_reference, load_reference
+from util.scores import (
+    FIDELITY_SEED,
+    IS_SPLITS,
+    KID_SUBSETS,
+    PRC_NEIGHBOURS,
+    DigitClassifier,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    kid_subset_size,
+    precision_recall,
+)
+from util.spectrum import plot_spectra, ring_ratio, spectrum_gap
 
-__all__ = ["METRICS", "MetricError", "MetricSuite", "ensure_inception_weights", "frechet_distance", "parse_metrics"]
+__all__ = ["METRICS", "MetricError", "MetricSuite", "ensure_inception_weights", "parse_metrics"]
 
 METRICS = ("fid", "is", "fd_effnet", "class_agreement")
 STREAM = {
@@ -30,9 +46,13 @@ STREAM = {
     "class_agreement": "digit_8x8",
 }
 FRECHET = {"fid": "fid", "fd_effnet": "fd_effnet_lite0"}  # metric -> name of its value
+PRECISION_RECALL = {  # metric -> names of the values that need features of real images
+    "fid": ("precision", "recall"),
+    "fd_effnet": ("precision_effnet_lite0", "recall_effnet_lite0"),
+}
+KID = ("kid_mean", "kid_std")  # beside fid, of the same features
+SPECTRUM = "grey_spectrum"  # name of the stream and of the array in a reference file
 FID_MIN_IMAGES = 2048
-IS_SPLITS, IS_SEED = 10, 2020  # torch-fidelity's defaults
-DIGITS_HELD_OUT, DIGITS_SEED = 597, 0  # of 1797 real digits, 1200 train the classifier whose accuracy is reported
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
@@ -44,80 +64,6 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     if unknown:
         raise MetricError(f"Unknown metric {', '.join(unknown)}: known are {', '.join(METRICS)}, or none by itself.")
     return tuple(dict.fromkeys(names))
-
-
-def frechet_distance(features: Tensor, statistics: dict[str, np.ndarray]) -> float:
-    """Fréchet distance between the Gaussians fitted to two sets of features.
-
-        d = |mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2))
-
-    Both steps are torch-fidelity's functions. The statistics of `features` are computed in the type that they
-    come in, as torch-fidelity does with float32, and then cast to float64.
-
-    Args:
-        features: (N, F) on the CPU, N >= 2.
-        statistics: mu (F,) and sigma (F, F) in float64.
-    Raises: MetricError if the distance cannot be computed or is not finite.
-    Source: Heusel et al. 2017, arXiv:1706.08500, equation 6.
-    """
-    from torch_fidelity import metric_fid
-
-    ours = metric_fid.fid_features_to_statistics(features)
-    ours = {key: np.asarray(value, dtype=np.float64) for key, value in ours.items()}
-    try:
-        distance = metric_fid.fid_statistics_to_metric(ours, statistics, False)[metric_fid.KEY_METRIC_FID]
-    except np.linalg.LinAlgError as error:
-        raise MetricError(f"The Fréchet distance could not be computed: {error}.") from error
-    if not np.isfinite(distance):
-        raise MetricError(f"The Fréchet distance is {distance}: the features or the reference are too large.")
-    return distance
-
-
-def inception_score(logits: Tensor) -> tuple[float, float]:
-    """(mean, standard deviation) of the Inception Score over 10 splits, exp(E_x KL(p(y|x) || p(y))), torch-fidelity's.
-
-    Args:
-        logits: (N, 1008) in index order: which images share a split depends on it.
-    Source: Salimans et al. 2016, arXiv:1606.03498.
-    """
-    from torch_fidelity import metric_isc
-
-    out = metric_isc.isc_features_to_metric(logits, splits=IS_SPLITS, shuffle=True, rng_seed=IS_SEED)
-    return out[metric_isc.KEY_METRIC_ISC_MEAN], out[metric_isc.KEY_METRIC_ISC_STD]
-
-
-class DigitClassifier:
-    """A support vector machine on the 64 numbers of DigitPixels, fitted to scikit-learn's 1797 real digits.
-
-    The real digits go through the images of the training set, so that real and generated ones take the same path.
-    `held_out_accuracy` is that of the same kind of classifier, fitted to 1200 digits of a fixed permutation and
-    tested on the other 597: what perfect generation would about reach.
-
-    Args:
-        img_size: pixels per side of the generated images, at least 8.
-    """
-
-    def __init__(self, img_size: int):
-        from util.data import build_dataset
-
-        dataset = build_dataset("digits", None, img_size, "train")
-        images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-        x = DigitPixels()(torch.stack(images))["digit_8x8"].numpy()  # (1797, 64)
-        y = np.array(labels)  # (1797,)
-        order = np.random.RandomState(DIGITS_SEED).permutation(len(y))
-        held_out, rest = order[:DIGITS_HELD_OUT], order[DIGITS_HELD_OUT:]
-        self.held_out_accuracy = float(self._new().fit(x[rest], y[rest]).score(x[held_out], y[held_out]))
-        self.model = self._new().fit(x, y)
-
-    @staticmethod
-    def _new():
-        from sklearn.svm import SVC
-
-        return SVC(kernel="rbf", C=10.0, gamma=0.001)
-
-    def agreement(self, features: Tensor, labels: Tensor) -> float:
-        """Share of the features (N, 64) whose predicted class is that of `labels` (N,)."""
-        return float((self.model.predict(features.numpy()) == labels.cpu().numpy()).mean())
 
 
 class MetricSuite:
@@ -133,7 +79,9 @@ class MetricSuite:
         inception_weights: see util.features.ensure_inception_weights.
     Raises: MetricError if anything that `names` need is missing or does not match.
 
-    `.streams` is {stream: F} of what `extract` returns and `compute` takes; `.warnings` a list of sentences.
+    `.streams` is {stream: F} of what `extract` returns and `compute` takes; `.warnings` a list of sentences;
+    `.not_computed` {value: why the reference does not allow it}; `.details` what the last `compute` found beyond
+    single numbers, ready for JSON: grey_spectrum, grey_spectrum_real and ring_ratio (generated / real), K numbers each.
     """
 
     def __init__(
@@ -149,6 +97,8 @@ class MetricSuite:
         self.names = parse_metrics(",".join(names))
         self.num_images = num_images
         self.warnings: list[str] = []
+        self.not_computed: dict[str, str] = {}
+        self.details: dict[str, list[float] | str] = {}
         self._check_arguments(dataset, img_size)
 
         self.extractors = []
@@ -170,6 +120,9 @@ class MetricSuite:
         for name in asked:
             own = fid_stats if name == asked[0] else None
             self.references[name] = self._reference(STREAM[name], dataset, img_size, own)
+        for name in asked:
+            self._plan_neighbours(name)
+        self._plan_spectrum(device, img_size)
 
     def _check_arguments(self, dataset: str, img_size: int) -> None:
         if "class_agreement" in self.names and dataset != "digits":
@@ -200,6 +153,32 @@ class MetricSuite:
             self.warnings.append(f"{path} was made from {reference.meta['dataset']}, but the data set is {dataset}.")
         return reference
 
+    def _plan_neighbours(self, name: str) -> None:
+        """Note why precision, recall and KID of a metric's reference cannot be computed, if so."""
+        reference = self.references[name]
+        why = None
+        if reference.features is None:
+            why = f"{reference.path} holds no features of real images; prepare_ref.py stores them (--num_features)"
+        elif min(self.num_images, len(reference.features)) <= PRC_NEIGHBOURS:
+            why = (
+                f"more than {PRC_NEIGHBOURS} images are needed on both sides; {self.num_images} are generated and "
+                f"{reference.path} holds the features of {len(reference.features)}"
+            )
+        if why:
+            values = PRECISION_RECALL[name] + (KID if name == "fid" else ())
+            self.not_computed |= dict.fromkeys(values, why)
+
+    def _plan_spectrum(self, device: torch.device | str, img_size: int) -> None:
+        """Take the spectrum of the first reference that holds one, and a stream for that of the generated images."""
+        holders = [r for r in self.references.values() if r.spectra.get(SPECTRUM) is not None]
+        self.real_spectrum = holders[0].spectra[SPECTRUM] if holders else None  # (K,)
+        if holders:
+            self.extractors.append(GreySpectrum(device, img_size))
+            self.streams |= self.extractors[-1].streams
+        elif self.references:
+            names = " and ".join(str(r.path) for r in self.references.values())
+            self.not_computed["spectrum_gap"] = f"no {SPECTRUM} in {names}; prepare_ref.py stores it"
+
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 images (B, 3, H, W) on any device -> {stream: float32 (B, F) on the CPU}, for all of `.streams`."""
         features = {}
@@ -214,7 +193,9 @@ class MetricSuite:
             features: {stream: (N, F) on the CPU} with row i from image index i, N = num_images.
             labels: (N,) class of each image; read by class_agreement.
         Returns: of fid, is_mean, is_std, fd_effnet_lite0, class_agreement and class_agreement_real (the accuracy
-            of the same kind of classifier on held-out real digits) those that were asked for.
+            of the same kind of classifier on held-out real digits) those that were asked for; and of precision,
+            recall, kid_mean, kid_std, precision_effnet_lite0, recall_effnet_lite0 and spectrum_gap those that the
+            references allow. Fills `.details`.
         Raises: MetricError for missing, misshapen or non-finite features.
         """
         for stream, dim in self.streams.items():
@@ -231,18 +212,57 @@ class MetricSuite:
             rows = features[STREAM[name]]
             if name in FRECHET:
                 out[FRECHET[name]] = frechet_distance(rows, self.references[name].statistics())
+                out |= self._neighbours(name, rows)
             elif name == "is":
                 out["is_mean"], out["is_std"] = inception_score(rows)
             elif name == "class_agreement":
                 out["class_agreement"] = self.classifier.agreement(rows, labels)
                 out["class_agreement_real"] = self.classifier.held_out_accuracy
+        return out | self._spectrum(features)
+
+    def _neighbours(self, name: str, rows: Tensor) -> dict[str, float]:
+        """Precision and recall, beside fid also KID, of features (N, F), where the reference allows them."""
+        if PRECISION_RECALL[name][0] in self.not_computed:
+            return {}
+        real = torch.from_numpy(self.references[name].features)  # (M, F)
+        out = dict(zip(PRECISION_RECALL[name], precision_recall(rows, real), strict=True))
+        if name == "fid":
+            out |= dict(zip(KID, kernel_distance(rows, real), strict=True))
         return out
 
+    def _spectrum(self, features: dict[str, Tensor]) -> dict[str, float]:
+        """The spectrum gap, where there is a reference for it, and `.details`."""
+        self.details = {}
+        if self.real_spectrum is None:
+            return {}
+        generated = features[SPECTRUM].double().mean(dim=0).numpy()  # (K,)
+        self.details = {
+            "grey_spectrum": generated.tolist(),
+            "grey_spectrum_real": self.real_spectrum.tolist(),
+            "ring_ratio": ring_ratio(self.real_spectrum, generated).tolist(),
+        }
+        if generated.min() <= 0:  # of images of one colour, say; not worth losing the other metrics
+            self.details["spectrum_gap"] = "not defined: the generated images have no power at all in some ring"
+            return {}
+        return {"spectrum_gap": spectrum_gap(self.real_spectrum, generated)}
+
+    def plot(self, path: str | Path, title: str = "") -> Path | None:
+        """Draw the spectra that the last `compute` found: to `path` if it ends in .png, else to spectra.png in it.
+
+        Returns: the file; None where there is nothing to draw.
+        """
+        if self.details.get("ring_ratio") is None or "spectrum_gap" in self.details:
+            return None
+        path = Path(path)
+        path = path if path.suffix == ".png" else path / "spectra.png"
+        return plot_spectra(self.details["grey_spectrum_real"], self.details["grey_spectrum"], path, title)
+
     def describe(self) -> dict:
-        """For reports, ready for JSON: extractors, reference files and their sha256, TF32 settings, warnings."""
+        """For reports, ready for JSON, and the same before and after `compute`: extractors, reference files and their
+        sha256, TF32 settings, warnings, settings of the metrics, what is not computed and why.
+        """
         out = {
             "metrics": list(self.names),
-            "num_images": self.num_images,
             "extractors": [extractor.describe() for extractor in self.extractors],
             "references": {FRECHET[name]: reference.describe() for name, reference in self.references.items()},
             "tf32": {
@@ -252,5 +272,13 @@ class MetricSuite:
             "warnings": list(self.warnings),
         }
         if "is" in self.names:
-            out["inception_score"] = {"splits": IS_SPLITS, "shuffle": True, "seed": IS_SEED}
+            out["inception_score"] = {"splits": IS_SPLITS, "shuffle": True, "seed": FIDELITY_SEED}
+        real = {name: len(r.features) for name, r in self.references.items() if r.features is not None}
+        for name in real:
+            if PRECISION_RECALL[name][0] not in self.not_computed:
+                out[PRECISION_RECALL[name][0]] = {"neighbours": PRC_NEIGHBOURS, "real_images": real[name]}
+        if "fid" in real and KID[0] not in self.not_computed:
+            size = kid_subset_size(self.num_images, real["fid"])
+            out["kid"] = {"subsets": KID_SUBSETS, "subset_size": size, "kernel_degree": 3, "seed": FIDELITY_SEED}
+        out["not_computed"] = dict(self.not_computed)
         return out

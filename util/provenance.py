@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str:
-    """The commit of this checkout, with "+changes" where tracked files differ; "unknown" outside git."""
+    """The commit when the process first asked, with "+changes" where tracked files differ; "unknown" outside git."""
     try:
         head, changes = (
             subprocess.run(["git", "-C", str(REPOSITORY), *what], capture_output=True, text=True, check=True).stdout

@@ -1,11 +1,15 @@
-"""Reference statistics of a Fréchet distance: the file format, how it is found, what is refused.
+"""Reference files, what is known of the real images: the format, how a file is found, what is refused.
 
-    F      features of the extractor (2048 for Inception, 1280 for EfficientNet-Lite0)
-    mu     (F,)    mean of the features of the real images
-    sigma  (F, F)  their unbiased covariance
+    F  features of the extractor (2048 for Inception, 1280 for EfficientNet-Lite0)        K  rings of a spectrum
 
-The file is an npz with `mu`, `sigma` and `meta`, a JSON text. Files with mu and sigma alone (the format of
-the TTUR and JiT repositories) are accepted with a warning. Pickled content is never loaded.
+    mu             (F,)    mean of the features of the real images
+    sigma          (F, F)  their unbiased covariance
+    features       (M, F)  optional: float32 features of M of the images, for precision, recall and KID
+    grey_spectrum  (K,)    optional: for the spectrum gap; see util.spectrum
+    rapsd, rapsd_centred   (K,)  optional: for noise schedules
+
+The file is an npz of these and of `meta`, a JSON text. Files with mu and sigma alone (the format of the TTUR and
+JiT repositories) are accepted with a warning. Pickled content is never loaded.
 """
 
 import hashlib
@@ -13,21 +17,24 @@ import io
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from util.features import MetricError
+from util.extractor import MetricError
+from util.spectrum import num_rings
 
 FID_STATS = Path(__file__).resolve().parent.parent / "fid_stats"  # of the repository, whatever the working directory
+SPECTRA = ("grey_spectrum", "rapsd", "rapsd_centred")
 META_CHECKED = ("dataset", "split", "img_size", "crop", "extractor", "extractor_sha256", "num_images")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of real images: mu (F,) and sigma (F, F) in float64, and where they come from."""
+    """Statistics of real images: mu (F,), sigma (F, F) and spectra (K,) in float64, features (M, F) in float32."""
 
     mu: np.ndarray
     sigma: np.ndarray
@@ -35,6 +42,8 @@ class Reference:
     path: Path
     sha256: str
     warnings: tuple[str, ...] = ()
+    features: np.ndarray | None = None
+    spectra: dict[str, np.ndarray] = field(default_factory=dict)  # of SPECTRA those that the file holds
 
     def statistics(self) -> dict[str, np.ndarray]:
         """The form that torch_fidelity.metric_fid.fid_statistics_to_metric takes."""
@@ -80,6 +89,17 @@ class Moments:
         self.mean = self.mean + shift * (other.n / n)
         self.n = n
 
+    def pack(self) -> np.ndarray:
+        """n, mean and scatter as one float64 vector, to be sent to another process."""
+        return np.concatenate([[self.n], self.mean, self.scatter.ravel()])
+
+    def unpack(self, vector: np.ndarray) -> "Moments":
+        """New moments of the same size from what `pack` returned."""
+        moments, dim = Moments(len(self.mean)), len(self.mean)
+        moments.n = int(vector[0])
+        moments.mean, moments.scatter = vector[1 : dim + 1].copy(), vector[dim + 1 :].reshape(dim, dim).copy()
+        return moments
+
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """(mu (F,), sigma (F, F)). Raises MetricError for fewer than two images."""
         if self.n < 2:
@@ -100,9 +120,13 @@ def default_reference(dataset: str, img_size: int, extractor: str) -> Path:
     return FID_STATS / f"{dataset}_{img_size}_{extractor}.npz"
 
 
-def save_reference(path: str | Path, mu: np.ndarray, sigma: np.ndarray, meta: dict) -> str:
+def save_reference(
+    path: str | Path, mu: np.ndarray, sigma: np.ndarray, meta: dict, more: Mapping[str, np.ndarray] | None = None
+) -> str:
     """Write a reference file under a temporary name, rename it to `path`, and return its sha256.
 
+    Args:
+        more: of features and SPECTRA those that are to be stored.
     Raises: MetricError if `meta` lacks a key that load_reference checks, or the folder cannot be written.
     """
     missing = [key for key in META_CHECKED if key not in meta]
@@ -110,7 +134,7 @@ def save_reference(path: str | Path, mu: np.ndarray, sigma: np.ndarray, meta: di
         raise MetricError(f"The metadata of a reference file must say {', '.join(missing)}.")
     path = Path(path)
     buffer = io.BytesIO()
-    np.savez(buffer, mu=mu, sigma=sigma, meta=np.array(json.dumps(meta)))
+    np.savez(buffer, mu=mu, sigma=sigma, meta=np.array(json.dumps(meta)), **(more or {}))
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +176,8 @@ def load_reference(path: str | Path, dim: int, extractor, img_size: int, make: s
     except OSError as error:
         raise MetricError(f"The reference statistics {path} cannot be read ({error.strerror}).") from error
 
-    mu, sigma, meta = _parse(path, content)
+    arrays, meta = _parse(path, content)
+    mu, sigma, features = arrays.pop("mu"), arrays.pop("sigma"), arrays.pop("features", None)
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         raise MetricError(
             f"{path} holds mu {mu.shape} and sigma {sigma.shape}, but {extractor.name} needs ({dim},) and "
@@ -163,25 +188,31 @@ def load_reference(path: str | Path, dim: int, extractor, img_size: int, make: s
     if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
         raise MetricError(f"sigma in {path} is not a covariance: it must be symmetric with a non-negative diagonal.")
 
+    _check_more(path, dim, img_size, features, arrays)
+
     sha256 = hashlib.sha256(content).hexdigest()
     if meta is None:
         warning = (
             f"{path} has no metadata: that it was made with this extractor, these weights, images of "
             f"{img_size} x {img_size} pixels and this crop could not be checked."
         )
-        return Reference(mu, sigma, None, path, sha256, (warning,))
+        return Reference(mu, sigma, None, path, sha256, (warning,), features, arrays)
     _check_meta(path, meta, extractor, img_size)
     warnings = ()
     if meta["num_images"] <= dim:
         warnings = (f"{path} was made from {meta['num_images']} images: a covariance of {dim} features needs more.",)
-    return Reference(mu, sigma, meta, path, sha256, warnings)
+    return Reference(mu, sigma, meta, path, sha256, warnings, features, arrays)
 
 
-def _parse(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, dict | None]:
-    """mu and sigma in float64, and the metadata or None. Raises MetricError for anything else than that."""
+def _parse(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], dict | None]:
+    """The known arrays, features in float32 and the others in float64, and the metadata or None.
+
+    Raises: MetricError for anything else than that.
+    """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("mu", "sigma")}
+            optional = [key for key in ("features", *SPECTRA) if key in file.files]
+            arrays = {key: file[key] for key in ("mu", "sigma", *optional)}
             meta = json.loads(str(file["meta"])) if "meta" in file.files else None
     except Exception as error:  # whatever a damaged or hostile file raises, it is refused
         raise MetricError(
@@ -191,7 +222,27 @@ def _parse(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, dict | N
     for key, array in arrays.items():
         if not np.issubdtype(array.dtype, np.floating):
             raise MetricError(f"{key} in {path} is of type {array.dtype}; floating-point numbers were expected.")
-    return arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64), meta
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+        return {k: a.astype(np.float32 if k == "features" else np.float64) for k, a in arrays.items()}, meta
+
+
+def _check_more(
+    path: Path, dim: int, img_size: int, features: np.ndarray | None, spectra: Mapping[str, np.ndarray]
+) -> None:
+    """Refuse features of another width, spectra of another size, and numbers that cannot be either."""
+    if features is not None:
+        if features.ndim != 2 or features.shape[1] != dim or len(features) < 1:
+            raise MetricError(f"{path} holds features {features.shape}, but rows of {dim} numbers are needed.")
+        if not np.isfinite(features).all():
+            raise MetricError(f"features in {path} hold non-finite numbers.")
+    for key, values in spectra.items():
+        if values.shape != (num_rings(img_size),):
+            raise MetricError(
+                f"{path} holds {key} {values.shape}, but images of {img_size} x {img_size} pixels have "
+                f"{num_rings(img_size)} rings of frequencies."
+            )
+        if not (np.isfinite(values).all() and values.min() > 0):
+            raise MetricError(f"{key} in {path} is not a spectrum: every power must be finite and above zero.")
 
 
 def _check_meta(path: Path, meta, extractor, img_size: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from util.errors import UserError
 
-HIGHER_IS_BETTER = ("is_mean", "precision", "recall", "density", "coverage", "class_agreement")
+HIGHER_IS_BETTER = ("is_mean", "precision", "recall", "class_agreement")  # and what begins so
 FOLDERS = {"eval": "*.json", "sweep": "**/*.json"}
 MARK = " !"
 PUBLISHED = "published by torch-fidelity"  # what util.features says of Inception's weights
@@ -161,7 +161,7 @@ def sort(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     known = metric_names(rows)
     if metric not in known:
         raise UserError(f"--sort {metric}: no report has that metric; there are {', '.join(known) or 'none'}")
-    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    sign = -1 if metric.startswith(HIGHER_IS_BETTER) else 1
 
     def key(row: dict[str, Any]) -> tuple[bool, float]:
         value = row["metrics"].get(metric, float("nan"))

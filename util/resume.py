@@ -42,7 +42,9 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
     saved, bound = None, None
     if output is not None and checkpoint.find(output):
         saved = checkpoint.load(output)
-    elif resume is not None and (checkpoint.find(resume) or output is None or Path(resume) != Path(output)):
+    elif resume is not None and (
+        checkpoint.find(resume) or output is None or Path(resume).resolve() != Path(output).resolve()
+    ):
         saved = checkpoint.load(resume)
     elif init is not None:
         bound = config.resolve(given, checkpoint.load(init).args, training=False, only=ARCHITECTURE)

@@ -23,8 +23,7 @@ class Stream(IntEnum):
     LABEL_DROP = 2
     FLIP = 3
     START_NOISE = 4
-    DROPOUT = 5
-    VALIDATION = 6
+    VALIDATION = 5
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -53,13 +52,15 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def _words(seed: int, stream: Stream, step: int, index: Tensor, n: int) -> Tensor:
-    """(B, 4 * ceil(n / 4)) words of 32 bits for samples `index` (B,)."""
+    """(B, 4 * ceil(n / 4)) words of 32 bits for samples `index` (B,), each in 0 .. 2^56 - 1."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"the seed is {seed}: it must be in 0 .. 2^64 - 1")
+    if not 0 <= step < 2**32:
+        raise ValueError(f"the step is {step}: it must be in 0 .. 2^32 - 1")
     index = index[:, None]
     block = torch.arange(-(-n // 4), device=index.device)[None, :]
     high = (index >> 32) & 0xFFFFFF | (int(stream) << 24)
-    counter = (block, index & _MASK, torch.full_like(index, step & _MASK), high)
+    counter = (block, index & _MASK, torch.full_like(index, step), high)
     return torch.stack(philox(counter, (seed & _MASK, seed >> 32)), dim=-1).flatten(1)
 
 

@@ -1,0 +1,428 @@
+"""Training and sampling on one process: what a run computes is a function of its settings, whatever interrupts it.
+
+Two steps an epoch, a global batch of 16. "Bit-identical" compares weights, both averages and the optimizer's state.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import engine_jit
+import main_jit
+from engine_jit import Sampling, evaluate, generate_all
+from sampler import start_noise
+from tests.conftest import (
+    ONE,
+    STATE,
+    TINY,
+    differences,
+    flags,
+    listing,
+    raw,
+    read_log,
+    state_differences,
+    train,
+)
+from util.build import DenoiserConfig
+from util.checkpoint import NAME
+from util.distributed import World, share
+from util.images import quantise
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+DROPOUT = {"attn_dropout": 0.3, "proj_dropout": 0.3}
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [{}, DROPOUT], ids=["plain", "dropout"])
+def test_same_settings_twice_and_another_seed(tmp_path, extra):
+    torch.manual_seed(5)  # what went before must not matter
+    a = train(tmp_path / "a", **extra)
+    torch.manual_seed(6)
+    torch.randn(7)
+    b = train(tmp_path / "b", **extra)
+    assert state_differences(a, b) == [] and read_log(a) == read_log(b)
+    c = train(tmp_path / "c", seed=1, **extra)
+    assert state_differences(a, c) and read_log(a) != read_log(c)
+    grid = "samples/epoch0002-ema1-heun2-cfg2.9.png"
+    assert (a / grid).read_bytes() == (b / grid).read_bytes() != (c / grid).read_bytes()
+
+
+def test_dropout_changes_what_is_learned(tmp_path, trained):
+    assert read_log(train(tmp_path / "a", **DROPOUT)) != read_log(trained)
+
+
+def test_the_run_is_what_was_asked_for(trained):
+    """Losses, rates and steps as the log has them; the averages as their definition gives them."""
+    lines = read_log(trained)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert [line["lr"] for line in lines] == [0.0, 1e-3, 1e-3, 1e-3]  # the warm-up takes half an epoch, one step
+    content = raw(trained)
+    assert content["epoch"] == 1 and content["args"].global_batch == 16
+    assert {float(slot["step"]) for slot in content["optimizer"]["state"].values()} == {4.0}
+    assert not torch.equal(content["model_ema1"]["net.in_context_posemb"], content["model"]["net.in_context_posemb"])
+    names = {path.name for path in trained.rglob("*")}
+    assert names == {NAME, "config.json", "log.jsonl", "samples", "epoch0002-ema1-heun2-cfg2.9.png"}
+
+
+def test_averages_follow_their_definition(tmp_path):
+    """ema <- decay ema + (1 - decay) p after each step, from a copy of the first weights, computed here anew."""
+    weights = []
+    update = engine_jit.EMA.update
+
+    def record(self, module, suppress=None):
+        weights.append({name: p.detach().double().clone() for name, p in module.named_parameters()})
+        update(self, module, suppress)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_jit.EMA, "update", record)
+        folder = train(tmp_path / "a", save_last_freq=1)
+    content = raw(folder)
+    torch.manual_seed(0)
+    first = DenoiserConfig.from_args(content["args"]).build()
+    for key, decay in (("model_ema1", 0.9), ("model_ema2", 0.5)):
+        average = {name: p.detach().double() for name, p in first.named_parameters()}
+        for step in weights[::2]:
+            average = {name: decay * average[name] + (1 - decay) * p for name, p in step.items()}
+        for name, expected in average.items():
+            torch.testing.assert_close(content[key][name].double(), expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_accumulation_does_not_change_the_run(tmp_path, trained):
+    """Two passes of 8 and one of 16: the same gradients but for the order of sums."""
+    folder = train(tmp_path / "a", batch_size=8, global_batch=16)
+    for a, b in zip(read_log(folder), read_log(trained), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    two, one = raw(folder), raw(trained)
+    for name in STATE[:3]:
+        for key, value in two[name].items():
+            torch.testing.assert_close(value, one[name][key], rtol=0, atol=2e-5, msg=key)
+    assert read_log(folder, "start")[0]["peak_lr"] == 1e-3
+
+
+def test_learning_rate_scales_with_the_global_batch(tmp_path):
+    for i, extra in enumerate(({"batch_size": 16}, {"batch_size": 8, "accum_iter": 2}, {"batch_size": 8})):
+        folder = train(tmp_path / str(i), lr=None, blr=0.016, epochs=1, **extra)
+        assert read_log(folder, "start")[0]["peak_lr"] == pytest.approx(0.016 * (8 if i == 2 else 16) / 256)
+
+
+@pytest.mark.parametrize("extra", [{}, {**DROPOUT, "lr_schedule": "cosine"}], ids=["plain", "dropout"])
+def test_resumed_run_is_the_uninterrupted_run(tmp_path, extra):
+    """Three epochs at once, and the same command ended in its third epoch and started again: bit-identical."""
+    whole = train(tmp_path / "whole", epochs=3, **extra)
+    draw = engine_jit.draw
+
+    def interrupt(seed, step, *args):
+        if step == 5:
+            raise KeyboardInterrupt
+        return draw(seed, step, *args)
+
+    parts = tmp_path / "parts"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_jit, "draw", interrupt)
+        train(parts, code=130, epochs=3, save_last_freq=1, **extra)
+    assert raw(parts)["epoch"] == 1
+    train(parts, epochs=3, save_last_freq=1, **extra)
+    assert state_differences(whole, parts) == []
+    assert read_log(whole) == read_log(parts)[:4] + read_log(parts)[-2:]
+    assert (parts / "config-from-epoch0003.json").exists()
+    grid = "samples/epoch0003-ema1-heun2-cfg2.9.png"
+    assert (whole / grid).read_bytes() == (parts / grid).read_bytes()
+
+
+def test_more_epochs_and_resume_into_another_folder(tmp_path, trained):
+    before = listing(trained)
+    whole = train(tmp_path / "whole", epochs=3)
+    branch = train(tmp_path / "branch", epochs=3, resume=trained)
+    assert listing(trained) == before
+    assert state_differences(whole, branch) == []
+    assert read_log(whole)[4:] == read_log(branch)
+    # A checkpoint in the output folder wins over --resume: nothing is left to do.
+    after = raw(branch)
+    train(branch, epochs=3, resume=trained)
+    assert read_log(branch) == read_log(whole)[4:]
+    assert not differences({k: after[k] for k in STATE}, {k: raw(branch)[k] for k in STATE})
+
+
+def test_finished_run_is_left_alone(tmp_path, trained, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    before = (folder / NAME).read_bytes()
+    train(folder)
+    assert "nothing to train: 2 of 2 epochs are done" in capsys.readouterr().out
+    assert (folder / NAME).read_bytes() == before
+
+
+def test_horizon_of_the_averages_is_warned_about(tmp_path, capsys):
+    train(tmp_path / "a", epochs=1, ema_decay1=0.9999, ema_decay2=0.5)
+    err = capsys.readouterr().err
+    assert err.count("warning:") == 1
+    for part in ("--ema_decay1 0.9999", "10000 steps", "the run has 2"):
+        assert part in err
+    train(tmp_path / "b", epochs=1, ema_decay1=1.0, ema_decay2=0.4)
+    assert "infinitely many" in capsys.readouterr().err
+
+
+# --- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+def state_of(training):
+    return {
+        "weights": {n: p.detach().clone() for n, p in training.denoiser.named_parameters()},
+        "averages": [{n: a.clone() for n, a in ema.averages.items()} for ema in training.emas],
+        "optimizer": [
+            {k: v.clone() for k, v in training.optimizer.state[p].items()} for p in training.denoiser.parameters()
+        ],
+    }
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "infinite gradient"])
+def test_step_that_is_not_finite_touches_nothing(tmp_path, trained, capsys, kind):
+    """Step 5 of a resumed run: state in memory as before the step, checkpoint as it was, exit code 2."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    checkpoint = (folder / NAME).read_bytes()
+    seen = {}
+    draw, epoch = engine_jit.draw, engine_jit.train_one_epoch
+
+    def watched(training, *args):
+        seen["training"] = training
+        weight = training.denoiser.net.blocks[1].mlp.w12.weight
+        factor = float("inf") if kind == "infinite gradient" else float("nan")
+        weight.register_hook(lambda g: g * factor if "before" in seen and kind != "loss" else g)
+        epoch(training, *args)
+
+    def poisoned(seed, step, *args):
+        d = draw(seed, step, *args)
+        if step == 5:
+            seen["before"] = state_of(seen["training"])
+            if kind == "loss":
+                d.noise[3, 0, 0, 0] = float("nan")
+        return d
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_jit, "draw", poisoned)
+        patch.setattr(main_jit, "train_one_epoch", watched)
+        train(folder, code=2, epochs=4)
+    err = capsys.readouterr().err
+    assert "stopped being finite at step 5 (epoch 2), learning rate 0.001" in err and "Traceback" not in err
+    assert differences(state_of(seen["training"]), seen["before"]) == []
+    assert (folder / NAME).read_bytes() == checkpoint
+    assert [line["step"] for line in read_log(folder)] == [0, 1, 2, 3, 4]  # and all lines are JSON
+    assert train(folder, epochs=4) and raw(folder)["epoch"] == 3  # the run goes on where the cause is gone
+
+
+def test_learning_rate_that_is_too_high(tmp_path, capsys):
+    train(tmp_path / "a", code=2, lr=1e30, warmup_epochs=0)
+    err = capsys.readouterr().err
+    assert "at step 1" in err and "1e+30" in err
+    assert not (tmp_path / "a" / NAME).exists()
+
+
+def test_between_log_lines_the_first_bad_step_is_named(tmp_path, capsys):
+    """As on a GPU, where the host looks only when it logs: later steps change nothing and the first one is named."""
+    draw, stop = engine_jit.draw, engine_jit._stop_if_non_finite
+    calls = []
+
+    def poisoned(seed, step, *args):
+        d = draw(seed, step, *args)
+        if step >= 1:
+            d.noise[:] = float("inf")
+        return d
+
+    def late(window, recipe):
+        calls.append(1)
+        if len(calls) == 4:  # the last step of the epoch
+            stop(window, recipe)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_jit, "draw", poisoned)
+        patch.setattr(engine_jit, "_stop_if_non_finite", late)
+        train(tmp_path / "a", code=2, batch_size=10, log_freq=100)
+    assert "at step 1 (epoch 0)" in capsys.readouterr().err
+
+
+# --- sampling and evaluation ----------------------------------------------------------------------------------------
+
+
+class Labelled(torch.nn.Module):
+    """A velocity that leads from any noise to an image of the constant value of its label in one Euler step."""
+
+    noise_scale = 1.0
+
+    def velocity(self, z, t, y):
+        return (y.float() / 10)[:, None, None, None].expand_as(z) - z
+
+
+class Still(torch.nn.Module):
+    """No velocity: the image is the noise it starts from."""
+
+    noise_scale = 0.3
+
+    def velocity(self, z, t, y):
+        return torch.zeros_like(z)
+
+
+class Recording:
+    """In the place of a MetricSuite: keeps what it is given."""
+
+    def __init__(self, *shape):
+        self.shape = shape
+        self.batches = []
+        self.streams = {"pixels": shape[0] * shape[1] * shape[2]}
+
+    def extract(self, images):
+        assert images.dtype == torch.uint8 and tuple(images.shape[1:]) == self.shape
+        self.batches.append(len(images))
+        return {"pixels": images.flatten(1).float()}
+
+    def compute(self, features, labels):
+        self.features, self.labels = features["pixels"], labels
+        return {"number": 1.0}
+
+    def describe(self):
+        return {}
+
+
+def settings(batch_size, steps=1, seed=0, cfg=1.0):
+    return Sampling("heun", steps, cfg, (0.1, 1.0), seed, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_classes_are_balanced_and_in_index_order(batch_size):
+    suite = Recording(3, 4, 4)
+    report = evaluate(Labelled(), settings(batch_size), 30, (3, 4, 4), 10, suite, ONE)
+    labels = torch.arange(10).repeat_interleave(3)
+    assert suite.labels.tolist() == labels.tolist()
+    level = (labels / 10 + 1) / 2 * 255  # 12.75 levels from class to class
+    torch.testing.assert_close(suite.features, level[:, None].expand(-1, 48), rtol=0, atol=0.501)
+    assert sum(suite.batches) == 30 and max(suite.batches) == min(batch_size, 30)  # no surplus image
+    assert report["num_images"] == 30 and report["metrics"] == {"number": 1.0}
+    assert (report["solver"], report["steps"], report["cfg"], report["interval"]) == ("heun", 1, 1.0, [0.1, 1.0])
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_noise_depends_on_seed_and_index_alone(batch_size):
+    images = generate_all(Still(), settings(batch_size, seed=3), [0] * 20, (3, 4, 4), 10, ONE)
+    for i in (0, 6, 7, 19):
+        z = 0.3 * start_noise(3, [i], (3, 4, 4))
+        assert torch.equal(images[i], quantise(z, [i], torch.zeros(1), 3)[0])
+    assert len({image.numpy().tobytes() for image in images}) == 20
+    other = generate_all(Still(), settings(batch_size, seed=4), [0] * 20, (3, 4, 4), 10, ONE)
+    assert not torch.equal(images, other)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    given = {"model": TINY, "dataset": "digits", "img_size": 16}
+    return DenoiserConfig.from_args(main_jit.config.resolve(given, None, training=True)).build()
+
+
+def test_images_do_not_depend_on_the_batch_size():
+    """A matrix product may round differently for another batch: at most one level, in less than 1 of 1000 values."""
+    denoiser, labels = network().train(), [i // 3 for i in range(30)]
+    a, b = (generate_all(denoiser, settings(n, 4, cfg=2.0), labels, (3, 16, 16), 10, ONE).int() for n in (7, 64))
+    assert a.shape == (30, 3, 16, 16)
+    assert (a - b).abs().max() <= 1 and ((a - b) != 0).float().mean() < 1e-3
+    assert denoiser.training  # it is handed back as it came
+    assert a.float().std() > 10  # and these are images
+
+
+def test_dropout_is_off_in_sampling():
+    given = {"model": TINY, "dataset": "digits", "img_size": 16, **DROPOUT}
+    denoiser = DenoiserConfig.from_args(main_jit.config.resolve(given, None, training=True)).build().train()
+    a, b = (generate_all(denoiser, settings(8, 2), [1] * 8, (3, 16, 16), 10, ONE) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_shares_of_the_processes_are_the_whole():
+    for n in (0, 1, 7, 8, 30):
+        for size in (1, 2, 3, 8):
+            parts = [share(n, World(rank, size)) for rank in range(size)]
+            assert [i for part in parts for i in part] == list(range(n))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_sampling_that_is_not_finite_is_refused(tmp_path, trained, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    content = raw(folder)
+    content["model_ema1"]["net.final_layer.linear.bias"][0] = float("nan")
+    torch.save(content, folder / NAME)
+    before = listing(folder)
+    argv = flags(resume=folder, sample=True, labels="4,5", num_per_class=1, device="cpu")
+    assert main_jit.main([*argv, "--seed", "8"]) == 2
+    err = capsys.readouterr().err
+    assert "seed 8" in err and "image 0 (label 4)" in err and listing(folder) == before
+    assert main_jit.main([*argv, "--ema", "ema2"]) == 0
+
+
+def test_online_evaluation_and_evaluation_agree(tmp_path):
+    """The same weights, noise and labels: the report of the training run and the one made from its checkpoint."""
+    folder = train(tmp_path / "a", epochs=1, online_eval=True, num_images=20)
+    online = next((folder / "eval").iterdir())
+    reports = [json.loads(online.read_text())]
+    assert read_log(folder, "eval")[0]["class_agreement"] == reports[0]["metrics"]["class_agreement"]
+    again = tmp_path / "again"
+    argv = flags(resume=folder, evaluate_gen=True, output_dir=again, gen_bsz=7, device="cpu")
+    assert main_jit.main(argv) == 0
+    reports.append(json.loads((again / "eval" / online.name).read_text()))
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert reports[0]["num_images"] == reports[1]["num_images"] == 20
+    assert all(report["ema"] == "ema1" and report["epoch"] == 0 for report in reports)
+
+
+def test_evaluation_uses_the_weights_that_ema_names(tmp_path, trained, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    used = []
+
+    def record(denoiser, sampling, labels, *args):
+        used.append({name: p.detach().clone() for name, p in denoiser.named_parameters()})
+        return torch.zeros(len(labels), 3, 16, 16, dtype=torch.uint8)
+
+    monkeypatch.setattr(main_jit, "generate_all", record)
+    for choice, key in (("ema1", "model_ema1"), ("ema2", "model_ema2"), ("model", "model")):
+        argv = flags(resume=folder, sample=True, labels="4", num_per_class=1, ema=choice, device="cpu")
+        assert main_jit.main(argv) == 0
+        assert not differences(used.pop(), {k: v for k, v in raw(folder)[key].items() if k[4:] != "pos_embed"})
+        # In training too, and afterwards training goes on with the weights themselves.
+        train(tmp_path / choice, ema=choice, epochs=2, eval_freq=1)
+        first, last = used
+        saved = {k: v for k, v in raw(tmp_path / choice)[key].items() if k[4:] != "pos_embed"}
+        assert not differences(last, saved) and differences(first, last)
+        assert state_differences(tmp_path / choice, trained) == []
+        used.clear()
+
+
+# --- files of samples and reports -----------------------------------------------------------------------------------
+
+
+def sampled(folder, **settings):
+    assert main_jit.main(flags(resume=folder, sample=True, num_sampling_steps=1, device="cpu", **settings)) == 0
+    return sorted(path.name for path in (folder / "samples").glob("*seed*/*"))
+
+
+def test_samples_are_written_with_their_settings(tmp_path, trained):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    names = sampled(folder, labels="0,4-5", num_per_class=2)
+    assert names == [*(f"{i:06d}.png" for i in range(6)), "grid.png", "settings.json"]
+    content = json.loads(next((folder / "samples").glob("*seed0-*/settings.json")).read_text())
+    assert content["labels"] == [0, 0, 4, 4, 5, 5] and content["ema"] == "ema1" and content["seed"] == 0
+
+
+def test_samples_of_other_labels_have_a_folder_of_their_own(tmp_path, trained):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    sampled(folder, labels="0-2", num_per_class=2)
+    sampled(folder, labels="7", num_per_class=1)
+    sampled(folder, labels="7", num_per_class=2)
+    assert sorted(len(list(f.iterdir())) for f in (folder / "samples").glob("*-labels*")) == [3, 4, 8]
+
+
+def test_reports_of_different_intervals_are_kept(tmp_path, trained):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    for extra in ({}, {"interval_min": 0.5}):
+        argv = flags(resume=folder, evaluate_gen=True, num_images=10, num_sampling_steps=1, device="cpu", **extra)
+        assert main_jit.main(argv) == 0
+    assert len(list((folder / "eval").iterdir())) == 2

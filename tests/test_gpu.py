@@ -1,0 +1,75 @@
+"""What only a CUDA device can show: `make test-gpu`."""
+
+import pytest
+import torch
+
+import main_jit
+from engine_jit import build_optimizer
+from sampler import guided, sample, uniform_grid
+from tests.conftest import arguments, flags, read_log, train
+from tests.golden_inputs import GOLDEN, normals, small_denoiser
+from util import rng
+from util.ema import EMA
+from util.rng import Stream
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("tiny"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+def test_random_numbers_are_those_of_the_cpu():
+    index = torch.arange(8)
+    on_cpu = rng.normal(3, Stream.NOISE, 5, index, 1000)
+    torch.testing.assert_close(rng.normal(3, Stream.NOISE, 5, index.cuda(), 1000).cpu(), on_cpu, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 5e-4), (torch.bfloat16, 0.1)])
+@torch.no_grad()
+def test_golden_samples(dtype, tolerance):
+    denoiser = small_denoiser(autocast_dtype=dtype).cuda()
+    velocity = guided(denoiser.velocity, torch.tensor([1, 5, 9], device="cuda"), 10, 2.9, (0.1, 1.0))
+    images = sample(velocity, normals(13, 3, 3, 32, 32).cuda(), uniform_grid(6), "heun").cpu()
+    difference = (images - torch.from_numpy(GOLDEN["sample_heun"])).abs()
+    assert difference.max() < tolerance if dtype is None else difference.mean() < tolerance
+
+
+def test_a_step_that_is_not_finite_touches_nothing():
+    denoiser = small_denoiser().cuda()
+    optimizer, ema = build_optimizer(denoiser, 0.1), EMA(denoiser, 0.9)
+    before = [p.detach().clone() for p in denoiser.parameters()]
+    for p in denoiser.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1
+    optimizer.found_inf = torch.ones((), device="cuda")
+    optimizer.step()
+    ema.update(denoiser, optimizer.found_inf)
+    assert all(torch.equal(p, b) for p, b in zip(denoiser.parameters(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ema.averages.values(), before, strict=True))
+
+
+def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatch):
+    """Synchronising calls are errors while the forward and backward pass of a step is issued."""
+    forward_backward = main_jit.train_one_epoch.__globals__["_forward_backward"]
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return forward_backward(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setitem(main_jit.train_one_epoch.__globals__, "_forward_backward", watched)
+    train(tmp_path / "run", device="cuda", log_freq=100)
+
+
+def test_train_resume_and_sample(tmp_path):
+    folder = tmp_path / "run"
+    for epochs in (1, 2):
+        assert main_jit.main(arguments(output_dir=folder, epochs=epochs, device="cuda")) == 0
+    alone = tmp_path / "cpu"
+    assert main_jit.main(arguments(output_dir=alone, epochs=2, device="cpu")) == 0
+    for a, b in zip(read_log(folder), read_log(alone), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)  # bf16 against float32
+    assert main_jit.main(flags(resume=folder, sample=True, labels="0-3", num_per_class=2, device="cuda")) == 0

@@ -1,0 +1,156 @@
+"""A run's log: lines of JSON, one run of Weights & Biases over all restarts, and no secret in any file."""
+
+import json
+
+import pytest
+
+import main_jit
+from tests.conftest import ONE, SECRET, arguments, read_log, train
+from util.distributed import World
+from util.errors import UserError
+from util.logger import LOG_NAME, WANDB_ID_NAME, RunLog
+
+OFF = {"mode": "disabled"}
+
+
+def test_lines_are_json_and_are_continued(tmp_path, capsys):
+    for step in (0, 1):
+        log = RunLog(tmp_path, ONE, OFF)
+        log.record("train", step, {"loss": 0.1 + step, "text": 'a "quoted" ü\n'})
+        log.image("samples", step, tmp_path / "none.png")  # nothing to do
+        log.say("hello")
+        log.close()
+    lines = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
+    assert [(line["event"], line["step"], line["loss"]) for line in lines] == [("train", 0, 0.1), ("train", 1, 1.1)]
+    assert all(isinstance(line["time"], float) for line in lines)
+    assert capsys.readouterr().out == "hello\nhello\n"
+
+
+def test_a_line_is_in_the_file_at_once(tmp_path):
+    log = RunLog(tmp_path, ONE, OFF)
+    log.record("train", 0, {"loss": 0.5})
+    assert len((tmp_path / LOG_NAME).read_text().splitlines()) == 1
+    log.close()
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    log = RunLog(tmp_path, World(1, 2), {"mode": "offline"})
+    log.record("train", 0, {"loss": 0.5})
+    log.say("hello")
+    log.image("samples", 0, tmp_path / "none.png")
+    log.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("tiny")
+def test_log_of_a_run(trained):
+    lines = [json.loads(line) for line in (trained / LOG_NAME).read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "train", "train", "train", "train"]
+    for line in lines[1:]:
+        assert {"epoch", "step", "loss", "lr", "grad_norm", "images_per_s", "time"} <= set(line)
+    config = json.loads((trained / "config.json").read_text())
+    assert config["args"]["lr"] == 1e-3 and config["resolved"]["steps_per_epoch"] == 2
+    assert config["resolved"]["started_from"] == "fresh weights"
+    assert {"date", "command", "commit", "versions", "hardware"} <= set(config)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_means_between_log_lines(tmp_path, trained):
+    """A line's loss is the mean of the steps since the last one; the last step of an epoch always has one."""
+    folder = train(tmp_path / "a", log_freq=100)
+    fine, coarse = read_log(trained), read_log(folder)
+    assert [line["step"] for line in coarse] == [1, 3]
+    for i, line in enumerate(coarse):
+        assert line["loss"] == pytest.approx((fine[2 * i]["loss"] + fine[2 * i + 1]["loss"]) / 2, rel=1e-6)
+
+
+# --- Weights & Biases -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A run of two epochs in two calls that logs to Weights & Biases offline, with a key in the environment."""
+    folder = tmp_path_factory.mktemp("offline") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        from tests.conftest import register
+
+        register(patch)
+        patch.setenv("WANDB_API_KEY", SECRET)
+        for name in ("WANDB_RUN_ID", "WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME"):
+            patch.delenv(name, raising=False)
+        for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+            patch.setenv(name, str(folder.parent / "wandb-own"))
+        try:
+            import wandb
+
+            probe = wandb.init(mode="offline", dir=str(tmp_path_factory.mktemp("probe")))
+            probe.finish()
+        except Exception as error:
+            pytest.skip(f"Weights & Biases does not start offline here: {error}")
+        ids = []
+        for epochs in (1, 2):
+            argv = arguments(output_dir=folder, epochs=epochs, wandb_mode="offline", wandb_run_name="a name")
+            assert main_jit.main(argv) == 0
+            ids.append((folder / WANDB_ID_NAME).read_text().strip())
+    return folder, ids
+
+
+def test_a_resumed_run_keeps_its_id(offline):
+    folder, ids = offline
+    assert len(set(ids)) == 1
+    runs = sorted(path.name for path in (folder / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and all(f"-{ids[0]}" in name for name in runs)
+    assert [line["step"] for line in read_log(folder)] == [0, 1, 2, 3]
+
+
+def test_the_key_is_in_no_file(offline):
+    folder, _ = offline
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"config.json", LOG_NAME, "checkpoint-last.pth"} <= {path.name for path in files}
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_a_folder_keeps_its_id(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    seen = []
+
+    class Run:
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, values):
+            seen.append(values)
+
+        def finish(self, exit_code):
+            seen.append(exit_code)
+
+    def init(**kwargs):
+        seen.append(kwargs)
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    settings = {"mode": "offline", "project": "p", "entity": None, "name": "n", "config": {}}
+    log = RunLog(tmp_path, ONE, settings)
+    run_id = (tmp_path / WANDB_ID_NAME).read_text().strip()
+    assert seen[0]["id"] == run_id and seen[0]["resume"] == "allow" and seen[0]["project"] == "p"
+    log.record("train", 3, {"loss": 0.5, "text": "no number"})
+    assert seen[1] == {"train/loss": 0.5, "step": 3}
+    log.close(2)
+    assert seen[2] == 2
+    RunLog(tmp_path, ONE, settings)
+    assert seen[3]["id"] == run_id
+    (tmp_path / "another").mkdir()
+    RunLog(tmp_path / "another", ONE, settings)
+    assert seen[4]["id"] != run_id
+
+
+def test_it_does_not_start(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**kwargs):
+        raise RuntimeError("no login")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(UserError, match=r"no login.*ENABLE_WANDB=0"):
+        RunLog(tmp_path, ONE, {"mode": "online"})
