@@ -107,11 +107,15 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Mean of (v - v_pred)^2 over the batch, a scalar. `noise` has unit variance."""
+        return self.error(x, y, t, noise).square().mean()
+
+    def error(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """v - v_pred (B, C, H, W), of which `forward` is the mean square."""
         e = self.noise_scale * noise
         t_ = t[:, None, None, None]
         z = t_ * x + (1 - t_) * e
         v = x - e if self.t_eps == 0 else (x - z) / self._one_minus(t)
-        return (v - self.velocity(z, t, y)).square().mean()
+        return v - self.velocity(z, t, y)
 
     def _one_minus(self, t: Tensor) -> Tensor:
         return (1 - t).clamp_min(self.t_eps)[:, None, None, None]

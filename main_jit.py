@@ -40,6 +40,7 @@ from util.errors import NonFiniteError, UserError
 from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, report_name
 from util.flags import build_parser
 from util.generation import Sampling, generate_all, setting_name
+from util.held_out import hold_out, seen_before
 from util.images import labelled_grid, save_png, to_pil
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
@@ -187,12 +188,12 @@ def run_evaluate(given: dict[str, Any], world: World) -> str:
 def run_train(given: dict[str, Any], world: World) -> str:
     args, saved = load_for_training(given, world)
     warn(config.check(args, evaluates=args.online_eval), world)
-    dataset = open_dataset(args)
+    dataset, held_out = hold_out(open_dataset(args), args, saved.args if saved else None)
     shape = DenoiserConfig.from_args(args)
     torch.manual_seed(args.seed)
     denoiser = shape.build(autocast_dtype(args, world))
     init = ckpt.load(args.init_from) if args.init_from and saved is None else None
-    warn(init_notes(args, init) if init else [], world)
+    warn(init_notes(args, init) + seen_before(args, init.args) if init else [], world)
     if start := saved or init:
         ckpt.load_weights(denoiser, start.weights[ckpt.CHOICES["model" if saved else args.init_weights]], start.path)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed)
@@ -230,7 +231,7 @@ def run_train(given: dict[str, Any], world: World) -> str:
 
     folder = Path(args.output_dir)
     with process_group(world):
-        agree("run", (config.run_name(args), args.start_epoch, len(dataset)), world)
+        agree("run", (config.run_name(args), args.start_epoch, len(dataset), held_out and len(held_out.images)), world)
         suite = build_suite(args, world, args.num_images) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
         training = Training(denoiser, wrap(denoiser, world), optimizer, emas)
@@ -238,7 +239,7 @@ def run_train(given: dict[str, Any], world: World) -> str:
         write_start(folder, args, shape, recipe, denoiser, world, log, source)
         exit_code = 1
         try:
-            products = train(training, loader, sampler, recipe, args, shape, suite, world, log)
+            products = train(training, loader, sampler, recipe, args, shape, suite, world, log, held_out)
             exit_code = 0
         finally:
             log.close(exit_code)
@@ -246,7 +247,7 @@ def run_train(given: dict[str, Any], world: World) -> str:
     return "   ".join(f"{name}: {path}" for name, path in products.items())
 
 
-def train(training, loader, sampler, recipe, args, shape, suite, world, log) -> dict[str, Path]:
+def train(training, loader, sampler, recipe, args, shape, suite, world, log, held_out) -> dict[str, Path]:
     """All epochs that are left. Returns what was written: name -> path."""
     folder = Path(args.output_dir)
     products = {"checkpoint": folder / ckpt.NAME, "log": folder / LOG_NAME}
@@ -270,6 +271,8 @@ def train(training, loader, sampler, recipe, args, shape, suite, world, log) -> 
             if world.main:
                 save(training, epoch, args, log)
             barrier(world)
+        if held_out and (last or (epoch + 1) % args.val_freq == 0):
+            held_out.record(training, epoch, recipe, world, log)
         if looks:
             products |= look(training, epoch, recipe, args, shape, suite, world, log)
     return products

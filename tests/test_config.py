@@ -112,6 +112,7 @@ BOUND_IN_TRAINING = {
     "ema_decay2": 0.99,
     "label_drop_prob": 0.2,
     "seed": 1,
+    "val_split": "0.1",
 }
 UNBOUND = {
     "data_path": "/data",
@@ -131,6 +132,9 @@ UNBOUND = {
     "log_freq": 1,
     "precision": "fp32",
     "attn_fp32": True,
+    "val_images": 100,
+    "val_freq": 2,
+    "val_rings": True,
 }
 OF_THIS_CALL = {
     "wandb_project": "p",
@@ -492,6 +496,13 @@ def test_runs_that_differ_have_names_that_differ():
     assert "_base_" in run_name(fresh(disable_dct_patchify=True)) and "sf-w16" in run_name(fresh(window_size=16))
 
 
+def test_flags_that_came_later_do_not_rename_runs(monkeypatch):
+    name = run_name(fresh())
+    for flag in config.NEWER:
+        monkeypatch.delitem(FLAGS, flag)
+    assert run_name(fresh()) == name
+
+
 def test_runs_on_different_folders_of_images_have_different_names():
     assert run_name(fresh(data_path="/data/cats")) != run_name(fresh(data_path="/data/dogs"))
 
@@ -513,6 +524,7 @@ def test_runs_on_different_folders_of_images_have_different_names():
         *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("epochs", "batch_size", "num_sampling_steps", "gen_bsz")),
         *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("num_per_class", "wandb_num_vis", "num_images")),
         *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("eval_freq", "save_last_freq", "log_freq")),
+        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("val_images", "val_freq")),
         *(({n: -16}, [f"--{n} -16", "at least 1"]) for n in ("img_size", "class_num", "num_images")),
         *(({n: 1.5}, [f"--{n} 1.5", "between 0 and 1"]) for n in ("attn_dropout", "proj_dropout", "ema_decay1")),
         *(({n: -0.1}, [f"--{n} -0.1", "between 0 and 1"]) for n in ("label_drop_prob", "ema_decay2")),

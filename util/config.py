@@ -16,12 +16,13 @@ from util.data import KNOWN
 from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 
+NEWER = ("val_split",)  # flags that are newer than names of runs: at their defaults they are no part of one
 AT_LEAST = {
     0: ("seed", "start_epoch", "num_workers", "warmup_epochs", "weight_decay", "min_lr", "lr", "blr"),
     1: (
         *("epochs", "batch_size", "global_batch", "accum_iter", "class_num", "img_size"),
         *("num_sampling_steps", "num_images", "gen_bsz", "num_per_class", "wandb_num_vis"),
-        *("eval_freq", "save_last_freq", "log_freq"),
+        *("eval_freq", "save_last_freq", "log_freq", "val_images", "val_freq"),
     ),
 }
 
@@ -148,6 +149,7 @@ def split_global_batch(args: Namespace, world_size: int) -> None:
 def run_name(args: Namespace) -> str:
     """A name that differs wherever two experiments differ: readable parts, and a digest of all that is bound."""
     bound = {n: getattr(args, n) for n, flag in FLAGS.items() if flag.bound in (ALWAYS, TRAINING)}
+    bound = {n: value for n, value in bound.items() if n not in NEWER or value != DEFAULTS[n]}
     bound["data_path"] = str(Path(args.data_path).resolve()) if args.data_path else None
     bound |= {"init_from": args.init_from, "init_weights": args.init_weights if args.init_from else None}
     digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:6]

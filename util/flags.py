@@ -71,6 +71,12 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("flip", None, argparse.BooleanOptionalAction, TRAINING, "mirror at random (default: but for digits)"),
         Flag("num_workers", None, int, OWN, "loader processes (default: up to 12; none for data in memory)"),
     ],
+    "held-out loss (util/held_out.py)": [
+        Flag("val_split", None, str, TRAINING, "a fraction of the training images to hold out, or a split: val, test"),
+        Flag("val_images", 2048, int, FREE, "held-out images that measure the loss, at most"),
+        Flag("val_freq", 1, int, FREE, "epochs between measurements"),
+        Flag("val_rings", False, argparse.BooleanOptionalAction, FREE, "also by frequency"),
+    ],
     "training": [
         Flag("epochs", 600, int, FREE, "epochs in all"),
         Flag("warmup_epochs", 5.0, float, TRAINING, "epochs of linear warm-up"),

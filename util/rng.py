@@ -23,6 +23,7 @@ class Stream(IntEnum):
     LABEL_DROP = 2
     FLIP = 3
     START_NOISE = 4
+    VALIDATION = 5
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
