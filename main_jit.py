@@ -12,6 +12,7 @@ import time
 import traceback
 from argparse import Namespace
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from util.distributed import (
 )
 from util.ema import EMA
 from util.errors import NonFiniteError, UserError
-from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, report_name
+from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, precision_of, report_name
 from util.flags import build_parser
 from util.generation import Sampling, generate_all, setting_name
 from util.held_out import hold_out, seen_before
@@ -146,6 +147,7 @@ def run_sample(given: dict[str, Any], world: World) -> str:
         for i, image in enumerate(images):
             save_png(to_pil(image), folder / f"{i:06d}.png")
         settings = {**sampling.describe(), "ema": args.ema, "labels": labels, "checkpoint": str(saved.path)}
+        settings |= {"denoiser": asdict(shape), "precision": precision_of(denoiser)}
         provenance.write_json(folder / "settings.json", {**settings, **provenance.provenance(world.device)})
     return f"grid: {folder / 'grid.png'}   images: {folder}/000000.png to {len(labels) - 1:06d}.png"
 

@@ -22,6 +22,7 @@ from tests.golden_inputs import small_denoiser
 from tests.toy_evaluation import N, Recorder, Toy, ToySuite
 from util.distributed import World
 from util.errors import UserError
+from util.evaluation import report_path
 from util.generation import Sampling, generate
 from util.progress import ImageProgress
 from util.shards import BLOCK, Shards, digest, weights_identity
@@ -487,3 +488,15 @@ def test_evaluate_from_the_command_line(trained, tmp_path, toy_metrics, capsys):
 def test_saving_images_is_for_evaluations(tmp_path, capsys):
     assert main_jit.main(["--save_images", str(tmp_path / "png")]) == 2
     assert "--save_images: only with --evaluate_gen" in capsys.readouterr().err
+
+
+def test_a_report_is_never_replaced_by_another_one(tmp_path):
+    """The same evaluation again has the same file; other metrics, a damaged file or one of an older kind do not."""
+    first = report_path(tmp_path, "epoch0001", "aaaa")
+    assert first == tmp_path / "epoch0001.json"
+    first.write_text(json.dumps({"decided_by": "aaaa"}))
+    assert report_path(tmp_path, "epoch0001", "aaaa") == first
+    assert report_path(tmp_path, "epoch0001", "bbbb") == tmp_path / "epoch0001-bbbb.json"
+    for content in ("{", "{}", "[]"):
+        first.write_text(content)
+        assert report_path(tmp_path, "epoch0001", "aaaa") == tmp_path / "epoch0001-aaaa.json"

@@ -3,6 +3,7 @@
 Shapes: N images in all, B in a batch; images uint8 (B, 3, H, W); features (N, F) of each stream.
 """
 
+import json
 import sys
 import tempfile
 import time
@@ -177,6 +178,18 @@ def report_name(epoch: int, ema: str, sampling: Sampling, num_images: int) -> st
     return f"{setting_name(epoch, ema, sampling)}-seed{sampling.seed}-n{num_images}"
 
 
+def report_path(folder: Path, name: str, decided_by: str) -> Path:
+    """Where a report goes: one of the same name with other metrics, reference or precision stays beside it."""
+    path = folder / f"{name}.json"
+    try:
+        same = json.loads(path.read_text()).get("decided_by") == decided_by
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError, AttributeError):
+        same = False
+    return path if same else folder / f"{name}-{decided_by}.json"
+
+
 def evaluate_and_write(
     subject: Subject,
     sampling: Sampling,
@@ -204,14 +217,18 @@ def evaluate_and_write(
     name = report_name(subject.epoch, subject.ema, sampling, num_images)
     shards = Shards(folder / f"{name}-{mark}.features", fingerprint, num_images, suite.streams, save_images)
     report = evaluate(subject.denoiser, sampling, num_images, shape.image_shape, shape.class_num, suite, world, shards)
-    path = folder / f"{name}.json"
+    described = report["measured_with"]
+    decided_by = digest({"images and features": fingerprint, "measured_with": described})
+    path = from_main(world, lambda: report_path(folder, name, decided_by))
     report |= {
         "ema": subject.ema,
         "epoch": subject.epoch,
         "checkpoint": str(subject.checkpoint),
         "weights": fingerprint["images"]["weights"],
         "fingerprint": mark,
-        "reference": report["measured_with"].get("references", {}),
+        "decided_by": decided_by,
+        "denoiser": asdict(shape),
+        "reference": described.get("references", {}),
         "tf32": tf32(),
         "precision": precision_of(subject.denoiser),
         "processes": world.size,
