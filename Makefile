@@ -29,7 +29,7 @@ $(READY): requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python -r requirements.txt
 	@touch $@
 
-$(READY_DEV): requirements-dev.txt $(READY)
+$(READY_DEV): requirements-dev.txt requirements-effnet.txt $(READY)
 	$(BIN)/uv pip install --python $(BIN)/python -r requirements-dev.txt
 	@touch $@
 
