@@ -1,6 +1,7 @@
 """The loss on held-out images: which images, its value, that it is a fixed measurement, and that training stays."""
 
 from argparse import Namespace
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -182,21 +183,23 @@ def test_batch_size_does_not_matter():
 
 
 def _process(rank, file, out):
+    """One of two processes: seven images, and one, so that a process has none."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    denoiser, emas = network()
-    world = World(rank, 2, rank)
-    losses = [part(n, batch_size=2).measure(denoiser, emas, world) for n in (7, 1)]
+    dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2, timeout=timedelta(minutes=3))
+    losses = [part(n, batch_size=2).measure(*network(), World(rank, 2, rank)) for n in (7, 1)]
     torch.save([(loss.by_time, loss.by_ring) for loss in losses], f"{out}{rank}")
     dist.destroy_process_group()
 
 
 def test_two_processes_measure_the_same(tmp_path):
-    """Seven images, and one, so that one process has none."""
-    torch.multiprocessing.spawn(_process, (tmp_path / "rendezvous", tmp_path / "out"), nprocs=2)
-    denoiser, emas = network()
+    files = tmp_path / "rendezvous", tmp_path / "out"
+    other = torch.multiprocessing.get_context("spawn").Process(target=_process, args=(1, *files), daemon=True)
+    other.start()
+    _process(0, *files)
+    other.join()
+    assert other.exitcode == 0
     for n, one, two in zip((7, 1), *(torch.load(tmp_path / f"out{rank}") for rank in (0, 1)), strict=True):
-        alone = part(n).measure(denoiser, emas, ONE)
+        alone = part(n).measure(*network(), ONE)
         for a, b, c in zip(one, two, (alone.by_time, alone.by_ring), strict=True):
             assert a.equal(b)
             torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-9)
