@@ -15,7 +15,7 @@ import torch
 
 import main_jit
 from model_jit import JiT, JiT_models
-from util import checkpoint
+from util import checkpoint, preparation
 from util.data import Digits, build_dataset
 from util.distributed import World
 
@@ -63,7 +63,7 @@ def few(name, data_path, img_size, split="train"):
 
 def register(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(JiT_models, TINY, TINY_MODEL)
-    patch.setattr(main_jit, "build_dataset", few)
+    patch.setattr(preparation, "build_dataset", few)
 
 
 def arguments(**changes) -> list[str]:

@@ -17,6 +17,7 @@ import engine_jit
 import main_jit
 from tests.conftest import STATE, arguments, differences, flags, raw, read_log, register, state_differences, train
 from tests.test_engine import Labelled, Recording, network, settings, state_of
+from util import training_run
 from util.checkpoint import NAME
 from util.distributed import (
     World,
@@ -100,7 +101,7 @@ def _watch_the_end() -> list[bool]:
     gathered tensor waits for: the process hangs, now and then. What is still there is kept, so that this one does not.
     """
     found, wrapped, kept = [], [], []
-    wrap, destroy = main_jit.wrap, torch.distributed.destroy_process_group
+    wrap, destroy = training_run.wrap, torch.distributed.destroy_process_group
 
     def remember(denoiser, world):
         module = wrap(denoiser, world)
@@ -114,14 +115,14 @@ def _watch_the_end() -> list[bool]:
             kept.append(module)
         destroy()
 
-    main_jit.wrap, torch.distributed.destroy_process_group = remember, watched
+    training_run.wrap, torch.distributed.destroy_process_group = remember, watched
     watched.kept = kept
     return found
 
 
 def _poisoned(rank: int, folder, call) -> None:
     """A run in which the second process alone draws noise that is not finite, at step 2."""
-    seen, draw, epoch = {}, engine_jit.draw, main_jit.train_one_epoch
+    seen, draw, epoch = {}, engine_jit.draw, training_run.train_one_epoch
 
     def watched(training, *args):
         seen["training"] = training
@@ -137,7 +138,7 @@ def _poisoned(rank: int, folder, call) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_jit, "draw", poisoned)
-        patch.setattr(main_jit, "train_one_epoch", watched)
+        patch.setattr(training_run, "train_one_epoch", watched)
         call("poisoned", arguments(output_dir=folder / "poisoned", batch_size=8, save_last_freq=1))
     torch.save({"before": seen["before"], "after": state_of(seen["training"])}, folder / f"poisoned-{rank}.pt")
 

@@ -25,6 +25,7 @@ from tests.conftest import (
     state_differences,
     train,
 )
+from util import preparation, training_run
 from util.build import DenoiserConfig
 from util.checkpoint import NAME
 from util.distributed import World, share
@@ -205,7 +206,7 @@ def test_step_that_is_not_finite_touches_nothing(tmp_path, trained, capsys, kind
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_jit, "draw", poisoned)
-        patch.setattr(main_jit, "train_one_epoch", watched)
+        patch.setattr(training_run, "train_one_epoch", watched)
         train(folder, code=2, epochs=4)
     err = capsys.readouterr().err
     assert "stopped being finite at step 5 (epoch 2), learning rate 0.001" in err and "Traceback" not in err
@@ -382,7 +383,7 @@ def test_evaluation_uses_the_weights_that_ema_names(tmp_path, trained, monkeypat
         used.append({name: p.detach().clone() for name, p in denoiser.named_parameters()})
         return torch.zeros(len(labels), 3, 16, 16, dtype=torch.uint8)
 
-    monkeypatch.setattr(main_jit, "generate_all", record)
+    monkeypatch.setattr(preparation, "generate_all", record)
     for choice, key in (("ema1", "model_ema1"), ("ema2", "model_ema2"), ("model", "model")):
         argv = flags(resume=folder, sample=True, labels="4", num_per_class=1, ema=choice, device="cpu")
         assert main_jit.main(argv) == 0

@@ -20,6 +20,7 @@ from tests import toy_evaluation as toy
 from tests.conftest import flags, raw, read_log, state_differences, train
 from tests.golden_inputs import small_denoiser
 from tests.toy_evaluation import N, Recorder, Toy, ToySuite
+from util import preparation
 from util.distributed import World
 from util.errors import UserError
 from util.evaluation import report_path
@@ -438,18 +439,18 @@ def test_progress_without_a_terminal(monkeypatch, capsys):
 
 @pytest.fixture
 def toy_metrics(monkeypatch, tiny):
-    monkeypatch.setattr(main_jit, "MetricSuite", ToySuite)
+    monkeypatch.setattr(preparation, "MetricSuite", ToySuite)
 
 
 def test_an_evaluation_that_training_left_open_is_completed(tmp_path, toy_metrics, monkeypatch, capsys):
     """Interrupted in the evaluation after epoch 2 of 4; no checkpoint was due then, but for the evaluation."""
     settings = {"epochs": 4, "eval_freq": 2, "save_last_freq": 10, "online_eval": True, "num_images": 100}
     whole = train(tmp_path / "whole", **settings)
-    monkeypatch.setattr(main_jit, "MetricSuite", lambda *args: stopping(1))
+    monkeypatch.setattr(preparation, "MetricSuite", lambda *args: stopping(1))
     train(tmp_path / "run", **settings, gen_bsz=70, code=1)
     assert "Stop" in capsys.readouterr().err
     assert raw(tmp_path / "run")["epoch"] == 1 and shards(tmp_path / "run") == ["block-000000.npz"]
-    monkeypatch.setattr(main_jit, "MetricSuite", ToySuite)
+    monkeypatch.setattr(preparation, "MetricSuite", ToySuite)
     recorder = Recorder(monkeypatch)
     capsys.readouterr()
     train(tmp_path / "run", **settings)

@@ -8,7 +8,7 @@ import torch
 
 import main_jit
 from tests.conftest import TINY, arguments, differences, flags, raw, read_log, state_differences, train
-from util import checkpoint, export
+from util import checkpoint, export, training_run
 from util.build import DenoiserConfig
 from util.checkpoint import NAME
 from util.errors import UserError
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("tiny")
 
 def start_weights(monkeypatch, folder, *switches, **settings):
     """Weights and settings with which a run begins."""
-    seen, train_all = {}, main_jit.train
+    seen, train_all = {}, training_run.train
 
     def record(training, loader, sampler, recipe, args, *rest):
         seen["weights"] = {k: v.clone() for k, v in training.denoiser.state_dict().items()}
@@ -28,9 +28,9 @@ def start_weights(monkeypatch, folder, *switches, **settings):
         seen["operator"] = training.denoiser.spectral_forcing
         return train_all(training, loader, sampler, recipe, args, *rest)
 
-    monkeypatch.setattr(main_jit, "train", record)
+    monkeypatch.setattr(training_run, "train", record)
     assert main_jit.main([*arguments(output_dir=folder, **settings), *switches]) == 0
-    monkeypatch.setattr(main_jit, "train", train_all)
+    monkeypatch.setattr(training_run, "train", train_all)
     return seen
 
 

@@ -13,7 +13,7 @@ from tests import toy_evaluation as toy
 from tests.conftest import flags, listing, register
 from tests.test_evaluation import stopping
 from tests.toy_evaluation import Recorder, ToySuite
-from util import sweep
+from util import preparation, sweep
 from util.errors import UserError
 from util.sweep import Plan, Point, best, criterion, make_points, parse_cfg, parse_ema, parse_interval
 
@@ -154,7 +154,7 @@ def test_best(values, lowest, highest):
 
 @pytest.fixture
 def toy_metrics(monkeypatch, tiny):
-    monkeypatch.setattr(main_jit, "MetricSuite", ToySuite)
+    monkeypatch.setattr(preparation, "MetricSuite", ToySuite)
 
 
 def argv(run, out, **changes):
@@ -178,11 +178,11 @@ def reports(out):
 def test_sweep(trained, tmp_path, toy_metrics, monkeypatch, capsys):
     """Interrupted inside its fourth point, then completed; each value is that of an evaluation of its own."""
     out = tmp_path / "out"
-    monkeypatch.setattr(main_jit, "MetricSuite", lambda *args: stopping(7))  # two batches a point
+    monkeypatch.setattr(preparation, "MetricSuite", lambda *args: stopping(7))  # two batches a point
     assert main_jit.main(argv(trained, out, gen_bsz=64)) == 1 and "Stop" in capsys.readouterr().err
     done = {name: path.stat().st_mtime_ns for name, path in reports(out).items()}
     assert len(done) == 3 and not list(out.glob("sweep/*/table.*")) and not (out / "eval").exists()
-    monkeypatch.setattr(main_jit, "MetricSuite", ToySuite)
+    monkeypatch.setattr(preparation, "MetricSuite", ToySuite)
     recorder = Recorder(monkeypatch)
     capsys.readouterr()
     assert main_jit.main(argv(trained, out)) == 0
@@ -278,7 +278,7 @@ def test_refused_before_the_first_image(trained, tmp_path, toy_metrics, monkeypa
     ):
         assert main_jit.main(argv(trained, tmp_path / "out", **change)) == 2
         assert part in capsys.readouterr().err
-    monkeypatch.setattr(main_jit, "MetricSuite", lambda names, *args: ToySuite(("kid",)))
+    monkeypatch.setattr(preparation, "MetricSuite", lambda names, *args: ToySuite(("kid",)))
     assert main_jit.main(argv(trained, tmp_path / "out")) == 2
     assert "a sweep chooses by" in capsys.readouterr().err
     assert recorder.batches == [] and not (tmp_path / "out").exists()
@@ -290,5 +290,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         register(patch)
-        patch.setattr(main_jit, "MetricSuite", ToySuite)
+        patch.setattr(preparation, "MetricSuite", ToySuite)
         sys.exit(main_jit.main(sys.argv[1:]))
