@@ -21,7 +21,7 @@ from util import checkpoint as ckpt
 from util import config, provenance, sweep
 from util.build import DenoiserConfig
 from util.distributed import World, find_world, in_group, process_group, rank_from_environment, tell_torchrun
-from util.errors import NonFiniteError, UserError
+from util.errors import UserError
 from util.evaluation import Subject, evaluate_and_write, metric_line, precision_of
 from util.flags import build_parser
 from util.generation import Sampling, setting_name
@@ -117,8 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         line = run(argv)
     except UserError as error:
-        alone = in_group() and not isinstance(error, NonFiniteError)
-        if rank and not alone:
+        if rank and (error.everywhere or not in_group()):
             time.sleep(5)  # every process has this error: rank 0 says it, and torchrun ends the others
         print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
         tell_torchrun(str(error))

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -179,4 +180,9 @@ def main(folder: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Exception:  # as main_jit.py: no destructor of the group, which others are still in
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

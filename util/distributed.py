@@ -113,7 +113,9 @@ def agree(what: str, value: object, world: World) -> None:
     dist.all_gather_object(values, value)
     if any(other != values[0] for other in values):
         listed = "; ".join(f"process {rank}: {other}" for rank, other in enumerate(values) if other != values[0])
-        raise UserError(f"the processes do not see the same {what}: process 0: {values[0]}; {listed}")
+        error = UserError(f"the processes do not see the same {what}: process 0: {values[0]}; {listed}")
+        error.everywhere = True
+        raise error
 
 
 def barrier(world: World) -> None:
@@ -156,6 +158,7 @@ def from_main(world: World, function: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0, group=_patient_group(), device=CPU)
     value, error = outcome[0]
     if error is not None:
+        error.everywhere = True
         raise error
     return value
 

@@ -2,8 +2,15 @@
 
 
 class UserError(Exception):
-    """Something in the request cannot be: the message says what was wrong, what was expected and what to do."""
+    """Something in the request cannot be: the message says what was wrong, what was expected and what to do.
+
+    `everywhere` says that all processes raise it alike, so that one of them is enough to say it.
+    """
+
+    everywhere = False
 
 
 class NonFiniteError(UserError):
     """The loss or a gradient stopped being finite. No weight, average or optimizer state has taken part in it."""
+
+    everywhere = True
