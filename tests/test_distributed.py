@@ -23,6 +23,7 @@ from util.distributed import (
     World,
     agree,
     all_reduce_mean,
+    everywhere_or_nowhere,
     find_world,
     gather_by_index,
     in_group,
@@ -73,6 +74,10 @@ def _work(rank: int, folder, ports: list[int]) -> None:
         agree("number", 7, world)
         with pytest.raises(UserError, match="same number: process 0: 0; process 1: 1"):
             agree("number", rank, world)
+        assert everywhere_or_nowhere(world, lambda: rank) == rank
+        with pytest.raises(UserError, match="only on process 1") as error:
+            everywhere_or_nowhere(world, lambda: _fails(rank))
+        assert error.value.everywhere
         results["mean"] = all_reduce_mean(torch.tensor([1.0, 5.0]) * (rank + 1), world)
         for n in ROWS:
             whole = torch.arange(n * 3).view(n, 3).float()
@@ -118,6 +123,11 @@ def _watch_the_end() -> list[bool]:
     training_run.wrap, torch.distributed.destroy_process_group = remember, watched
     watched.kept = kept
     return found
+
+
+def _fails(rank: int) -> None:
+    if rank == 1:
+        raise UserError("only on process 1")
 
 
 def _poisoned(rank: int, folder, call) -> None:

@@ -23,7 +23,7 @@ from tests.toy_evaluation import N, Recorder, Toy, ToySuite
 from util import preparation
 from util.distributed import World
 from util.errors import UserError
-from util.evaluation import report_path
+from util.evaluation import decided_by_of, finished_report, report_path
 from util.generation import Sampling, generate
 from util.progress import ImageProgress
 from util.shards import BLOCK, Shards, digest, weights_identity
@@ -501,3 +501,41 @@ def test_a_report_is_never_replaced_by_another_one(tmp_path):
     for content in ("{", "{}", "[]"):
         first.write_text(content)
         assert report_path(tmp_path, "epoch0001", "aaaa") == tmp_path / "epoch0001-aaaa.json"
+
+
+def test_a_finished_evaluation_is_found_under_either_name(tmp_path):
+    (tmp_path / "epoch0001.json").write_text(json.dumps({"decided_by": "aaaa", "metrics": 1}))
+    (tmp_path / "epoch0001-bbbb.json").write_text(json.dumps({"decided_by": "bbbb", "metrics": 2}))
+    (tmp_path / "epoch0001-cccc.json").write_text("{")
+    assert finished_report(tmp_path, "epoch0001", "aaaa")[0]["metrics"] == 1
+    assert finished_report(tmp_path, "epoch0001", "bbbb")[1] == tmp_path / "epoch0001-bbbb.json"
+    assert finished_report(tmp_path, "epoch0001", "cccc") is None
+    assert finished_report(tmp_path / "nowhere", "epoch0001", "aaaa") is None
+
+
+def test_features_that_are_not_finite_are_not_kept(tmp_path):
+    block = Shards(tmp_path / "features", {"images": 1, "features": 2}, 10, {"means": 3})
+    block.prepare()
+    features = torch.ones(10, 3)
+    features[4, 1] = math.nan
+    with pytest.raises(UserError, match="images 0 to 9 are not finite"):
+        block.write(0, {"means": features})
+    assert block.prepare()[0] == [0]
+
+
+def test_what_decides_a_report_is_content_not_names(tmp_path):
+    """The path and the order of what was asked for do not matter; the content of the reference does."""
+
+    class Suite(ToySuite):
+        def __init__(self, names, file, sha256):
+            super().__init__(names)
+            self.reference = {"file": file, "sha256": sha256}
+
+        def describe(self):
+            return super().describe() | {"references": {"fid": self.reference}, "warnings": [self.reference["file"]]}
+
+    first = decided_by_of({"images": 1}, Suite(("fid", "is"), "a.npz", "00"))
+    assert decided_by_of({"images": 1}, Suite(("is", "fid"), "/abs/a.npz", "00")) == first
+    assert decided_by_of({"images": 1}, Suite(("fid", "is"), "a.npz", "01")) != first
+    assert decided_by_of({"images": 1}, Suite(("fid",), "a.npz", "00")) != first
+    assert decided_by_of({"images": 2}, Suite(("fid", "is"), "a.npz", "00")) != first

@@ -59,7 +59,11 @@ class ToySuite:
         return {"class_agreement": value, "first": float(features["first"].mean())}
 
     def describe(self):
-        return {"extractors": [{"extractor": "toy", "weights_sha256": self.sha256}], "references": {}}
+        extractors = [{"extractor": "toy", "weights_sha256": self.sha256}]
+        return {"metrics": list(self.names), "extractors": extractors, "references": {}}
+
+    def plot(self, path):
+        return None
 
 
 def checkpoint(folder: Path, content: int = 0) -> Path:

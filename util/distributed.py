@@ -163,6 +163,28 @@ def from_main(world: World, function: Callable[[], T]) -> T:
     return value
 
 
+def everywhere_or_nowhere(world: World, function: Callable[[], T]) -> T:
+    """What `function`, which each process calls, returns here.
+
+    Raises:
+        UserError: on all processes, where it is raised on any.
+    """
+    if world.size == 1:
+        return function()
+    value, problem = None, None
+    try:
+        value = function()
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * world.size
+    dist.all_gather_object(problems, problem)
+    if found := next((p for p in problems if p is not None), None):
+        error = UserError(found)
+        error.everywhere = True
+        raise error
+    return value
+
+
 def all_reduce_mean(value: Tensor, world: World) -> Tensor:
     """Mean over the processes, the same on each of them; does not wait for the device."""
     if world.size > 1:

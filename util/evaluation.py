@@ -4,25 +4,44 @@ Shapes: N images in all, B in a batch; images uint8 (B, 3, H, W); features (N, F
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from denoiser import Denoiser
 from util import provenance
 from util.build import DenoiserConfig
 from util.distributed import World, from_main, wait_for_all
+from util.errors import UserError
 from util.generation import Sampling, evaluation_mode, make_images, setting_name
+from util.images import QUANTISATION
 from util.metrics import MetricSuite
 from util.progress import ImageProgress
 from util.shards import Shards, digest, weights_identity
+
+IMAGES_VERSION = 1  # raise it where a change of the code changes images: features of both are then never mixed
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Rank 0 computes the metrics while the others wait: with every core, not with torchrun's one thread a process."""
+    cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        with threadpool_limits(cores):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,8 @@ def evaluate(
     def finish() -> dict[str, Any]:
         features = shards.read_all()
         read = time.perf_counter()
-        metrics = suite.compute(features, torch.tensor(labels))
+        with all_cores():
+            metrics = suite.compute(features, torch.tensor(labels))
         times["gathering"] += read - made
         times["metrics"] = time.perf_counter() - read
         details = getattr(suite, "details", None)
@@ -157,6 +177,8 @@ def fingerprint_of(
             "denoiser": asdict(subject.shape),
             "precision": precision_of(subject.denoiser),
             "device": device.type,
+            "version": IMAGES_VERSION,
+            "torch": torch.__version__,
             "tf32": tf32(),
             "sampling": sampling.describe(),
             "num_images": num_images,
@@ -176,6 +198,25 @@ def tf32() -> dict[str, bool]:
 
 def report_name(epoch: int, ema: str, sampling: Sampling, num_images: int) -> str:
     return f"{setting_name(epoch, ema, sampling)}-seed{sampling.seed}-n{num_images}"
+
+
+def decided_by_of(fingerprint: Mapping[str, Any], suite: MetricSuite) -> str:
+    """A digest of all that decides the numbers of a report: images, features, metrics and the references' content."""
+    described = suite.describe()
+    references = {name: reference["sha256"] for name, reference in described.get("references", {}).items()}
+    return digest({**fingerprint, "metrics": sorted(described.get("metrics", [])), "references": references})
+
+
+def finished_report(folder: Path, name: str, decided_by: str) -> tuple[dict[str, Any], Path] | None:
+    """(report, path) of an evaluation with this name that was decided by the same, if there is one."""
+    for path in sorted(folder.glob(f"{name}*.json")):
+        try:
+            report = json.loads(path.read_text())
+            if report.get("decided_by") == decided_by:
+                return report, path
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None
 
 
 def report_path(folder: Path, name: str, decided_by: str) -> Path:
@@ -218,7 +259,7 @@ def evaluate_and_write(
     shards = Shards(folder / f"{name}-{mark}.features", fingerprint, num_images, suite.streams, save_images)
     report = evaluate(subject.denoiser, sampling, num_images, shape.image_shape, shape.class_num, suite, world, shards)
     described = report["measured_with"]
-    decided_by = digest({"images and features": fingerprint, "measured_with": described})
+    decided_by = decided_by_of(fingerprint, suite)
     path = from_main(world, lambda: report_path(folder, name, decided_by))
     report |= {
         "ema": subject.ema,
@@ -231,18 +272,27 @@ def evaluate_and_write(
         "reference": described.get("references", {}),
         "tf32": tf32(),
         "precision": precision_of(subject.denoiser),
+        "quantisation": QUANTISATION,
         "processes": world.size,
         "batch_size": sampling.batch_size,
         **({"images": str(save_images)} if save_images else {}),
         **(about or {}),
     }
-    if world.main:
-        report |= provenance.provenance(world.device)
-        provenance.write_json(path, report)
-        if getattr(suite, "details", None) and hasattr(suite, "plot"):
-            suite.plot(path.with_suffix(".png"))
+
+    def write() -> None:
+        try:
+            provenance.write_json(path, report)
+        except OSError as error:
+            raise UserError(f"the report {path} cannot be written: {error}") from error
         if not keep_features:
             shards.remove()
+        try:
+            suite.plot(path.with_suffix(".png"))
+        except OSError as error:
+            print(f"warning: {path.with_suffix('.png')} cannot be drawn: {error}", file=sys.stderr, flush=True)
+
+    report |= provenance.provenance(world.device)
+    from_main(world, write)
     return report, path
 
 

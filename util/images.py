@@ -18,6 +18,9 @@ class NonFiniteImages(UserError):
     """Sampling gave values that are not finite."""
 
 
+QUANTISATION = "((x + 1) / 2 * 255).clamp(0, 255).round()"  # as reports say it
+
+
 def quantise(
     x: Tensor, index: Sequence[int], y: Tensor, seed: int, since: Callable[[], Sequence[str]] | None = None
 ) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import secrets
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,17 @@ from util.errors import UserError
 
 LOG_NAME = "log.jsonl"
 WANDB_ID_NAME = "wandb_id.txt"
+
+
+def wandb_settings(args: Namespace, name: str) -> dict[str, Any]:
+    """Keyword arguments of wandb.init from the flags; `name` is the run's where none was given."""
+    return {
+        "project": args.wandb_project,
+        "entity": args.wandb_entity,
+        "name": args.wandb_run_name or name,
+        "mode": args.wandb_mode,
+        "config": vars(args),
+    }
 
 
 def progress(items: Iterable, world: World, total: int, what: str, unit: str):

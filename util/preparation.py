@@ -10,7 +10,7 @@ from torch import Tensor
 from denoiser import Denoiser
 from util.build import DenoiserConfig
 from util.data import Images, build_dataset
-from util.distributed import World, barrier
+from util.distributed import World, everywhere_or_nowhere
 from util.errors import UserError
 from util.generation import Sampling, generate_all
 from util.images import labelled_grid, save_png
@@ -32,21 +32,24 @@ def open_dataset(args: Namespace) -> Images:
 
 
 def build_suite(args: Namespace, world: World, num_images: int) -> MetricSuite:
-    """The metrics, with everything they need checked. Weights that must be fetched are fetched by rank 0 first."""
+    """The metrics, with everything they need checked. One process of a node fetches weights that must be fetched."""
     try:
         names = parse_metrics(args.metrics)
         if not names:
             raise UserError("an evaluation without metrics: name some in --metrics, or train with --no-online_eval")
-        if world.main and {"fid", "is"} & set(names):
-            ensure_inception_weights(args.inception_weights)
-        barrier(world)
-        return MetricSuite(
-            names, args.dataset, args.img_size, num_images, world.device, args.fid_stats, args.inception_weights
+        if {"fid", "is"} & set(names):
+            fetches = world.local_rank == 0
+            everywhere_or_nowhere(world, lambda: fetches and ensure_inception_weights(args.inception_weights))
+        files = args.fid_stats, args.inception_weights
+        return everywhere_or_nowhere(
+            world, lambda: MetricSuite(names, args.dataset, args.img_size, num_images, world.device, *files)
         )
     except UserError as error:
         if args.evaluate_gen:
             raise
-        raise UserError(f"{error} (ONLINE_EVAL=0 or --no-online_eval trains without an evaluation)") from error
+        hinted = UserError(f"{error} (ONLINE_EVAL=0 or --no-online_eval trains without an evaluation)")
+        hinted.everywhere = error.everywhere
+        raise hinted from error
 
 
 def class_names(args: Namespace) -> list[str]:

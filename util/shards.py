@@ -149,7 +149,7 @@ class Shards:
             UserError: it is not, so that this process's features would not be found.
         """
         for path in [self.folder / FINGERPRINT] + ([self.images / FINGERPRINT] if self.images else []):
-            if not _appears(path):
+            if not appears(path):
                 raise UserError(f"{path.parent} must be a folder that all processes share: one of them does not see it")
 
     def write(self, b: int, features: Mapping[str, Tensor], images: Tensor | None = None) -> None:
@@ -161,6 +161,9 @@ class Shards:
         """
         path = self.path(b)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
+        if not all(bool(features[stream].isfinite().all()) for stream in self.streams):
+            of = self.block(b)
+            raise UserError(f"features of the images {of.start} to {of.stop - 1} are not finite: none are kept of them")
         try:
             if self.images is not None:
                 write_numbered(images, self.block(b).start, self.images)
@@ -190,7 +193,7 @@ class Shards:
         """{stream: float32 (N, F)}, row i that of image i. Raises UserError if a block is not there or damaged."""
         out = {stream: torch.empty(self.num_images, width) for stream, width in self.streams.items()}
         for b in range(len(self)):
-            if not _appears(self.path(b)):
+            if not appears(self.path(b)):
                 raise UserError(
                     f"{self.path(b)} is not there: start the evaluation again, and it makes what is missing"
                 )
@@ -203,7 +206,7 @@ class Shards:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _appears(path: Path) -> bool:
+def appears(path: Path) -> bool:
     """Wait for a file that another process has written: shared file systems show it late."""
     end = time.monotonic() + PATIENCE
     while not path.exists():

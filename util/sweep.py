@@ -7,7 +7,6 @@ evaluation at full size has a seed that the sweep did not use.
                                /table.csv, table.json, metrics.png
 """
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +17,18 @@ from typing import Any
 from util.checkpoint import CHOICES
 from util.distributed import World, from_main
 from util.errors import UserError
-from util.evaluation import Subject, evaluate_and_write, fingerprint_of, metric_line, report_name
+from util.evaluation import (
+    Subject,
+    decided_by_of,
+    evaluate_and_write,
+    fingerprint_of,
+    finished_report,
+    metric_line,
+    report_name,
+)
 from util.generation import Sampling
 from util.metrics import MetricSuite
-from util.shards import digest
+from util.provenance import write_json
 from util.sweep_table import write_tables
 
 FLAGS = ("sweep_cfg", "sweep_ema", "sweep_interval", "sweep_images")
@@ -209,20 +216,14 @@ def run_sweep(
         for part in ("ema", "sampling"):
             del whole["images"][part]
         base = {k: v for k, v in sampling.describe().items() if k not in ("cfg", "interval")}
-        references = few.describe().get("references", {})
-        name = digest({**whole, "sampling": base, "metrics": list(few.names), "references": references})
+        name = decided_by_of({**whole, "base": base}, few)
         found = {}
         for point in plan.points:
             about = replace(subject, ema=point.ema)
-            path = (
-                output_dir
-                / "sweep"
-                / name
-                / f"{report_name(subject.epoch, point.ema, settings[point], plan.images)}.json"
-            )
-            mark = digest(fingerprint_of(about, settings[point], plan.images, few, world.device))
-            if report := _finished(path, mark):
-                found[point] = report
+            mark = decided_by_of(fingerprint_of(about, settings[point], plan.images, few, world.device), few)
+            file = report_name(subject.epoch, point.ema, settings[point], plan.images)
+            if finished := finished_report(output_dir / "sweep" / name, file, mark):
+                found[point] = finished[0]
         return name, found
 
     name, reports = from_main(world, look)
@@ -251,16 +252,18 @@ def run_sweep(
     subject = subject if point.ema == subject.ema else subject_of(point.ema)
     final = replace(settings[point], seed=sampling.seed + 1)
     where = output_dir / "eval"
-    path = where / f"{report_name(subject.epoch, subject.ema, final, num_images)}.json"
-    mark = from_main(world, lambda: digest(fingerprint_of(subject, final, num_images, full, world.device)))
-    report = (
-        from_main(world, lambda: _finished(path, mark, str(folder))) if not (save_images or keep_features) else None
+
+    def look_at_full_size() -> tuple[dict[str, Any], Path] | None:
+        mark = decided_by_of(fingerprint_of(subject, final, num_images, full, world.device), full)
+        finished = finished_report(where, report_name(subject.epoch, subject.ema, final, num_images), mark)
+        if finished:
+            write_json(finished[1], finished[0] | {"chosen": chosen})
+        return finished
+
+    finished = from_main(world, look_at_full_size) if not (save_images or keep_features) else None
+    report, path = finished or evaluate_and_write(
+        subject, final, num_images, full, where, world, save_images, keep_features, {"chosen": chosen}
     )
-    if report is None:
-        about = {"chosen": chosen}
-        report, path = evaluate_and_write(
-            subject, final, num_images, full, where, world, save_images, keep_features, about
-        )
     if world.main:
         write_tables(folder, plan.points, ordered, winner, chosen, {"report": str(path), "metrics": report["metrics"]})
     return report, [f"table: {folder / 'table.csv'}", f"report: {path}"]
@@ -269,13 +272,3 @@ def run_sweep(
 def describe(point: Point) -> str:
     interval = "" if point.cfg == 1 else " on ({:g}, {:g})".format(*point.interval)
     return f"{point.ema} cfg {point.cfg:g}{interval}"
-
-
-def _finished(path: Path, mark: str, chosen_in: str | None = None) -> dict[str, Any] | None:
-    """The report at `path`, if it is of that fingerprint and, where a sweep's folder is given, was chosen there."""
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    same = report.get("fingerprint") == mark and report.get("chosen", {}).get("sweep") == chosen_in
-    return report if same else None

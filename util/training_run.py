@@ -22,9 +22,10 @@ from util.generation import Sampling, setting_name
 from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
-from util.logger import LOG_NAME, RunLog
+from util.logger import LOG_NAME, RunLog, wandb_settings
 from util.preparation import autocast_dtype, build_suite, draw_grid, open_dataset, spread_labels, warn
 from util.resume import init_notes, load_for_training
+from util.shards import appears
 
 
 def run_train(given: Mapping[str, Any], world: World) -> str:
@@ -79,6 +80,8 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         training = Training(denoiser, wrap(denoiser, world), optimizer, emas)
         log = open_log(folder, args, world)
         write_start(folder, args, shape, recipe, denoiser, world, log, source)
+        if suite is not None and not appears(config_file(folder, args)):
+            raise UserError(f"{folder} must be a folder that all processes share, or set ONLINE_EVAL=0")
         exit_code = 1
         try:
             products = train(training, loader, sampler, recipe, args, shape, suite, world, log, held_out)
@@ -111,7 +114,7 @@ def train(training, loader, sampler, recipe, args, shape, suite, world, log, hel
         # An evaluation needs the checkpoint too: with it, it can be completed after an interruption.
         if last or (epoch + 1) % args.save_last_freq == 0 or (looks and suite is not None):
             if world.main:
-                save(training, epoch, args, log)
+                save(training, epoch, (epoch + 1) * recipe.steps_per_epoch, args, log)
             barrier(world)
         if held_out and (last or (epoch + 1) % args.val_freq == 0):
             held_out.record(training, epoch, recipe, world, log)
@@ -133,7 +136,7 @@ def evaluation_is_missing(args: Namespace) -> bool:
     return not (folder / "eval" / f"{name}.json").is_file()
 
 
-def save(training: Training, epoch: int, args: Namespace, log: RunLog) -> None:
+def save(training: Training, epoch: int, step: int, args: Namespace, log: RunLog) -> None:
     denoiser, (ema1, ema2) = training.denoiser, training.emas
     content = {
         "model": denoiser.state_dict(),
@@ -142,7 +145,7 @@ def save(training: Training, epoch: int, args: Namespace, log: RunLog) -> None:
         "optimizer": training.optimizer.state_dict(),
         "epoch": epoch,
         "args": args,
-        "run": {"commit": provenance.commit(), "versions": provenance.versions()},
+        "run": {"step": step, "commit": provenance.commit(), "versions": provenance.versions()},
     }
     path = ckpt.save(args.output_dir, content)
     log.say(f"saved {path} (epoch {epoch + 1})")
@@ -172,16 +175,14 @@ def look(training, epoch, recipe, args, shape, suite, world, log) -> dict[str, P
 def open_log(folder: Path, args: Namespace, world: World) -> RunLog:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "project": args.wandb_project,
-            "entity": args.wandb_entity,
-            "name": args.wandb_run_name or config.run_name(args),
-            "mode": args.wandb_mode,
-            "config": vars(args),
-        }
-        return RunLog(folder, world, settings)
+        return RunLog(folder, world, wandb_settings(args, config.run_name(args)))
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written: {error}") from error
+
+
+def config_file(folder: Path, args: Namespace) -> Path:
+    """The resolved configuration of a start of the run."""
+    return folder / ("config.json" if args.start_epoch == 0 else f"config-from-epoch{args.start_epoch + 1:04d}.json")
 
 
 def write_start(folder, args, shape, recipe, denoiser, world, log, source) -> None:
@@ -198,9 +199,9 @@ def write_start(folder, args, shape, recipe, denoiser, world, log, source) -> No
         "spectral_forcing": shape.describe_operator(),
         "started_from": source or "fresh weights",
     }
-    name = "config.json" if args.start_epoch == 0 else f"config-from-epoch{args.start_epoch + 1:04d}.json"
+    path = config_file(folder, args)
     content = {"args": vars(args), "resolved": resolved, **provenance.provenance(world.device)}
-    provenance.write_json(folder / name, content)
+    provenance.write_json(path, content)
     log.record("start", args.start_epoch * recipe.steps_per_epoch, resolved)
     log.say(
         f"{args.model} at {args.img_size} px, {parameters:,} parameters, on {world.size} x {world.device.type}"
@@ -208,7 +209,7 @@ def write_start(folder, args, shape, recipe, denoiser, world, log, source) -> No
         f"  Spectral Forcing {shape.describe_operator()}\n"
         f"  global batch {args.global_batch} = {args.batch_size} x {world.size} processes x {args.accum_iter} passes, "
         f"learning rate {recipe.peak_lr:.3g}, {recipe.steps_per_epoch} steps an epoch\n"
-        f"  epochs {args.start_epoch + 1} to {args.epochs}, in {folder} ({name})\n"
+        f"  epochs {args.start_epoch + 1} to {args.epochs}, in {folder} ({path.name})\n"
         f"settings that differ from the defaults:\n{config.describe(args)}"
     )
 
