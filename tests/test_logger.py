@@ -5,7 +5,7 @@ import json
 import pytest
 
 import main_jit
-from tests.conftest import ONE, SECRET, arguments, read_log, train
+from tests.conftest import ONE, SECRET, arguments, flags, read_log, train
 from util.distributed import World
 from util.errors import UserError
 from util.logger import LOG_NAME, WANDB_ID_NAME, RunLog
@@ -154,3 +154,30 @@ def test_it_does_not_start(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(UserError, match=r"no login.*ENABLE_WANDB=0"):
         RunLog(tmp_path, ONE, {"mode": "online"})
+
+
+def test_an_evaluation_is_logged_with_its_run(tmp_path, monkeypatch, tiny):
+    """A run that Weights & Biases knows gets its evaluations too; one that it does not know stays unknown."""
+    wandb = pytest.importorskip("wandb")
+    folder, seen = tmp_path / "run", []
+    assert main_jit.main(arguments(output_dir=folder, epochs=1)) == 0
+    evaluate = flags(resume=folder, evaluate_gen=True, num_images=10, num_sampling_steps=1, device="cpu")
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: pytest.fail("a run that is not tracked"))
+    assert main_jit.main(evaluate) == 0
+    (folder / WANDB_ID_NAME).write_text("abc\n")
+
+    class Run:
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, values):
+            seen.append(values)
+
+        def finish(self, exit_code):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: seen.append(kwargs["id"]) or Run())
+    assert main_jit.main(evaluate) == 0
+    assert seen[0] == "abc" and seen[1]["step"] == 2 and 0 <= seen[1]["eval/class_agreement"] <= 1
+    line = json.loads((folder / LOG_NAME).read_text().splitlines()[-1])
+    assert line["event"] == "eval" and line["num_images"] == 10
