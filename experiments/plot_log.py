@@ -5,6 +5,7 @@ python experiments/plot_log.py output/a output/b --out loss.png
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,9 @@ def read(folder: Path) -> tuple[list[int], list[float], list[float]]:
     start = lines[0]["time"]
     by_step = {line["step"]: line for line in lines if line["event"] == "train"}
     steps = sorted(by_step)
+    # The line at the end of an epoch may be a mean over a few steps only: too noisy to stand beside the others.
+    usual = max((b - a for a, b in pairwise(steps)), default=1)
+    steps = [s for i, s in enumerate(steps) if i == 0 or s - steps[i - 1] > usual / 2]
     return steps, [by_step[s]["loss"] for s in steps], [by_step[s]["time"] - start for s in steps]
 
 

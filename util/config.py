@@ -99,9 +99,10 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
             f"the guidance interval ({args.interval_min}, {args.interval_max}) must satisfy 0 <= min <= max <= 1"
         )
     if evaluates and args.num_images % args.class_num:
+        enough = -(-args.num_images // args.class_num) * args.class_num
         raise UserError(
             f"--num_images {args.num_images} is not a multiple of the {args.class_num} classes: "
-            "an evaluation needs equally many images of each class"
+            f"an evaluation needs equally many images of each class, as {enough} are"
         )
     warnings = []
     if not sf and (args.disable_dct_scale_schedule or args.window_size is not None):

@@ -3,12 +3,13 @@
 import argparse
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from denoiser import Denoiser, LogitNormal
 from sampler import SOLVERS
 from spectral_forcing import SpectralForcing
 from util.data import DATASETS
+from util.errors import UserError
 
 ALWAYS, TRAINING, FREE, OWN = "always", "training", "free", "own"
 
@@ -141,9 +142,16 @@ FLAGS: dict[str, Flag] = {flag.name: flag for flags in SECTIONS.values() for fla
 DEFAULTS: dict[str, Any] = {name: flag.default for name, flag in FLAGS.items()}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors are a sentence, which torchrun repeats at its end, instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (python main_jit.py --help lists the flags)")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """A parser whose Namespace holds only what was given."""
-    parser = argparse.ArgumentParser(
+    """A parser whose Namespace holds only what was given; what it refuses is a UserError."""
+    parser = _Parser(
         description="Train, evaluate or sample a JiT behind Spectral Forcing.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

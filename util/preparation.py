@@ -26,7 +26,8 @@ def open_dataset(args: Namespace) -> Images:
     dataset = build_dataset(args.dataset, args.data_path, args.img_size)
     if dataset.num_classes != args.class_num:
         raise UserError(
-            f"{args.data_path or args.dataset} has {dataset.num_classes} classes and --class_num is {args.class_num}"
+            f"{args.data_path or args.dataset} has {dataset.num_classes} classes and --class_num is {args.class_num}; "
+            f"--class_num {dataset.num_classes} is for a new run on it"
         )
     return dataset
 

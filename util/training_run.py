@@ -31,6 +31,13 @@ from util.shards import appears
 def run_train(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_training(given, world)
     warn(config.check(args, evaluates=args.online_eval), world)
+    if saved and args.start_epoch >= args.epochs and not (args.online_eval and evaluation_is_missing(args)):
+        run = saved.path.parent
+        return (
+            f"nothing to train: {args.start_epoch} of {args.epochs} epochs are done in {run}. EPOCHS={args.epochs * 2} "
+            f"goes on, RESUME={run} EVALUATE_GEN=1 evaluates; its pictures and numbers are in {run}/samples and "
+            f"{run}/eval"
+        )
     dataset, held_out = hold_out(open_dataset(args), args, saved.args if saved else None)
     shape = DenoiserConfig.from_args(args)
     torch.manual_seed(args.seed)
@@ -96,11 +103,6 @@ def train(training, loader, sampler, recipe, args, shape, suite, world, log, hel
     """All epochs that are left. Returns what was written: name -> path."""
     folder = Path(args.output_dir)
     products = {"checkpoint": folder / ckpt.NAME, "log": folder / LOG_NAME}
-    if args.start_epoch >= args.epochs:
-        log.say(
-            f"nothing to train: {args.start_epoch} of {args.epochs} epochs are done. EPOCHS raises their number, "
-            f"RESUME={folder} EVALUATE_GEN=1 evaluates; what is there is in {folder}/samples and {folder}/eval"
-        )
     if suite is not None and from_main(world, lambda: evaluation_is_missing(args)):
         log.say(f"the evaluation after epoch {args.start_epoch} was due and has no report: it is completed first")
         products |= look(training, args.start_epoch - 1, recipe, args, shape, suite, world, log)
@@ -224,6 +226,7 @@ def ema_warnings(args: Namespace, recipe: Recipe) -> list[str]:
             horizon = f"{1 / (1 - decay):.0f}" if decay < 1 else "infinitely many"
             found.append(
                 f"--{name} {decay} averages over about {horizon} steps and the run has {steps}: "
-                "what it samples is mostly the initial weights"
+                "what it samples is mostly the initial weights, grey at first; "
+                f"--{name} {max(0.0, 1 - 5 / steps):.3g} would average over a fifth of the run"
             )
     return found
