@@ -166,11 +166,6 @@ def test_suite_features_and_warnings(inception_file, tmp_path):
         suite.extract(torch.zeros(1, 3, SIZE, SIZE))
 
 
-def test_suite_mentions_a_reference_that_nothing_uses(tmp_path):
-    suite = MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", fid_stats=tmp_path / "unused.npz")
-    assert "not used" in suite.warnings[0]
-
-
 def test_default_references():
     assert default_reference("imagefolder", 256, "inception").name == "jit_in256_stats.npz"
     assert default_reference("imagefolder", 512, "inception").name == "jit_in512_stats.npz"

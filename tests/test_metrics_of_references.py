@@ -166,3 +166,31 @@ def test_a_reference_with_wrong_arrays_is_refused_before_the_first_image(fake_ne
     path = write_reference(tmp_path / "r.npz", FakeInception, **(everything(FakeInception) | change))
     with pytest.raises(MetricError, match=message):
         MetricSuite(("fid",), "digits", SIZE, 8, "cpu", path)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_spectrum_gap_needs_no_network(tmp_path, monkeypatch, named):
+    """Class agreement alone: the file that was named, or one in its usual place, gives the spectrum."""
+    monkeypatch.setattr(metrics_module, "default_reference", lambda dataset, size, name: tmp_path / f"{name}.npz")
+    path = tmp_path / "effnet_lite0.npz"
+    spectrum = grey_spectrum(REAL).mean(0).numpy()
+    write_reference(path, FakeEffNet, grey_spectrum=2 * spectrum)
+    suite = MetricSuite(("class_agreement",), "digits", SIZE, len(REAL), "cpu", path if named else None)
+    assert suite.warnings == [] and suite.streams["grey_spectrum"] == len(spectrum)
+    values = suite.compute(suite.extract(REAL), torch.zeros(len(REAL)))
+    assert values["spectrum_gap"] == pytest.approx(np.log(2), rel=1e-6)
+    assert suite.describe()["references"]["spectrum_gap"]["file"] == str(path)
+
+
+def test_without_a_reference_there_is_no_spectrum_gap(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_module, "default_reference", lambda dataset, size, name: tmp_path / f"{name}.npz")
+    suite = MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu")
+    assert list(suite.streams) == ["digit_8x8"] and suite.describe()["references"] == {}
+    write_reference(tmp_path / "plain.npz", FakeEffNet)
+    suite = MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", tmp_path / "plain.npz")
+    assert list(suite.streams) == ["digit_8x8"] and "not used" in suite.warnings[0]
+    with pytest.raises(MetricError, match="do not exist"):
+        MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", tmp_path / "nowhere.npz")
+    write_reference(tmp_path / "small.npz", FakeEffNet, grey_spectrum=np.ones(3))
+    with pytest.raises(MetricError, match="rings"):
+        MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", tmp_path / "small.npz")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from util.features import DigitPixels, EffNetLite0, GreySpectrum, InceptionV3, MetricError, ensure_inception_weights
-from util.reference import Reference, default_reference, load_reference
+from util.reference import Reference, default_reference, load_reference, load_spectra
 from util.scores import (
     FIDELITY_SEED,
     IS_SPLITS,
@@ -114,15 +114,13 @@ class MetricSuite:
         self.streams = {s: dim for e in self.extractors for s, dim in e.streams.items() if s in wanted}
 
         asked = [name for name in FRECHET if name in self.names]
-        if fid_stats is not None and not asked:
-            self.warnings.append(f"The reference file {fid_stats} is not used: no metric that was asked for needs one.")
         self.references = {}
         for name in asked:
             own = fid_stats if name == asked[0] else None
             self.references[name] = self._reference(STREAM[name], dataset, img_size, own)
         for name in asked:
             self._plan_neighbours(name)
-        self._plan_spectrum(device, img_size)
+        self._plan_spectrum(device, dataset, img_size, fid_stats)
 
     def _check_arguments(self, dataset: str, img_size: int) -> None:
         if "class_agreement" in self.names and dataset != "digits":
@@ -168,11 +166,26 @@ class MetricSuite:
             values = PRECISION_RECALL[name] + (KID if name == "fid" else ())
             self.not_computed |= dict.fromkeys(values, why)
 
-    def _plan_spectrum(self, device: torch.device | str, img_size: int) -> None:
-        """Take the spectrum of the first reference that holds one, and a stream for that of the generated images."""
-        holders = [r for r in self.references.values() if r.spectra.get(SPECTRUM) is not None]
-        self.real_spectrum = holders[0].spectra[SPECTRUM] if holders else None  # (K,)
-        if holders:
+    def _plan_spectrum(
+        self, device: torch.device | str, dataset: str, img_size: int, fid_stats: str | Path | None
+    ) -> None:
+        """Take the spectrum of the first reference that holds one, and a stream for that of the generated images.
+
+        It needs no network: where no metric has a reference, the file that was named is looked into, or those in their
+        usual places.
+        """
+        self.spectrum_reference: dict | None = None
+        found = [r.spectra[SPECTRUM] for r in self.references.values() if r.spectra.get(SPECTRUM) is not None]
+        if not self.references:
+            usual = [default_reference(dataset, img_size, name) for name in (InceptionV3.name, EffNetLite0.name)]
+            for path in [fid_stats] if fid_stats is not None else [path for path in usual if path.exists()]:
+                spectra, described = load_spectra(path, img_size)
+                if SPECTRUM in spectra and not found:
+                    found, self.spectrum_reference = [spectra[SPECTRUM]], described
+            if fid_stats is not None and not found:
+                self.warnings.append(f"{fid_stats} is not used: no metric needs it, and it holds no {SPECTRUM}.")
+        self.real_spectrum = found[0] if found else None  # (K,)
+        if found:
             self.extractors.append(GreySpectrum(device, img_size))
             self.streams |= self.extractors[-1].streams
         elif self.references:
@@ -271,6 +284,8 @@ class MetricSuite:
             },
             "warnings": list(self.warnings),
         }
+        if self.spectrum_reference is not None:
+            out["references"]["spectrum_gap"] = self.spectrum_reference
         if "is" in self.names:
             out["inception_score"] = {"splits": IS_SPLITS, "shuffle": True, "seed": FIDELITY_SEED}
         real = {name: len(r.features) for name, r in self.references.items() if r.features is not None}

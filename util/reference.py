@@ -166,16 +166,7 @@ def load_reference(path: str | Path, dim: int, extractor, img_size: int, make: s
     """
     path = Path(path)
     make = make or f"python prepare_ref.py --img_size {img_size} --extractor {extractor.name} --out {path}"
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise MetricError(
-            f"The reference statistics {path} do not exist: make them with `{make}` or copy them there "
-            "(fid_stats/README.md)."
-        ) from error
-    except OSError as error:
-        raise MetricError(f"The reference statistics {path} cannot be read ({error.strerror}).") from error
-
+    content = _read(path, make)
     arrays, meta = _parse(path, content)
     mu, sigma, features = arrays.pop("mu"), arrays.pop("sigma"), arrays.pop("features", None)
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
@@ -202,6 +193,32 @@ def load_reference(path: str | Path, dim: int, extractor, img_size: int, make: s
     if meta["num_images"] <= dim:
         warnings = (f"{path} was made from {meta['num_images']} images: a covariance of {dim} features needs more.",)
     return Reference(mu, sigma, meta, path, sha256, warnings, features, arrays)
+
+
+def load_spectra(path: str | Path, img_size: int) -> tuple[dict[str, np.ndarray], dict]:
+    """The spectra (K,) in a reference file, whatever extractor it was made with, and {file, sha256, meta} for a report.
+
+    Raises: MetricError for a file that is missing or unreadable, or spectra of another image size.
+    """
+    path = Path(path)
+    content = _read(path, f"python prepare_ref.py --img_size {img_size} --out {path}")
+    arrays, meta = _parse(path, content)
+    spectra = {key: arrays[key] for key in SPECTRA if key in arrays}
+    _check_more(path, 0, img_size, None, spectra)
+    return spectra, {"file": str(path), "sha256": hashlib.sha256(content).hexdigest(), "meta": meta}
+
+
+def _read(path: Path, make: str) -> bytes:
+    """The content of a reference file. Raises MetricError where there is none, with the command that makes it."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise MetricError(
+            f"The reference statistics {path} do not exist: make them with `{make}` or copy them there "
+            "(fid_stats/README.md)."
+        ) from error
+    except OSError as error:
+        raise MetricError(f"The reference statistics {path} cannot be read ({error.strerror}).") from error
 
 
 def _parse(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], dict | None]:
