@@ -31,6 +31,11 @@ from util.preparation import autocast_dtype, build_suite, draw_grid, warn
 from util.resume import load_for_inference
 from util.training_run import run_train
 
+INTERRUPTED = (
+    "interrupted; the same command goes on: training from its last checkpoint (--save_last_freq), if there is one yet, "
+    "an evaluation with the images that it lacks"
+)
+
 
 def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World) -> tuple[Denoiser, DenoiserConfig]:
     """The denoiser with the weights that --ema names, on the device."""
@@ -133,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "interrupted; the same command goes on from the last checkpoint (--save_last_freq), if there is one yet",
+            INTERRUPTED,
             file=sys.stderr,
         )
         return 130
