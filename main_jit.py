@@ -137,10 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         tell_torchrun(f"process {rank}: {type(error).__name__}: {error}")
         return 1
     except KeyboardInterrupt:
-        print(
-            INTERRUPTED,
-            file=sys.stderr,
-        )
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     if rank == 0 and line:
         print(line, flush=True)
