@@ -114,6 +114,7 @@ def run(argv: list[str] | None) -> str:
     alone = [f"--{name}" for name in (*sweep.FLAGS, "save_images") if name in given and not given.get("evaluate_gen")]
     if alone:
         raise UserError(f"{', '.join(alone)}: only with --evaluate_gen, which evaluates the checkpoint in --resume")
+    warn(config.without_effect(given), world)
     if given.get("sample"):
         return run_sample(given, world)
     if given.get("evaluate_gen"):

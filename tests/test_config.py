@@ -578,3 +578,13 @@ def test_default_output_folder_is_found_again(here):
     assert main_jit.main(arguments(epochs=1, seed=1)) == 0
     assert len(list((here / "output").iterdir())) == 2 and listing(folder) == before
     assert f"_{TINY.replace('/', '-')}_16_sf_x_" in folder.name
+
+
+def test_flags_that_need_another_one():
+    parse = lambda *argv: config.without_effect(vars(build_parser().parse_args(argv)))  # noqa: E731
+    assert parse("--labels", "1", "--keep_features", "--init_weights", "ema1") == [
+        "--labels has no effect without --sample",
+        "--keep_features has no effect without --evaluate_gen",
+        "--init_weights has no effect without --init_from",
+    ]
+    assert parse("--sample", "--labels", "1") == parse("--init_from", "x", "--init_weights", "ema1") == []

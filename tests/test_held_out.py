@@ -394,3 +394,8 @@ def test_images_that_a_checkpoint_was_trained_on(here, refuses):  # noqa: F811
     refuses(arguments(output_dir=run, val_split="0.2"), "--val_split 0.2", "on all images")
     with pytest.raises(UserError, match="on all images"):
         hold_out(few_digits(16), settings(), {"val_split": "0.1"})
+
+
+def test_flags_without_held_out_images_are_named(tmp_path, capsys):
+    train(tmp_path / "run", epochs=1, val_freq=1, val_images=3)
+    assert "--val_images, --val_freq: no effect without --val_split" in capsys.readouterr().err

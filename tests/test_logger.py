@@ -111,23 +111,29 @@ def test_the_key_is_in_no_file(offline):
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
+class StandIn:
+    """In the place of a run of Weights & Biases: keeps what it is told."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, values):
+        self.seen.append(values)
+
+    def finish(self, exit_code):
+        self.seen.append(exit_code)
+
+
 def test_a_folder_keeps_its_id(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     seen = []
 
-    class Run:
-        def define_metric(self, *args, **kwargs):
-            pass
-
-        def log(self, values):
-            seen.append(values)
-
-        def finish(self, exit_code):
-            seen.append(exit_code)
-
     def init(**kwargs):
         seen.append(kwargs)
-        return Run()
+        return StandIn(seen)
 
     monkeypatch.setattr(wandb, "init", init)
     settings = {"mode": "offline", "project": "p", "entity": None, "name": "n", "config": {}}
@@ -166,17 +172,7 @@ def test_an_evaluation_is_logged_with_its_run(tmp_path, monkeypatch, tiny):
     assert main_jit.main(evaluate) == 0
     (folder / WANDB_ID_NAME).write_text("abc\n")
 
-    class Run:
-        def define_metric(self, *args, **kwargs):
-            pass
-
-        def log(self, values):
-            seen.append(values)
-
-        def finish(self, exit_code):
-            pass
-
-    monkeypatch.setattr(wandb, "init", lambda **kwargs: seen.append(kwargs["id"]) or Run())
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: seen.append(kwargs["id"]) or StandIn(seen))
     assert main_jit.main(evaluate) == 0
     assert seen[0] == "abc" and seen[1]["step"] == 2 and 0 <= seen[1]["eval/class_agreement"] <= 1
     line = json.loads((folder / LOG_NAME).read_text().splitlines()[-1])

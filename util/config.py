@@ -17,6 +17,11 @@ from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 
 NEWER = ("val_split",)  # flags that are newer than names of runs: at their defaults they are no part of one
+NEEDED_BY = {
+    "sample": ("labels", "num_per_class"),
+    "evaluate_gen": ("keep_features",),
+    "init_from": ("init_weights",),
+}
 AT_LEAST = {
     0: ("seed", "start_epoch", "num_workers", "warmup_epochs", "weight_decay", "min_lr", "lr", "blr"),
     1: (
@@ -110,6 +115,17 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
     if sf and args.dct_fixed_scale != DEFAULTS["dct_fixed_scale"] and not args.disable_dct_scale_schedule:
         warnings.append("--dct_fixed_scale has no effect without --disable_dct_scale_schedule")
     return warnings
+
+
+def without_effect(given: Mapping[str, Any]) -> list[str]:
+    """Warnings about flags that were given, and do nothing without another one that was not."""
+    return [
+        f"--{name} has no effect without --{needed}"
+        for needed, names in NEEDED_BY.items()
+        if not given.get(needed)
+        for name in names
+        if name in given
+    ]
 
 
 def parse_labels(text: str | None, class_num: int) -> list[int]:

@@ -31,6 +31,8 @@ from util.shards import appears
 def run_train(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_training(given, world)
     warn(config.check(args, evaluates=args.online_eval), world)
+    idle = [f"--{name}" for name in ("val_images", "val_freq", "val_rings") if name in given and args.val_split is None]
+    warn([f"{', '.join(idle)}: no effect without --val_split"] if idle else [], world)
     if saved and args.start_epoch >= args.epochs and not (args.online_eval and evaluation_is_missing(args)):
         run = saved.path.parent
         return (
