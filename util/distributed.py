@@ -78,19 +78,20 @@ def find_world(device: str | None) -> World:
 
 
 @contextmanager
-def process_group(world: World, timeout_minutes: float = 30) -> Iterator[None]:
-    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process.
+def process_group(world: World, timeout_minutes: float = 30, also_alone: bool = False) -> Iterator[None]:
+    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process or `also_alone`.
 
     An error within leaves the group as it is: ending it is a collective, and the others do not take part.
     """
     global _patient
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if world.size == 1:
+    if world.size == 1 and not also_alone:
         yield
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **where)
     yield  # not in try: see above
     _patient = None
     dist.destroy_process_group()

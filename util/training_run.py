@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from denoiser import LogitNormal
-from engine_jit import Recipe, Training, build_optimizer, train_one_epoch, wrap
+from engine_jit import Recipe, Training, build_optimizer, train_one_epoch
 from util import checkpoint as ckpt
 from util import config, provenance
 from util.build import DenoiserConfig
@@ -23,6 +23,7 @@ from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
 from util.logger import LOG_NAME, RunLog, wandb_settings
+from util.parallel import wrap
 from util.preparation import autocast_dtype, build_suite, draw_grid, open_dataset, spread_labels, warn
 from util.resume import init_notes, load_for_training
 from util.shards import appears
