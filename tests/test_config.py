@@ -113,6 +113,7 @@ BOUND_IN_TRAINING = {
     "label_drop_prob": 0.2,
     "seed": 1,
     "val_split": "0.1",
+    "on_bad_image": "skip",
 }
 UNBOUND = {
     "data_path": "/data",
