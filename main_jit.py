@@ -18,7 +18,7 @@ from typing import Any
 
 from denoiser import Denoiser
 from util import checkpoint as ckpt
-from util import config, provenance, sweep
+from util import config, preemption, provenance, sweep
 from util.build import DenoiserConfig
 from util.distributed import World, find_world, in_group, process_group, rank_from_environment, tell_torchrun
 from util.errors import UserError
@@ -27,6 +27,7 @@ from util.flags import build_parser
 from util.generation import Sampling, setting_name
 from util.images import save_png, to_pil
 from util.logger import WANDB_ID_NAME, RunLog, wandb_settings
+from util.preemption import Preempted
 from util.preparation import autocast_dtype, build_suite, draw_grid, warn
 from util.resume import load_for_inference
 from util.training_run import run_train
@@ -133,6 +134,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
         tell_torchrun(str(error))
         return 2
+    except Preempted as stop:
+        if rank == 0:
+            print(stop, file=sys.stderr, flush=True)
+        return preemption.EXIT_CODE
     except Exception as error:
         traceback.print_exc()
         tell_torchrun(f"process {rank}: {type(error).__name__}: {error}")
