@@ -21,7 +21,7 @@ from util.generation import Sampling, generate, generate_all
 from util.learning_rate import learning_rate
 from util.loader import positions
 from util.logger import RunLog, progress
-from util.parallel import accumulating, local, total_norm
+from util.parallel import accumulating, local_parameters, total_norm
 from util.window import Window, finite_or_none
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_all",
+    "parameter_groups",
     "stop_if_non_finite",
     "train_one_epoch",
 ]
@@ -73,11 +74,18 @@ class Training:
     window: Window
 
 
-def build_optimizer(denoiser: Denoiser, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, betas (0.9, 0.95); vectors and biases are in group 0, which has no weight decay, the rest in group 1."""
+def parameter_groups(denoiser: Denoiser) -> tuple[list[str], list[str]]:
+    """Names of the parameters without weight decay, which are vectors and biases, and of those with it."""
     no_decay, decay = [], []
     for name, parameter in denoiser.named_parameters():
-        (no_decay if parameter.dim() == 1 or name.endswith(".bias") else decay).append(local(parameter))
+        (no_decay if parameter.dim() == 1 or name.endswith(".bias") else decay).append(name)
+    return no_decay, decay
+
+
+def build_optimizer(denoiser: Denoiser, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW, betas (0.9, 0.95), over what this process holds; group 0 has no weight decay (`parameter_groups`)."""
+    mine = local_parameters(denoiser)
+    no_decay, decay = ([mine[name] for name in names] for names in parameter_groups(denoiser))
     groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 

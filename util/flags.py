@@ -11,6 +11,7 @@ from spectral_forcing import SpectralForcing
 from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
 from util.errors import UserError
+from util.parallel import MODES
 
 ALWAYS, TRAINING, FREE, OWN = "always", "training", "free", "own"
 
@@ -134,6 +135,8 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("keep_last", 2, int, FREE, "newest checkpoints that stay"),
         Flag("keep_every_epochs", None, int, FREE, "keep a checkpoint for good, this often"),
         Flag("skip_nonfinite", 0, int, FREE, "steps in a row that may be not finite, and are skipped"),
+        Flag("parallel", "ddp", str, FREE, "a copy of the network on each process, or shards of it", MODES),
+        Flag("activation_checkpointing", False, argparse.BooleanOptionalAction, FREE, "recompute blocks: less memory"),
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),
