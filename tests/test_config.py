@@ -113,7 +113,6 @@ BOUND_IN_TRAINING = {
     "label_drop_prob": 0.2,
     "seed": 1,
     "val_split": "0.1",
-    "on_bad_image": "skip",
 }
 UNBOUND = {
     "data_path": "/data",
@@ -130,6 +129,7 @@ UNBOUND = {
     "num_images": 10000,
     "gen_bsz": 7,
     "save_last_freq": 2,
+    "on_bad_image": "skip",
     "save_every_steps": 100,
     "save_every_minutes": 5.0,
     "keep_last": 3,

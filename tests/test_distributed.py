@@ -16,7 +16,8 @@ from torch.distributed import TCPStore
 import engine_jit
 import main_jit
 from tests.conftest import STATE, arguments, differences, flags, raw, read_log, register, state_differences, train
-from tests.test_engine import Labelled, Recording, network, settings, state_of
+from tests.test_engine import Labelled, Recording, network, settings
+from tests.test_nonfinite import state_of
 from util import training_loop, training_state
 from util.checkpoint import NAME
 from util.distributed import (

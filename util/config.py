@@ -16,7 +16,7 @@ from util.data import IN_MEMORY, KNOWN
 from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 
-NEWER = ("val_split", "on_bad_image")  # newer than names of runs: at their defaults they are no part of one
+NEWER = ("val_split",)  # newer than names of runs: at their defaults they are no part of one
 NEEDED_BY = {
     "sample": ("labels", "num_per_class"),
     "evaluate_gen": ("keep_features",),

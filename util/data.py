@@ -137,7 +137,10 @@ def read_crop(path: str, size: int) -> np.ndarray:
         reason = str(e).rstrip(".")
     except Exception as e:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error, ... on bad files
         reason = f"{str(e).rstrip('.')} ({type(e).__name__})"
-    error = BadImage(f"cannot read image {path}: {reason}. Expected a whole image file; replace it or remove it.")
+    error = BadImage(
+        f"cannot read image {path}: {reason}. Expected a whole image file; replace it or remove it "
+        "(training can also go on without it: --on_bad_image skip)."
+    )
     error.reason = reason
     raise error
 
