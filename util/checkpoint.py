@@ -189,30 +189,18 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
         raise UserError(f"{path} does not fit the network: " + "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
     """Fill an AdamW from a checkpoint's state, also one that was written with `proj1` in the linear layout.
 
     Raises:
         UserError: where groups or shapes do not fit.
     """
     own = [group["params"] for group in optimizer.param_groups]
-    theirs = [group["params"] for group in state["param_groups"]]
-    if [len(g) for g in own] != [len(g) for g in theirs]:
-        raise UserError(
-            f"{path}: its optimizer has groups of {[len(g) for g in theirs]} tensors, ours {[len(g) for g in own]}"
-        )
-    slots = {}
-    for parameter, slot in zip(chain(*own), chain(*theirs), strict=True):
-        values = dict(state["state"].get(slot, {}))
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in values and values[name].shape != parameter.shape:
-                if values[name].dim() != 2 or values[name].numel() != parameter.numel():
-                    raise UserError(
-                        f"{path}: the optimizer's {name} is {list(values[name].shape)} where "
-                        f"the parameter is {list(parameter.shape)}"
-                    )
-                values[name] = values[name].reshape(parameter.shape)
-        slots[slot] = {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+    fitting = fitting_state(own, state, path)
+    slots = {
+        slot: {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+        for slot, values in fitting.items()
+    }
     # How our optimizer is executed is ours to say; what it is, is the checkpoint's.
     execution = {k: optimizer.param_groups[0][k] for k in ("fused", "foreach", "capturable", "differentiable")}
     groups = [
@@ -224,3 +212,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         )
     ]
     optimizer.load_state_dict({"state": {k: v for k, v in slots.items() if v}, "param_groups": groups})
+
+
+def fitting_state(own: list[list[Tensor]], state: Mapping[str, Any], path: Path) -> dict[int, dict[str, Any]]:
+    """The state of each parameter in an AdamW's state dict, by its slot there, with the parameter's shape.
+
+    Args:
+        own: the parameters of each group; their shapes count.
+
+    Raises:
+        UserError: where groups or shapes do not fit.
+    """
+    theirs = [group["params"] for group in state["param_groups"]]
+    if [len(g) for g in own] != [len(g) for g in theirs]:
+        raise UserError(
+            f"{path}: its optimizer has groups of {[len(g) for g in theirs]} tensors, ours {[len(g) for g in own]}"
+        )
+    slots, states = {}, state["state"]
+    for parameter, slot in zip(chain(*own), chain(*theirs), strict=True):
+        values = dict(states.get(slot, {}))
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in values and values[name].shape != parameter.shape:
+                if values[name].dim() != 2 or values[name].numel() != parameter.numel():
+                    raise UserError(
+                        f"{path}: the optimizer's {name} is {list(values[name].shape)} where "
+                        f"the parameter is {list(parameter.shape)}"
+                    )
+                values[name] = values[name].reshape(parameter.shape)
+        slots[slot] = values
+    return slots

@@ -69,6 +69,20 @@ def verify(path: Path) -> None:
         raise UserError(f"{path} is damaged: the checksum of its record {damaged} is another one")
 
 
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file, flush it to the disk and verify it.
+
+    Raises:
+        OSError, RuntimeError, UserError: it cannot be written, or holds something else.
+    """
+    with open(path, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
+    verify(path)
+
+
 def save(folder: str | os.PathLike, content: dict[str, Any], previous_step: int | None = None) -> Path:
     """Write `content` aside, flush it to the disk, verify it, and put it in the place of the newest checkpoint.
 
@@ -81,12 +95,7 @@ def save(folder: str | os.PathLike, content: dict[str, Any], previous_step: int 
     path = Path(folder) / NAME
     aside = path.with_suffix(".tmp")
     try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
-        verify(aside)
+        write(aside, content)
         if previous_step is not None and path.exists():
             _link(path, path.with_name(f"{_STEP.format(previous_step)}.pth"))
         _retire(path.with_name(NAME_SHARDED), previous_step)

@@ -64,7 +64,7 @@ def flatten(content: Mapping[str, Any], groups: list[list[str]]) -> tuple[dict[s
             raise UserError("the optimizer's state does not belong to all parameters of the network")
         for slot, name in zip(slots, (name for names in groups for name in names), strict=True):
             tensors |= {f"{moment}.{name}": state[slot][moment] for moment in MOMENTS}
-        tensors[STEP] = torch.stack([state[slot]["step"] for slot in slots])
+        tensors[STEP] = torch.stack([torch.as_tensor(state[slot]["step"], dtype=torch.float32) for slot in slots])
         optimizer = [{**group, "params": names} for group, names in zip(theirs, groups, strict=True)]
     about = {
         "epoch": content["epoch"],
