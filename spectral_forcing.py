@@ -176,12 +176,13 @@ class SpectralForcing(nn.Module):
         return c.clamp(self.c_min, self.c_max)
 
     def _interpolate(self, log_snr: Tensor) -> Tensor:
-        """The cutoff between its bends, and c_max above the last one, from where all rings show."""
+        """The cutoff between its bends, 0 below the first one, and c_max above the last, from where all rings show."""
         x = log_snr.clamp(self.log_snr[0], self.log_snr[-1])
         right = torch.searchsorted(self.log_snr, x, right=True).clamp(1, len(self.log_snr) - 1)
         x0, x1 = self.log_snr[right - 1], self.log_snr[right]
         c0, c1 = self.cutoffs[right - 1], self.cutoffs[right]
         between = c0 + (c1 - c0) * ((x - x0) / (x1 - x0).clamp_min(1e-30))
+        between = torch.where(log_snr < self.log_snr[0], 0.0, between)
         return torch.where(log_snr < self.log_snr[-1], between, self.c_max)
 
     def mask(self, t: Tensor) -> Tensor:

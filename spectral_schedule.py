@@ -89,16 +89,16 @@ class _Line:
     """The variant logsnr in the form of _Gain: u is proportional to lambda."""
 
     def __init__(self, low: Tensor, high: Tensor):
-        self.low, self.width = low, high - low
+        self.low, self.high = low, high
 
     def fraction(self, lam: Tensor) -> Tensor:
-        return (lam - self.low) / self.width
+        return (lam - self.low) / (self.high - self.low)
 
     def density(self, lam: Tensor) -> Tensor:
-        return (1 / self.width).expand_as(lam)
+        return (1 / (self.high - self.low)).expand_as(lam)
 
     def inverse(self, u: Tensor) -> Tensor:
-        return self.low + self.width * u
+        return torch.lerp(self.low, self.high, u)
 
 
 class TightSchedule:
@@ -208,7 +208,7 @@ class TightSchedule:
         if len(self.parts) == 1:
             return self.parts[0].fraction(lam).clamp(0, 1)
         low, high = torch.zeros_like(lam), torch.ones_like(lam)
-        for _ in range(52):
+        for _ in range(60):
             middle = (low + high) / 2
             below = self.log_snr(middle) < lam
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)

@@ -2,9 +2,9 @@
 
     python experiments/schedule_gaps.py --spectrum tests/golden/cifar10_spectrum.json
 
-The spectrum is that of a file of util/measure_spectrum.py (.npz) or of tests/golden (.json). For Gaussian data with power
-P_k in ring k the velocity is known exactly, and the solver itself multiplies each mode by an amplitude. The gap between
-P_k and the power that comes out is due to the steps alone. It looks at power, so it does not rank FID.
+The spectrum is that of a file of util/measure_spectrum.py (.npz) or of tests/golden (.json). For Gaussian data with
+power P_k in ring k the velocity is known exactly, and the solver itself multiplies each mode by an amplitude. The gap
+between P_k and the power that comes out is due to the steps alone. It looks at power, so it does not rank FID.
 """
 
 import argparse
