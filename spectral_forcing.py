@@ -49,13 +49,13 @@ def radius_grid(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def snr_cutoffs(power: Sequence[float], img_size: int, snr_floor: float) -> tuple[Tensor, Tensor]:
-    """Where the schedule `snr` bends: (log-SNR lambda (K,), increasing; cutoff (K,) in cycles per image), float64.
+    """Where the schedule `snr` bends: (lambda (K,), non-decreasing; cutoff (K,) in cycles per image), float64, CPU.
 
     Ring k reaches the floor at lambda_k = ln(floor / max_{j >= k} P_j), with lambda = 2 ln(t / (1 - t)): the maximum
     makes the cutoff monotone in t, since a ring opens all below it. The cutoff is then the mean radius of the ring's
     modes, about k + 1/2.
     """
-    envelope = torch.as_tensor(power, dtype=torch.float64).flip(0).cummax(0).values.flip(0)  # (K,)
+    envelope = torch.as_tensor(power, dtype=torch.float64, device="cpu").flip(0).cummax(0).values.flip(0)  # (K,)
     return (snr_floor / envelope).log(), ring_radii(img_size)
 
 
@@ -146,7 +146,7 @@ class SpectralForcing(nn.Module):
         if self.schedule == "snr":
             tables["log_snr"], cycles = snr_cutoffs(self.power, self.img_size, self.snr_floor)
             tables["cutoffs"] = self.radius_per_cycle * cycles
-        return {name: table.float() for name, table in tables.items()}
+        return {name: table.float().to(tables["dct"].device) for name, table in tables.items()}
 
     @property
     def radius_per_cycle(self) -> float:

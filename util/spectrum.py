@@ -27,7 +27,7 @@ Spectrum = Tensor | np.ndarray | Sequence[float]
 @lru_cache(maxsize=8)
 def rings(n: int) -> tuple[Tensor, Tensor]:
     """(k of each mode (n, n) int64 in the order of torch.fft.fft2, n_k (K,) int64). Do not write to them."""
-    f = torch.arange(n)
+    f = torch.arange(n, device="cpu")  # and not on a default device of the moment
     f = torch.where(f < (n + 1) // 2, f, f - n)  # (n,): 0, 1, ..., -2, -1
     squared = f[:, None] ** 2 + f[None, :] ** 2  # (n, n)
     ring = squared.double().sqrt().floor().long()  # exact: the square root of a square is
@@ -42,9 +42,9 @@ def num_rings(n: int) -> int:
 @lru_cache(maxsize=8)
 def ring_radii(n: int) -> Tensor:
     """Mean radius sqrt(u^2 + v^2) of each ring's modes, (K,) float64 in cycles per image. Do not write to it."""
-    f = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64)
+    f = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64, device="cpu")
     ring, count = rings(n)
-    total = torch.zeros(len(count), dtype=torch.float64)
+    total = torch.zeros(len(count), dtype=torch.float64, device="cpu")
     return total.index_add_(0, ring.flatten(), torch.hypot(f[:, None], f[None, :]).flatten()) / count
 
 
