@@ -288,6 +288,22 @@ def test_snr_cutoff_of_a_power_law_is_that_of_power():
 BUMPY = [(1.0 + k % 5) * 2.0 ** -(k % 7) for k in range(23)]
 
 
+@pytest.mark.parametrize("spectrum", [BUMPY, BUMPY[::-1], SPECTRUM])
+def test_a_ring_that_shows_opens_all_below_it(spectrum):
+    """The cutoff is between the last ring that reaches the floor and the next one, whatever the rings below do."""
+    operator, radii = SpectralForcing(32, schedule="snr", power=spectrum, c_min=0.0, c_max=2.0), ring_radii(32)
+    for t in torch.linspace(0.02, 0.98, 49):
+        odds = float(t / (1 - t))
+        shown = [k for k in range(23) if spectrum[k] * odds**2 >= 1]
+        cycles = float(operator.cutoff(t)) / operator.radius_per_cycle
+        if not shown:
+            assert cycles == 0
+        elif shown[-1] < 22:
+            assert radii[shown[-1]] - 1e-3 <= cycles <= radii[shown[-1] + 1] + 1e-3
+        else:
+            assert float(operator.cutoff(t)) == 2
+
+
 @pytest.mark.parametrize("window", [None, 8, 2])
 @pytest.mark.parametrize("spectrum", [SPECTRUM, [1.0] * 23, BUMPY, BUMPY[::-1], [p * 1e-9 for p in SPECTRUM]])
 @pytest.mark.parametrize("schedule", ["snr", "power"])

@@ -182,6 +182,13 @@ def test_grids_of_any_spectrum(variant, name, delta):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_grids_that_float32_cannot_tell_apart(variant):
+    """At noise of scale 1e4 the last times are 1 within 2e-7."""
+    grid = cifar10(variant, noise_scale=1e4).sampling_grid(1000)
+    assert (grid.diff() > 0).all() and float(grid[-1]) == 1 and grid.isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_grid_by_the_formula(variant):
     grid = cifar10(variant).sampling_grid(12)
     inner = [1 / (1 + math.exp(-by_root_finding((i - 1) / 10, variant) / 2)) for i in range(1, 12)]
@@ -373,8 +380,8 @@ def test_uniform_times():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_times_are_strictly_inside(name, variant):
     ends = torch.tensor([2.0**-24, 0.5, 1 - 2.0**-24])
-    schedule = TightSchedule.of_spectrum(*EXTREME[name], 32, variant=variant, noise_scale=1e-3)
-    for mix in (0.0, 1.0):
+    for mix, noise_scale in itertools.product((0.0, 1.0), (1e-3, 1e6)):
+        schedule = TightSchedule.of_spectrum(*EXTREME[name], 32, variant=variant, noise_scale=noise_scale)
         t = TrainingTimes(schedule, mix).time(ends, torch.full((3,), 0.5))
         assert t.dtype == torch.float32 and t.min() > 0 and t.max() < 1
 
