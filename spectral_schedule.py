@@ -39,6 +39,7 @@ VARIANTS = ("mixed", "frequency", "power", "logsnr")
 QUANTISATION = (2 / 255) ** 2 / 12  # D^2 / 12: power of rounding to 8 bits, in x of [-1, 1]
 NODES, NEWTON_STEPS = 257, 2  # of the table of Q and after looking up in it
 ONE_BITS = 0x3F800000  # of 1.0 in float32
+ROUNDING = 1e-4  # of lambda, where t is float32: a time that was drawn at an end has a density, too
 TINY = 1e-300  # in the place of a divisor that is 0, where Q is flat for float64
 FIT = ("a", "alpha", "ln P^c_0", "ln P_min")  # ln P_k = a - alpha ln k for k >= 1; P_min = min_{k >= 1} P_k
 
@@ -132,7 +133,7 @@ class TightSchedule:
         counts = rings(img_size)[1].to(power.device)
         if power.ndim not in (1, 2) or power.shape[-1] != len(counts):
             raise ValueError(f"a spectrum at {img_size} pixels has {len(counts)} rings, not {tuple(power.shape)}")
-        self.single, self.delta = power.ndim == 1, delta
+        self.single = power.ndim == 1
         nu_min, nu_max = noise_bounds(largest.double(), smallest.double(), delta, noise_scale)
         self.low, self.high = (-nu.log().reshape(-1, 1) for nu in (nu_max, nu_min))  # lambda_0, lambda_1 (B, 1)
         power = (power.double().clamp_min(QUANTISATION) / noise_scale**2).reshape(-1, len(counts))  # (B, K)
@@ -196,7 +197,8 @@ class TightSchedule:
         lam = self._rows(2 * t.double().logit())
         u = self._fraction(lam)
         slopes = [1 / part.density(part.inverse(u)) for part in self.parts]  # dlambda/du
-        p = torch.where((lam >= self.low) & (lam <= self.high), 1 / torch.stack(slopes).mean(0), 0.0)
+        inside = (lam >= self.low - ROUNDING) & (lam <= self.high + ROUNDING)
+        p = torch.where(inside, 1 / torch.stack(slopes).mean(0), 0.0)
         return p.flatten() * 2 / (t * (1 - t)).double()
 
     def _rows(self, x: Tensor) -> Tensor:

@@ -376,6 +376,17 @@ def test_uniform_times():
     assert density.density(t).eq(1).all() and density.cdf(t).equal(t.double())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_time_at_an_end_has_a_density(variant):
+    """Though float32 may have rounded it outwards; what is further out has none."""
+    for scale in torch.logspace(-2, 2, 20):
+        density = TrainingTimes(TightSchedule.of_spectrum(P * scale, CENTRED * scale, 32, variant=variant), 0.0)
+        ends = density.time(torch.tensor([1e-7, 1 - 1e-7]), torch.ones(2))
+        assert (density.density(ends) > 0).all()
+        outside = torch.tensor([0.99 * float(ends[0]), 1 - 0.99 * (1 - float(ends[1]))])
+        assert density.density(outside).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("name", EXTREME)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_times_are_strictly_inside(name, variant):
