@@ -102,10 +102,10 @@ class Denoiser(nn.Module):
         with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
             return self.net(seen, t, y).float()
 
-    def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """v at (z, t) for labels y, clamped as in training."""
+    def velocity(self, z: Tensor, t: Tensor, y: Tensor, t_eps: float | None = None) -> Tensor:
+        """v at (z, t) for labels y, clamped as in training or, for a sampling grid of its own, at `t_eps` > 0."""
         out = self.predict(z, t, y)
-        return out if self.pred_param == "v" else (out - z) / self._one_minus(t)
+        return out if self.pred_param == "v" else (out - z) / self._one_minus(t, t_eps)
 
     def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Mean of (v - v_pred)^2 over the batch, a scalar. `noise` has unit variance."""
@@ -119,5 +119,5 @@ class Denoiser(nn.Module):
         v = x - e if self.t_eps == 0 else (x - z) / self._one_minus(t)
         return v - self.velocity(z, t, y)
 
-    def _one_minus(self, t: Tensor) -> Tensor:
-        return (1 - t).clamp_min(self.t_eps)[:, None, None, None]
+    def _one_minus(self, t: Tensor, t_eps: float | None = None) -> Tensor:
+        return (1 - t).clamp_min(self.t_eps if t_eps is None else t_eps)[:, None, None, None]

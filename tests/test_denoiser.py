@@ -114,6 +114,15 @@ def test_clamp():
     assert_same(v[1], (out[1] - z[1]) * 2)
 
 
+def test_clamp_of_a_sampling_grid():
+    """It is the sampler's alone, and a velocity that is predicted has none."""
+    z, out, t = noise(2, *SHAPE, seed=1), noise(2, *SHAPE, seed=2), torch.tensor([0.99, 0.5])
+    denoiser = Denoiser(Fixed(out), t_eps=0.05)
+    assert_same(denoiser.velocity(z, t, LABELS[:2], 0.005)[0], (out[0] - z[0]) * 100, 1e-3)
+    assert denoiser.velocity(z, t, LABELS[:2]).equal(denoiser.velocity(z, t, LABELS[:2], 0.05))
+    assert Denoiser(Fixed(out), pred_param="v").velocity(z, t, LABELS[:2], 0.5).equal(out)
+
+
 def test_network_that_knows_the_data_has_no_loss():
     x, n = noise(6, *SHAPE, seed=1), noise(6, *SHAPE, seed=2)
     assert float(Denoiser(Fixed(x))(x, LABELS, TIMES, n)) == 0

@@ -6,6 +6,8 @@ import torch
 import main_jit
 from engine_jit import build_optimizer
 from sampler import guided, sample, uniform_grid
+from spectral_forcing import SpectralForcing
+from spectral_schedule import VARIANTS, TightSchedule, TrainingTimes
 from tests.conftest import arguments, flags, read_log, train
 from tests.golden_inputs import GOLDEN, normals, small_denoiser
 from util import rng, training_loop
@@ -23,6 +25,26 @@ def test_random_numbers_are_those_of_the_cpu():
     index = torch.arange(8)
     on_cpu = rng.normal(3, Stream.NOISE, 5, index, 1000)
     torch.testing.assert_close(rng.normal(3, Stream.NOISE, 5, index.cuda(), 1000).cpu(), on_cpu, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_schedules_are_those_of_the_cpu(variant):
+    power = torch.arange(1, 24).double() ** -2.9 * torch.logspace(-1, 1, 8, dtype=torch.float64)[:, None]  # (B, K)
+    schedules = [TightSchedule.of_spectrum(p, p, 32, variant=variant) for p in (power, power.cuda())]
+    assert schedules[1].sampling_grid(20).sub(schedules[0].sampling_grid(20)).abs().max() < 1e-6
+    index = torch.arange(8)
+    t, on_gpu = (TrainingTimes(s).draw(0, 0, i) for s, i in zip(schedules, (index, index.cuda()), strict=True))
+    assert on_gpu.is_cuda and on_gpu.cpu().sub(t).abs().max() < 1e-6
+    weights, theirs = (TrainingTimes(s).density(x) for s, x in zip(schedules, (t, t.cuda()), strict=True))
+    torch.testing.assert_close(theirs.cpu(), weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"schedule": "power", "alpha": 2.0}, {"schedule": "snr"}])
+def test_cutoffs_are_those_of_the_cpu(settings):
+    power = (torch.arange(1, 24).double() ** -2.9).tolist() if settings["schedule"] == "snr" else None
+    operator, t = SpectralForcing(32, 8, power=power, **settings), torch.linspace(0, 1, 101)
+    expected = operator.cutoff(t)
+    torch.testing.assert_close(operator.cuda().cutoff(t.cuda()).cpu(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 5e-4), (torch.bfloat16, 0.1)])

@@ -105,7 +105,7 @@ def test_torchs_own_generator_is_left_alone():
 
 def test_streams_have_their_own_fixed_numbers():
     """A stream's number is part of every random number; changing one changes what a seed means."""
-    expected = {"TIME": 0, "NOISE": 1, "LABEL_DROP": 2, "FLIP": 3, "START_NOISE": 4, "VALIDATION": 5}
+    expected = {"TIME": 0, "NOISE": 1, "LABEL_DROP": 2, "FLIP": 3, "START_NOISE": 4, "VALIDATION": 5, "SCHEDULE": 6}
     assert {s.name: int(s) for s in Stream} == expected
 
 

@@ -3,7 +3,9 @@
 Shapes: images (B, C, H, W) with H = W, masks (B, n, n); n is the window.
 """
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import scipy.fft
 import torch
 
 from spectral_forcing import SpectralForcing, dct_matrix, radius_grid
+from util.spectrum import ring_radii
 
 TIMES = torch.tensor([0.0, 0.31, 0.77, 1.0])
 
@@ -205,6 +208,155 @@ def test_no_parameters_and_no_state():
     operator = SpectralForcing(16, 4)
     assert list(operator.parameters()) == []
     assert operator.state_dict() == {}
+
+
+# Cutoffs from the spectrum of the data.
+
+SPECTRUM = json.loads((Path(__file__).parent / "golden" / "cifar10_spectrum.json").read_text())["P"]
+
+
+def test_linear_is_the_default_to_the_bit():
+    z = noise(4, 3, 16, 16)
+    assert SpectralForcing(16)(z, TIMES).equal(SpectralForcing(16, schedule="linear", snr_floor=2.0)(z, TIMES))
+
+
+@pytest.mark.parametrize(("u", "v"), [(2, 0), (6, 8), (10, 10), (0, 30), (31, 31)])
+def test_a_dct_mode_is_at_half_its_index_in_cycles(u, v):
+    """The energy of the DCT's mode (u, v), as the Fourier transform sees it: its mean radius is rho / 2 with
+    rho = sqrt(u^2 + v^2) = r sqrt(2) (n - 1), within leakage, and so ring k is at r = 2 k / (sqrt(2) (n - 1))."""
+    n = 32
+    d = dct_matrix(n)
+    wave = torch.outer(d[u], d[v])
+    power = torch.fft.fft2(wave, norm="ortho").abs().square()
+    f = torch.fft.fftfreq(n, 1 / n).double()
+    # Outside of even indices a mode does not close upon itself, and leaks: the root mean square is then larger.
+    radius = float((power * torch.hypot(f[:, None], f[None])).sum())
+    r = float(radius_grid(n)[u, v])
+    assert radius == pytest.approx(r / SpectralForcing(n).radius_per_cycle, rel=0.03)
+
+
+@pytest.mark.parametrize("window", [None, 16, 8])
+@pytest.mark.parametrize("cycles", [2, 4, 6])
+def test_a_frequency_of_the_image_is_at_its_radius_in_a_window(window, cycles):
+    """A wave of so many cycles per image passes half where the cutoff is that frequency's radius."""
+    n = window or 32
+    place = torch.arange(32, dtype=torch.float64) + 0.5
+    wave = torch.cos(2 * torch.pi * cycles * place / 32).expand(32, 32)[None, None].float()
+    operator = SpectralForcing(32, window, kappa=200.0)
+    c = operator.radius_per_cycle * cycles
+    passed = [SpectralForcing(32, window, c, c, 200.0)(wave, torch.zeros(1)) for c in (0.9 * c, c, 1.1 * c)]
+    low, half, high = (float((p * wave).sum() / wave.square().sum()) for p in passed)
+    if (2 * cycles * n) % 32 == 0:  # a whole number of half cycles in a window: one coefficient
+        assert half == pytest.approx(0.5, abs=1e-3)
+    assert low < 0.5 < high
+
+
+def test_power_cutoff_by_the_formula():
+    alpha, floor = 2.9, 0.5
+    operator = SpectralForcing(32, schedule="power", alpha=alpha, snr_floor=floor, c_min=0.0, c_max=9.0)
+    for t in (0.1, 0.5, 0.7, 0.9):
+        c = float(operator.cutoff(torch.tensor([t])))
+        k = c * math.sqrt(2) * 31 / 2
+        assert k**-alpha * (t / (1 - t)) ** 2 == pytest.approx(floor, rel=1e-4)
+    assert float(operator.cutoff(torch.tensor([0.5]))) == pytest.approx(2 * 2 ** (1 / alpha) / (math.sqrt(2) * 31))
+
+
+def test_snr_cutoff_is_where_the_ring_falls_to_the_floor():
+    """At the time at which a ring's ratio is the floor, the cutoff is the mean radius of its modes."""
+    for floor in (0.1, 1.0):
+        operator = SpectralForcing(32, schedule="snr", power=SPECTRUM, snr_floor=floor, c_min=0.0, c_max=2.0)
+        for k in range(22):  # above the last one, all is open
+            t = 1 / (1 + math.sqrt(SPECTRUM[k] / floor))
+            expected = 2 * float(ring_radii(32)[k]) / (math.sqrt(2) * 31)
+            assert float(operator.cutoff(torch.tensor([t]))) == pytest.approx(expected, abs=2e-4)
+
+
+def test_snr_cutoff_of_a_power_law_is_that_of_power():
+    """Within half a ring: ring k stands for radii from k to k + 1, and its power here is that at its mean radius."""
+    alpha = 2.5
+    radii = ring_radii(64).clamp_min(0.5)
+    snr = SpectralForcing(64, schedule="snr", power=radii**-alpha)
+    power = SpectralForcing(64, schedule="power", alpha=alpha)
+    t = torch.linspace(0, 1, 201)
+    assert (snr.cutoff(t) - power.cutoff(t)).abs().max() < 0.5 * snr.radius_per_cycle
+    closed = SpectralForcing(64, schedule="power", alpha=alpha, snr_floor=4.0)  # a floor of 4 is a spectrum / 4
+    assert closed.cutoff(t).equal(SpectralForcing(64, schedule="power", alpha=alpha, snr_floor=4).cutoff(t))
+    quarter = SpectralForcing(64, schedule="snr", power=radii**-alpha / 4)
+    assert (quarter.cutoff(t) - closed.cutoff(t)).abs().max() < 0.5 * snr.radius_per_cycle
+
+
+BUMPY = [(1.0 + k % 5) * 2.0 ** -(k % 7) for k in range(23)]
+
+
+@pytest.mark.parametrize("spectrum", [BUMPY, BUMPY[::-1], SPECTRUM])
+def test_a_ring_that_shows_opens_all_below_it(spectrum):
+    """The cutoff is between the last ring that reaches the floor and the next one, whatever the rings below do."""
+    operator, radii = SpectralForcing(32, schedule="snr", power=spectrum, c_min=0.0, c_max=2.0), ring_radii(32)
+    for t in torch.linspace(0.02, 0.98, 49):
+        odds = float(t / (1 - t))
+        shown = [k for k in range(23) if spectrum[k] * odds**2 >= 1]
+        cycles = float(operator.cutoff(t)) / operator.radius_per_cycle
+        if not shown:
+            assert cycles == 0
+        elif shown[-1] < 22:
+            assert radii[shown[-1]] - 1e-3 <= cycles <= radii[shown[-1] + 1] + 1e-3
+        else:
+            assert float(operator.cutoff(t)) == 2
+
+
+@pytest.mark.parametrize("window", [None, 8, 2])
+@pytest.mark.parametrize("spectrum", [SPECTRUM, [1.0] * 23, BUMPY, BUMPY[::-1], [p * 1e-9 for p in SPECTRUM]])
+@pytest.mark.parametrize("schedule", ["snr", "power"])
+def test_cutoffs_are_monotone_and_bounded(window, spectrum, schedule):
+    settings = {"power": spectrum} if schedule == "snr" else {"alpha": 2.0, "snr_floor": spectrum[3]}
+    operator = SpectralForcing(32, window, schedule=schedule, **settings)
+    t = torch.cat([torch.linspace(0, 1, 1001), 1 - torch.logspace(-7, -3, 50)]).sort().values
+    c = operator.cutoff(t)
+    assert c.isfinite().all() and (c.diff() >= 0).all()
+    assert float(c[0]) == pytest.approx(0.05) and float(c[-1]) == 1.0
+    z = noise(2, 1, 32, 32)
+    assert operator(z, t[[0, -1]]).isfinite().all()
+    ends = SpectralForcing(32, window)(z, t[[0, -1]])
+    assert_same(operator(z, t[[0, -1]]), ends, 1e-5)  # the published operator's
+
+
+def test_the_published_cutoff_passes_more_than_the_data_asks_for_most_of_the_way():
+    t = torch.linspace(0.01, 0.99, 99)
+    linear, snr = SpectralForcing(32).cutoff(t), SpectralForcing(32, schedule="snr", power=SPECTRUM).cutoff(t)
+    assert float((linear > snr).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("settings", [{"schedule": "power", "alpha": 2.0}, {"schedule": "snr", "power": SPECTRUM}])
+def test_schedules_keep_no_state_and_stay_in_float32(settings):
+    operator, z = SpectralForcing(32, 8, **settings), noise(4, 1, 32, 32)
+    assert list(operator.parameters()) == [] and operator.state_dict() == {}
+    expected = operator(z, TIMES)
+    cast = torch.nn.ModuleList([SpectralForcing(32, 8, **settings)]).to(torch.bfloat16)[0]
+    assert cast(z, TIMES).equal(expected)
+    assert not SpectralForcing(32, 8)(z, TIMES).allclose(expected, atol=0.1)
+    assert_same(expected, torch.cat([operator(z[b : b + 1], TIMES[b : b + 1]) for b in range(4)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"schedule": "cosine"}, "'cosine': it must be one of linear, power, snr"),
+        ({"schedule": "power"}, "alpha is None"),
+        ({"schedule": "power", "alpha": -1.0}, "alpha is -1.0"),
+        ({"schedule": "power", "alpha": math.nan}, "alpha is nan"),
+        ({"schedule": "power", "alpha": 2.0, "snr_floor": 0.0}, "snr_floor is 0.0"),
+        ({"schedule": "power", "alpha": 2.0, "snr_floor": math.inf}, "snr_floor is inf"),
+        ({"schedule": "power", "alpha": 2.0, "fixed_scale": 0.5}, "does not depend on time"),
+        ({"schedule": "power", "alpha": 2.0, "c_min": 0.9, "c_max": 0.1}, "opens from c_min to c_max"),
+        ({"schedule": "snr"}, "23 rings .* given none"),
+        ({"schedule": "snr", "power": SPECTRUM[:9]}, "23 rings .* one of 9"),
+        ({"schedule": "snr", "power": [0.0, *SPECTRUM[1:]]}, "not a positive number"),
+        ({"schedule": "snr", "power": [math.nan, *SPECTRUM[1:]]}, "not a positive number"),
+    ],
+)
+def test_schedules_without_what_they_need(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SpectralForcing(32, **settings)
 
 
 # Precision.

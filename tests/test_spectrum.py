@@ -5,15 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 
 from util.spectrum import (
     SpectrumSums,
+    fit_power_law,
     grey_spectrum,
     num_rings,
     plot_spectra,
     rapsd,
     ring_power,
+    ring_radii,
     ring_ratio,
     rings,
     spectrum_gap,
@@ -88,6 +91,53 @@ def test_an_image_of_one_frequency_is_in_one_ring(u, v):
     assert power[ring] == pytest.approx(float(wave.square().sum()), rel=1e-12)
     power[ring] = 0
     assert power.abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("n", [2, 7, 32])
+def test_mean_radius_of_each_ring(n):
+    frequency = np.arange(-(n // 2), (n + 1) // 2)
+    radius = np.hypot(frequency[:, None], frequency[None]).ravel()
+    expected = [radius[np.floor(radius + 1e-9) == k].mean() for k in range(num_rings(n))]
+    np.testing.assert_allclose(ring_radii(n), expected, rtol=1e-12)
+    assert ((ring_radii(n) - torch.arange(num_rings(n))) < 1).all()
+
+
+def test_fit_of_an_exact_power_law():
+    k = torch.arange(23).double()
+    power = torch.stack([2.5 * k.clamp_min(1) ** -alpha for alpha in (0.0, 1.5, 2.9)])
+    power[:, 0] = 1e6  # has no part in it
+    fits = fit_power_law(power)
+    np.testing.assert_allclose(fits[:, 0], np.log(2.5), atol=1e-12)
+    np.testing.assert_allclose(fits[:, 1], [0, 1.5, 2.9], atol=1e-12)
+
+
+def test_fit_by_numpy():
+    power = np.array(GOLDEN["P"])
+    slope, a = np.polyfit(np.log(np.arange(1, 23)), np.log(power[1:]), 1, w=np.arange(1, 23) ** -0.5)
+    np.testing.assert_allclose(fit_power_law(torch.from_numpy(power)), [a, -slope], rtol=1e-10)
+    assert fit_power_law(torch.zeros(4, 23)).isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0, 3.0])
+def test_alpha_of_a_power_law_field(alpha):
+    """P_k of a Gaussian field over P is chi^2 of d = 3 n_k degrees of freedom, divided by d. The mean of its logarithm
+    is psi(d / 2) - ln(d / 2): -.04 in ring 1, which has 8 modes and most weight, and -.37 in the last, which has one
+    mode. That shifts the mean of alpha by -.005. What remains is sampling error: the variance of the logarithm is
+    psi'(d / 2), so alpha varies by .103 from image to image, and four standard errors of 400 images are .021."""
+    n, b = 32, 400
+    ring, count = rings(n)
+    white = torch.randn(b, 3, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    amplitude = ring.clamp_min(1).double() ** (-alpha / 2)
+    field = torch.fft.ifft2(torch.fft.fft2(white) * amplitude).real
+    found = fit_power_law(rapsd(field))[:, 1]
+    half = 1.5 * count.double().numpy()
+    bias = np.exp(scipy.special.psi(half) - np.log(half))
+    expected = float(fit_power_law(torch.arange(23).double().clamp_min(1) ** -alpha * torch.from_numpy(bias))[1])
+    assert expected - alpha == pytest.approx(-0.005, abs=1e-3)
+    assert float(found.mean()) == pytest.approx(expected, abs=4 * float(found.std()) / b**0.5)
+    slopes = fit_power_law(torch.eye(23, dtype=torch.float64).exp())[:, 1].numpy()  # of alpha, in each ln P_k
+    spread = np.sqrt((slopes[1:] ** 2 * scipy.special.polygamma(1, half[1:])).sum())
+    assert spread == pytest.approx(0.1025, abs=5e-4) and float(found.std()) == pytest.approx(spread, rel=0.15)
 
 
 def test_a_spectrum_depends_on_its_image_alone():

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     FLIP = 3
     START_NOISE = 4
     VALIDATION = 5
+    SCHEDULE = 6
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+NO_POWER = 1e-12  # float64 finds less than this, not 0, in a ring without power; 8-bit images have far more or none
 Spectrum = Tensor | np.ndarray | Sequence[float]
 
 
 @lru_cache(maxsize=8)
 def rings(n: int) -> tuple[Tensor, Tensor]:
     """(k of each mode (n, n) int64 in the order of torch.fft.fft2, n_k (K,) int64). Do not write to them."""
-    f = torch.arange(n)
+    f = torch.arange(n, device="cpu")  # and not on a default device of the moment
     f = torch.where(f < (n + 1) // 2, f, f - n)  # (n,): 0, 1, ..., -2, -1
     squared = f[:, None] ** 2 + f[None, :] ** 2  # (n, n)
     ring = squared.double().sqrt().floor().long()  # exact: the square root of a square is
@@ -36,6 +37,15 @@ def rings(n: int) -> tuple[Tensor, Tensor]:
 def num_rings(n: int) -> int:
     """K, the number of rings of n x n pixels."""
     return len(rings(n)[1])
+
+
+@lru_cache(maxsize=8)
+def ring_radii(n: int) -> Tensor:
+    """Mean radius sqrt(u^2 + v^2) of each ring's modes, (K,) float64 in cycles per image. Do not write to it."""
+    f = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64, device="cpu")
+    ring, count = rings(n)
+    total = torch.zeros(len(count), dtype=torch.float64, device="cpu")
+    return total.index_add_(0, ring.flatten(), torch.hypot(f[:, None], f[None, :]).flatten()) / count
 
 
 def ring_power(x: Tensor) -> Tensor:
@@ -66,6 +76,22 @@ def grey_spectrum(images: Tensor) -> Tensor:
 def rapsd(x: Tensor) -> Tensor:
     """P_k = mean over channels and the ring's modes of |F x|^2, of each image: (B, C, n, n) -> float64 (B, K)."""
     return ring_power(x).mean(dim=1)
+
+
+def fit_power_law(power: Tensor) -> Tensor:
+    """(a, alpha) of ln P_k = a - alpha ln k, least squares over the rings k >= 1 with weights 1 / k.
+
+    Args:
+        power: (..., K) with K >= 3. A power of 0, which a constant image has, counts as NO_POWER.
+    Returns: float64 (..., 2).
+    """
+    k = torch.arange(1, power.shape[-1], dtype=torch.float64, device=power.device)
+    weight = 1 / k / (1 / k).sum()
+    x, y = k.log(), power[..., 1:].double().clamp_min(NO_POWER).log()
+    x = x - (weight * x).sum()
+    mean = (weight * y).sum(-1)  # (...)
+    alpha = -(weight * x * y).sum(-1) / (weight * x * x).sum()
+    return torch.stack([mean + alpha * (weight * k.log()).sum(), alpha], dim=-1)
 
 
 def ring_ratio(real: Spectrum, generated: Spectrum) -> np.ndarray:
@@ -101,12 +127,14 @@ class SpectrumSums:
         self.power = np.zeros(num_rings(n))  # sum of P_k
         self.image = np.zeros((3, n, n))  # sum of the 8-bit images: integers, so exact in any order
 
-    def update(self, images: Tensor) -> None:
-        """Add uint8 images (B, 3, n, n), on any device."""
+    def update(self, images: Tensor) -> Tensor:
+        """Add uint8 images (B, 3, n, n), on any device. Returns their P_k (B, K)."""
+        power = rapsd(images.double() / 127.5 - 1)
         self.count += len(images)
         self.grey += grey_spectrum(images).sum(dim=0).cpu().numpy()
-        self.power += rapsd(images.double() / 127.5 - 1).sum(dim=0).cpu().numpy()
+        self.power += power.sum(dim=0).cpu().numpy()
         self.image += images.sum(dim=0, dtype=torch.int64).cpu().numpy()
+        return power
 
     def merge(self, other: "SpectrumSums") -> None:
         """Add the sums of a disjoint set of images."""
