@@ -9,12 +9,28 @@ Shapes: x, z, e, v (B, C, H, W); t, y (B,).
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.special import ndtr
 
+from spectral_conditioning import ImageSchedules
 from util import rng
 from util.rng import Stream
+
+
+class Density(Protocol):
+    """Density of training times: LogitNormal, spectral_schedule.TrainingTimes, spectral_conditioning.InstanceTimes."""
+
+    def of_images(self, x: Tensor) -> "Density":
+        """The density that draws for the images x (B, C, H, W)."""
+
+    def draw(self, seed: int, step: int, position: Tensor) -> Tensor:
+        """t (B,) float32 of the samples at `position` (B,) in the global batch of `step`."""
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """Probability of a time below t: (M,) in [0, 1] -> float64 (M,)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,15 @@ class LogitNormal:
 
     def __call__(self, n: Tensor) -> Tensor:
         return torch.sigmoid(self.P_mean + self.P_std * n)
+
+    def of_images(self, x: Tensor) -> "LogitNormal":
+        return self
+
+    def draw(self, seed: int, step: int, position: Tensor) -> Tensor:
+        return self(rng.normal(seed, Stream.TIME, step, position)[:, 0])
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return ndtr((t.double().logit() - self.P_mean) / max(abs(self.P_std), 1e-12))
 
 
 @dataclass(frozen=True)
@@ -43,15 +68,14 @@ def draw(
     position: Tensor,
     y: Tensor,
     image_shape: tuple[int, int, int],
-    density: LogitNormal,
+    density: Density,
     label_drop_prob: float,
     null_class: int,
 ) -> Draw:
     """Time, noise and label drop of the samples at `position` (B,) in the global batch of `step`."""
-    n = rng.normal(seed, Stream.TIME, step, position)[:, 0]
     noise = rng.normal(seed, Stream.NOISE, step, position, image_shape[0] * image_shape[1] * image_shape[2])
     dropped = rng.uniform(seed, Stream.LABEL_DROP, step, position)[:, 0] < label_drop_prob
-    return Draw(density(n), noise.view(-1, *image_shape), torch.where(dropped, null_class, y))
+    return Draw(density.draw(seed, step, position), noise.view(-1, *image_shape), torch.where(dropped, null_class, y))
 
 
 def random_flip(x: Tensor, seed: int, step: int, position: Tensor) -> Tensor:
@@ -64,13 +88,14 @@ class Denoiser(nn.Module):
     """The network behind Spectral Forcing, with the loss and the velocity that follow from its output.
 
     Args:
-        net: network(z (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W).
+        net: network(z (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W); with `schedules` it takes (B, 2) as well.
         spectral_forcing: operator(z, t) -> z as the network sees it; None for plain JiT.
         pred_param: "x" if the network's output is the data, "v" if it is the velocity.
         t_eps: lower bound of 1 - t where it divides; 0 is for `pred_param="v"`, whose target then is x - e exactly.
         noise_scale: standard deviation of e.
         autocast_dtype: type of the matrix products in the network; None for no autocast. Casting the module itself
             does not work with Spectral Forcing, whose output is float32.
+        schedules: of images, where the network is told (lambda_0, lambda_1) of the schedule of each sample.
     """
 
     def __init__(
@@ -81,6 +106,7 @@ class Denoiser(nn.Module):
         t_eps: float = 0.05,
         noise_scale: float = 1.0,
         autocast_dtype: torch.dtype | None = None,
+        schedules: ImageSchedules | None = None,
     ):
         super().__init__()
         if pred_param not in ("x", "v"):
@@ -91,20 +117,37 @@ class Denoiser(nn.Module):
             raise ValueError(f"noise_scale is {noise_scale}: it must be positive")
         self.net = net
         self.spectral_forcing = spectral_forcing
+        self.schedules = schedules
         self.pred_param, self.t_eps, self.noise_scale = pred_param, t_eps, noise_scale
         self.autocast_dtype = autocast_dtype
 
-    def predict(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The network's output in float32: x or v, as `pred_param` says."""
+    def predict(self, z: Tensor, t: Tensor, y: Tensor, bounds: Tensor | None = None) -> Tensor:
+        """The network's output in float32: x or v, as `pred_param` says.
+
+        Raises:
+            ValueError: `bounds` (B, 2) given to a network that is not told them, or not given to one that is.
+        """
+        if (bounds is None) != (self.schedules is None):
+            raise ValueError(
+                "this network is told (lambda_0, lambda_1) of the schedule of each sample: `bounds` (B, 2) is missing"
+                if bounds is None
+                else "this network is not told of schedules, and `bounds` were given"
+            )
+        told = () if bounds is None else (bounds,)
         seen = z if self.spectral_forcing is None else self.spectral_forcing(z, t)
         on = self.autocast_dtype is not None
         # No cache: each weight is used once, and the cache would hold a copy of all of them until the end.
         with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
-            return self.net(seen, t, y).float()
+            return self.net(seen, t, y, *told).float()
 
-    def velocity(self, z: Tensor, t: Tensor, y: Tensor, t_eps: float | None = None) -> Tensor:
-        """v at (z, t) for labels y, clamped as in training or, for a sampling grid of its own, at `t_eps` > 0."""
-        out = self.predict(z, t, y)
+    def velocity(
+        self, z: Tensor, t: Tensor, y: Tensor, t_eps: float | None = None, bounds: Tensor | None = None
+    ) -> Tensor:
+        """v at (z, t) for labels y, clamped as in training or, for a sampling grid of its own, at `t_eps` > 0.
+
+        bounds: (lambda_0, lambda_1) of each sample, (B, 2), for a network that is told them.
+        """
+        out = self.predict(z, t, y, bounds)
         return out if self.pred_param == "v" else (out - z) / self._one_minus(t, t_eps)
 
     def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -112,12 +155,12 @@ class Denoiser(nn.Module):
         return self.error(x, y, t, noise).square().mean()
 
     def error(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v - v_pred (B, C, H, W), of which `forward` is the mean square."""
+        """v - v_pred (B, C, H, W), of which `forward` is the mean square. A network is told the schedules of x."""
         e = self.noise_scale * noise
         t_ = t[:, None, None, None]
         z = t_ * x + (1 - t_) * e
         v = x - e if self.t_eps == 0 else (x - z) / self._one_minus(t)
-        return v - self.velocity(z, t, y)
+        return v - self.velocity(z, t, y, bounds=None if self.schedules is None else self.schedules(x).bounds)
 
     def _one_minus(self, t: Tensor, t_eps: float | None = None) -> Tensor:
         return (1 - t).clamp_min(self.t_eps if t_eps is None else t_eps)[:, None, None, None]

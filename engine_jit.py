@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from denoiser import Denoiser, LogitNormal, draw, random_flip
+from denoiser import Denoiser, Density, draw, random_flip
 from util.data import to_float
 from util.distributed import World, all_reduce_mean
 from util.ema import EMA
 from util.errors import NonFiniteError
 from util.evaluation import evaluate
+from util.flags import DEFAULTS
 from util.generation import Sampling, generate, generate_all
 from util.learning_rate import learning_rate
 from util.loader import positions
@@ -49,13 +50,14 @@ class Recipe:
     min_lr: float
     warmup_epochs: float
     lr_schedule: str
-    density: LogitNormal
+    density: Density
     label_drop_prob: float
     null_class: int
     flip: bool
     dropout: bool
     seed: int
     log_freq: int
+    grad_clip: float | None = None
 
     def lr(self, step: int) -> float:
         return learning_rate(
@@ -82,12 +84,16 @@ def parameter_groups(denoiser: Denoiser) -> tuple[list[str], list[str]]:
     return no_decay, decay
 
 
-def build_optimizer(denoiser: Denoiser, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, betas (0.9, 0.95), over what this process holds; group 0 has no weight decay (`parameter_groups`)."""
+def build_optimizer(
+    denoiser: Denoiser,
+    weight_decay: float,
+    betas: tuple[float, float] = (DEFAULTS["beta1"], DEFAULTS["beta2"]),
+) -> torch.optim.AdamW:
+    """AdamW over what this process holds; group 0 has no weight decay (`parameter_groups`)."""
     mine = local_parameters(denoiser)
     no_decay, decay = ([mine[name] for name in names] for names in parameter_groups(denoiser))
     groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def train_one_epoch(
@@ -124,6 +130,9 @@ def train_one_epoch(
             group["lr"] = lr
         loss, images = _forward_backward(training, batches, step, recipe, world)
         norm = total_norm(training.denoiser)
+        if recipe.grad_clip is not None:
+            parameters = local_parameters(training.denoiser).values()
+            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.grad_clip, norm)
         suppress = (~torch.isfinite(loss + norm)).float()
         training.optimizer.found_inf = suppress  # fused AdamW leaves everything as it is where this is 1
         training.optimizer.step()
@@ -157,8 +166,8 @@ def _forward_backward(
         x = to_float(x)
         if recipe.flip:
             x = random_flip(x, recipe.seed, step, position)
-        shape = tuple(x.shape[1:])
-        d = draw(recipe.seed, step, position, y, shape, recipe.density, recipe.label_drop_prob, recipe.null_class)
+        shape, density = tuple(x.shape[1:]), recipe.density.of_images(x)
+        d = draw(recipe.seed, step, position, y, shape, density, recipe.label_drop_prob, recipe.null_class)
         last = micro == recipe.accum_iter - 1
         with nullcontext() if last else accumulating(training.forward):
             loss = training.forward(x, d.y, d.t, d.noise) / recipe.accum_iter

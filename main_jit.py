@@ -12,7 +12,6 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def run_sample(given: Mapping[str, Any], world: World) -> str:
         for i, image in enumerate(images):
             save_png(to_pil(image), folder / f"{i:06d}.png")
         settings = {**sampling.describe(), "ema": args.ema, "labels": labels, "checkpoint": str(saved.path)}
-        settings |= {"denoiser": asdict(shape), "precision": precision_of(denoiser)}
+        settings |= {"denoiser": shape.settings(), "precision": precision_of(denoiser)}
         provenance.write_json(folder / "settings.json", {**settings, **provenance.provenance(world.device)})
     return f"grid: {folder / 'grid.png'}   images: {folder}/000000.png to {len(labels) - 1:06d}.png"
 

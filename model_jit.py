@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spectral_conditioning import ScheduleEmbedder
+
 
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square normalisation with a weight, computed in float32 and returned in the type of its input."""
@@ -181,7 +183,7 @@ class FinalLayer(nn.Module):
 
 
 class JiT(nn.Module):
-    """forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C_out, H, W).
+    """forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C_out, H, W); with `told_schedule` it takes bounds (B, 2) as well.
 
     Args:
         input_size: H = W in pixels, a multiple of `patch_size`.
@@ -189,6 +191,7 @@ class JiT(nn.Module):
         attn_drop, proj_drop: dropout of attention weights and of projections, in the middle half of the blocks only.
         in_context_len: K class tokens, put in front of the sequence before block `in_context_start`; 0 for none.
         attn_fp32: compute the attention product in float32 also under autocast, as the published training code does.
+        told_schedule: condition on (lambda_0, lambda_1) of each sample's noise schedule; at first without effect.
 
     Raises:
         ValueError: sizes that do not fit together; in `forward`, an image of another size.
@@ -211,6 +214,7 @@ class JiT(nn.Module):
         in_context_len: int = 32,
         in_context_start: int = 4,
         attn_fp32: bool = False,
+        told_schedule: bool = False,
     ):
         super().__init__()
         if input_size % patch_size:
@@ -233,6 +237,7 @@ class JiT(nn.Module):
             drops = (attn_drop, proj_drop) if depth // 4 <= i < depth // 4 * 3 else (0.0, 0.0)
             self.blocks.append(JiTBlock(hidden_size, num_heads, mlp_ratio, *drops, attn_fp32))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.schedule_embedder = ScheduleEmbedder(hidden_size) if told_schedule else None
 
         self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, side))
         cos, sin = rope_table(hidden_size // num_heads, side)
@@ -260,6 +265,8 @@ class JiT(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].bias)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
+        if self.schedule_embedder is not None:
+            nn.init.zeros_(self.schedule_embedder.weight)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Patches (B, N, p*p*C_out) -> image (B, C_out, H, W)."""
@@ -267,13 +274,15 @@ class JiT(nn.Module):
         x = x.view(-1, side, side, p, p, self.out_channels)  # (B, row, column, p, p, C_out)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, bounds: Tensor | None = None) -> Tensor:
         if x.shape[-2:] != (self.input_size, self.input_size):
             raise ValueError(
                 f"the network was built for {self.input_size}x{self.input_size} images, got {x.shape[-2]}x{x.shape[-1]}"
             )
         y_emb = self.y_embedder(y)  # (B, D)
         c = self.t_embedder(t) + y_emb  # (B, D)
+        if self.schedule_embedder is not None:
+            c = c + self.schedule_embedder(bounds)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         cos, sin = self.rope_cos, self.rope_sin
         for i, block in enumerate(self.blocks):

@@ -33,9 +33,11 @@ from torch import Tensor
 
 from util import rng
 from util.rng import Stream
-from util.spectrum import num_rings, rings
+from util.spectrum import num_rings, rings_on
 
 VARIANTS = ("mixed", "frequency", "power", "logsnr")
+T_SAMPLERS = ("logit_normal", "uniform", "spectral_global", "spectral_instance")  # densities of training times
+GRIDS = ("uniform", "spectral_global", "spectral_instance")  # of sampling
 QUANTISATION = (2 / 255) ** 2 / 12  # D^2 / 12: power of rounding to 8 bits, in x of [-1, 1]
 NODES, NEWTON_STEPS = 257, 2  # of the table of Q and after looking up in it
 ONE_BITS = 0x3F800000  # of 1.0 in float32
@@ -130,7 +132,7 @@ class TightSchedule:
     ):
         if variant not in VARIANTS:
             raise ValueError(f"the spectral variant is {variant!r}: it must be one of {', '.join(VARIANTS)}")
-        counts = rings(img_size)[1].to(power.device)
+        counts = rings_on(img_size, power.device)[1]
         if power.ndim not in (1, 2) or power.shape[-1] != len(counts):
             raise ValueError(f"a spectrum at {img_size} pixels has {len(counts)} rings, not {tuple(power.shape)}")
         self.single = power.ndim == 1
@@ -164,6 +166,11 @@ class TightSchedule:
         largest = torch.maximum(dc, law.amax(-1))
         return cls(torch.cat([dc[..., None], law], -1), largest, log_smallest.exp(), img_size, **settings)
 
+    @property
+    def bounds(self) -> Tensor:
+        """lambda_0 and lambda_1, float32 (B, 2)."""
+        return torch.cat([self.low, self.high], dim=1).float()
+
     def log_snr(self, u: Tensor) -> Tensor:
         """Lambda(u): (B, N) or (1, N) in [0, 1] -> (B, N), increasing in u."""
         u = u.double().expand(len(self.low), -1)
@@ -190,7 +197,7 @@ class TightSchedule:
 
     def cdf(self, t: Tensor) -> Tensor:
         """Probability of a time below t, where u is uniform: (M,) in [0, 1] -> float64 (M,)."""
-        return self._fraction(self._rows(2 * t.double().logit())).flatten()
+        return self._fraction(self._rows(2 * t.double().logit())).flatten().to(t.device)
 
     def density(self, t: Tensor) -> Tensor:
         """p(t) = du/dlambda 2 / (t (1 - t)), where u is uniform: (M,) in (0, 1) -> float64 (M,)."""
@@ -202,7 +209,8 @@ class TightSchedule:
         return p.flatten() * 2 / (t * (1 - t)).double()
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x.double()[None] if self.single else x.double()[:, None]  # (1, M) or (B, 1)
+        x = x.to(self.low)  # float64, on the device of the schedule
+        return x[None] if self.single else x[:, None]  # (1, M) or (B, 1)
 
     def _fraction(self, lam: Tensor) -> Tensor:
         """u of lambda (B, N), 0 below lambda_0 and 1 above lambda_1; for a mean of two Lambda by bisection."""
@@ -249,11 +257,15 @@ class TrainingTimes:
     """
 
     schedule: TightSchedule | None = None
-    uniform_mix: float = 0.05
+    uniform_mix: float = 0.1
 
     def __post_init__(self):
         if not 0 <= self.uniform_mix <= 1:
             raise ValueError(f"the part of uniform times is {self.uniform_mix}: it must be from 0 to 1")
+
+    def of_images(self, x: Tensor) -> "TrainingTimes":
+        """The density for a batch x (B, C, H, W): the same for all images."""
+        return self
 
     def draw(self, seed: int, step: int, position: Tensor) -> Tensor:
         """t (M,) float32 of the samples at `position` (M,) in the global batch of `step`."""

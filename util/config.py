@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from model_jit import JiT_models
+from util import schedules
 from util.data import IN_MEMORY, KNOWN
 from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 
-NEWER = ("val_split",)  # newer than names of runs: at their defaults they are no part of one
+NEWER = (  # newer than names of runs: at their defaults they are no part of one
+    *("val_split", "t_sampler", "t_uniform_mix", "spectral_variant", "spectral_delta"),
+    *("sf_schedule", "sf_alpha", "sf_snr_floor", "warmup_steps", "beta1", "beta2", "grad_clip"),
+)
 NEEDED_BY = {
     "sample": ("labels", "num_per_class"),
     "evaluate_gen": ("keep_features",),
@@ -24,7 +28,7 @@ NEEDED_BY = {
 }
 AT_LEAST = {
     0: (
-        *("seed", "start_epoch", "num_workers", "warmup_epochs", "weight_decay", "min_lr", "lr", "blr"),
+        *("seed", "start_epoch", "num_workers", "warmup_epochs", "warmup_steps", "weight_decay", "min_lr", "lr", "blr"),
         *("save_every_minutes", "skip_nonfinite"),
     ),
     1: (
@@ -48,9 +52,13 @@ def resolve(
         only: take these flags alone from the checkpoint.
 
     Raises:
-        UserError: flags that contradict the checkpoint, all of them named.
+        UserError: flags that contradict the checkpoint, all of them named; or each other.
     """
+    if "warmup_epochs" in given and "warmup_steps" in given:
+        raise UserError("--warmup_epochs and --warmup_steps (WARMUP_EPOCHS in the launcher): give one of the two")
     values, contradictions = {**DEFAULTS, **given}, []
+    recorded = saved if saved is not None and only is None else {}
+    values |= {name: recorded.get(name) for name in schedules.RECORDED}
     for name, value in (saved or {}).items():
         flag = FLAGS.get(name)
         if flag is None or flag.bound == OWN or (only is not None and name not in only):
@@ -100,7 +108,7 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
         raise UserError(
             f"--window_size {args.window_size} must be at least 2 and divide the image size {args.img_size}"
         )
-    for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "ema_decay1", "ema_decay2"):
+    for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "ema_decay1", "ema_decay2", "beta1", "beta2"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must be between 0 and 1")
     if not 0 <= args.interval_min <= args.interval_max <= 1:
@@ -113,8 +121,10 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
             f"--num_images {args.num_images} is not a multiple of the {args.class_num} classes: "
             f"an evaluation needs equally many images of each class, as {enough} are"
         )
-    warnings = []
-    if not sf and (args.disable_dct_scale_schedule or args.window_size is not None):
+    if args.grad_clip is not None and not args.grad_clip > 0:
+        raise UserError(f"--grad_clip {args.grad_clip} must be above 0")
+    warnings = schedules.check(args)
+    if not sf and (args.disable_dct_scale_schedule or args.window_size is not None or args.sf_schedule != "linear"):
         warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
     if sf and args.dct_fixed_scale != DEFAULTS["dct_fixed_scale"] and not args.disable_dct_scale_schedule:
         warnings.append("--dct_fixed_scale has no effect without --disable_dct_scale_schedule")
@@ -173,6 +183,7 @@ def run_name(args: Namespace) -> str:
     """A name that differs wherever two experiments differ: readable parts, and a digest of all that is bound."""
     bound = {n: getattr(args, n) for n, flag in FLAGS.items() if flag.bound in (ALWAYS, TRAINING)}
     bound = {n: value for n, value in bound.items() if n not in NEWER or value != DEFAULTS[n]}
+    bound |= {n: getattr(args, n) for n in schedules.RECORDED if getattr(args, n, None) is not None}
     bound["data_path"] = str(Path(args.data_path).resolve()) if args.data_path else None
     bound |= {"init_from": args.init_from, "init_weights": args.init_weights if args.init_from else None}
     digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:6]

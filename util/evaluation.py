@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def fingerprint_of(
             "weights": weights_identity(subject.checkpoint),
             "epoch": subject.epoch,
             "ema": subject.ema,
-            "denoiser": asdict(subject.shape),
+            "denoiser": subject.shape.settings(),
             "precision": precision_of(subject.denoiser),
             "device": device.type,
             "version": IMAGES_VERSION,
@@ -268,7 +268,7 @@ def evaluate_and_write(
         "weights": fingerprint["images"]["weights"],
         "fingerprint": mark,
         "decided_by": decided_by,
-        "denoiser": asdict(shape),
+        "denoiser": shape.settings(),
         "reference": described.get("references", {}),
         "tf32": tf32(),
         "precision": precision_of(subject.denoiser),

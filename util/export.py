@@ -10,7 +10,6 @@ v = denoiser.velocity(z, t, y)              # z (B, 3, H, W), t (B,), y (B,)
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ def export(folder: str | Path, out: str | Path, ema: str = "ema1") -> DenoiserCo
     weights = saved.weights[checkpoint.CHOICES[ema]]
     checkpoint.load_weights(settings.build(), weights, saved.path)  # they fit, or it says what does not
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    about = {CONFIG_KEY: json.dumps(asdict(settings)), "weights": ema, "epoch": str(saved.epoch)}
+    about = {CONFIG_KEY: json.dumps(settings.settings()), "weights": ema, "epoch": str(saved.epoch)}
     save_file(tensors, str(out), metadata=about)
     return settings
 

@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 from denoiser import Denoiser, LogitNormal
 from sampler import SOLVERS
-from spectral_forcing import SpectralForcing
+from spectral_forcing import SCHEDULES, SpectralForcing
+from spectral_schedule import GRIDS, T_SAMPLERS, VARIANTS, TightSchedule, TrainingTimes
 from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
 from util.errors import UserError
@@ -60,6 +61,9 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("sf_c_min", _default(SpectralForcing, "c_min"), float, ALWAYS, "cutoff at t = 0"),
         Flag("sf_c_max", _default(SpectralForcing, "c_max"), float, ALWAYS, "cutoff at t = 1"),
         Flag("sf_kappa", _default(SpectralForcing, "kappa"), float, ALWAYS, "steepness of the mask"),
+        Flag("sf_schedule", SCHEDULES[0], str, ALWAYS, "of the cutoff; snr: from --spectrum_file", SCHEDULES),
+        Flag("sf_alpha", _default(SpectralForcing, "alpha"), float, ALWAYS, "exponent of the spectrum, for power"),
+        Flag("sf_snr_floor", _default(SpectralForcing, "snr_floor"), float, ALWAYS, "data-to-noise ratio at it"),
     ],
     "path": [
         Flag("pred_param", _default(Denoiser, "pred_param"), str, ALWAYS, "what the network predicts", ("x", "v")),
@@ -67,6 +71,15 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("t_eps", _default(Denoiser, "t_eps"), float, ALWAYS, "lower bound of 1 - t"),
         Flag("P_mean", LogitNormal.P_mean, float, ALWAYS, "mean of logit(t) in training"),
         Flag("P_std", LogitNormal.P_std, float, ALWAYS, "standard deviation of logit(t) in training"),
+    ],
+    "noise schedules from a spectrum (spectral_schedule.py)": [
+        Flag("t_sampler", T_SAMPLERS[0], str, TRAINING, "density of t in training", T_SAMPLERS),
+        Flag("t_uniform_mix", TrainingTimes.uniform_mix, float, TRAINING, "part of uniform t in the spectral ones"),
+        Flag("sampling_grid", GRIDS[0], str, FREE, "times of the sampling steps", GRIDS),
+        Flag("sample_t_eps", None, float, FREE, "t_eps in sampling (default: t_eps; less where the grid needs it)"),
+        Flag("spectral_variant", _default(TightSchedule, "variant"), str, TRAINING, "of schedules", VARIANTS),
+        Flag("spectral_delta", _default(TightSchedule, "delta"), float, TRAINING, "Wiener gain left out at both ends"),
+        Flag("spectrum_file", None, str, FREE, "of util.measure_spectrum (default: by data set, from fid_stats/)"),
     ],
     "data": [
         Flag("dataset", "imagefolder", str, TRAINING, "what to learn", DATASETS),
@@ -84,6 +97,7 @@ SECTIONS: dict[str, list[Flag]] = {
     "training": [
         Flag("epochs", 600, int, FREE, "epochs in all"),
         Flag("warmup_epochs", 5.0, float, TRAINING, "epochs of linear warm-up"),
+        Flag("warmup_steps", None, int, TRAINING, "steps of linear warm-up, in the place of epochs"),
         Flag("batch_size", 128, int, FREE, "images per process and forward pass"),
         Flag("global_batch", None, int, TRAINING, "images per step; accumulation follows from it"),
         Flag("accum_iter", None, int, OWN, "forward passes per step (default: 1, or as --global_batch needs)"),
@@ -92,6 +106,9 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("min_lr", 0.0, float, TRAINING, "where the cosine ends"),
         Flag("lr_schedule", "constant", str, TRAINING, "after the warm-up", ("constant", "cosine")),
         Flag("weight_decay", 0.0, float, TRAINING, "AdamW's, on matrices only"),
+        Flag("beta1", 0.9, float, TRAINING, "AdamW's"),
+        Flag("beta2", 0.95, float, TRAINING, "AdamW's"),
+        Flag("grad_clip", None, float, TRAINING, "largest norm of the gradient (default: any)"),
         Flag("ema_decay1", 0.9999, float, TRAINING, "decay of the first average of the weights"),
         Flag("ema_decay2", 0.9996, float, TRAINING, "decay of the second"),
         Flag("label_drop_prob", 0.1, float, TRAINING, "probability that a label becomes 'no class'"),

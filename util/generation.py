@@ -4,27 +4,31 @@ Shapes: B images of a batch; images (B, 3, H, W), y (B,); N images in all, with 
 """
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from denoiser import Denoiser
-from sampler import Velocity, guided, sample, start_noise, uniform_grid
+from sampler import Velocity, guided, sample, start_noise
 from util.distributed import World, gather_by_index, share
 from util.flags import DEFAULTS
 from util.images import quantise
 from util.logger import progress
+from util.schedules import GeneratedSchedules
 
 NOISE_BATCH = 16  # images whose noise is drawn together: the generator's integers take many times their memory
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are made. The batch size decides only how fast."""
+    """How images are made. The batch size decides only how fast.
+
+    t_eps: clamp of 1 - t in sampling; None where it is the denoiser's own.
+    """
 
     solver: str
     steps: int
@@ -32,11 +36,18 @@ class Sampling:
     interval: tuple[float, float]
     seed: int
     batch_size: int
+    schedules: GeneratedSchedules = field(default_factory=GeneratedSchedules)
+    t_eps: float | None = None
 
     @classmethod
     def from_args(cls, args: Namespace) -> "Sampling":
-        interval = (args.interval_min, args.interval_max)
-        return cls(args.sampling_method, args.num_sampling_steps, args.cfg, interval, args.seed, args.gen_bsz)
+        """Raises UserError where there is no spectrum file for what asks for one."""
+        interval, schedules = (args.interval_min, args.interval_max), GeneratedSchedules.from_args(args)
+        t_eps = schedules.t_eps(args.t_eps) if args.sample_t_eps is None else args.sample_t_eps
+        return cls(
+            *(args.sampling_method, args.num_sampling_steps, args.cfg, interval, args.seed, args.gen_bsz),
+            *(schedules, t_eps if args.pred_param == "x" and t_eps != args.t_eps else None),
+        )
 
     def describe(self) -> dict[str, Any]:
         """All that decides the images, ready for JSON."""
@@ -46,6 +57,8 @@ class Sampling:
             "cfg": self.cfg,
             "interval": list(self.interval),
             "seed": self.seed,
+            **self.schedules.describe(),
+            **({} if self.t_eps is None else {"sample_t_eps": self.t_eps}),
         }
 
 
@@ -54,7 +67,8 @@ def setting_name(epoch: int, ema: str, sampling: Sampling) -> str:
     guidance = f"cfg{sampling.cfg:.10g}"
     if sampling.cfg != 1 and sampling.interval != (DEFAULTS["interval_min"], DEFAULTS["interval_max"]):
         guidance += "-t{:.10g}to{:.10g}".format(*sampling.interval)
-    return f"epoch{epoch + 1:04d}-{ema}-{sampling.solver}{sampling.steps}-{guidance}"
+    clamp = "" if sampling.t_eps is None else f"-teps{sampling.t_eps:.10g}"
+    return f"epoch{epoch + 1:04d}-{ema}-{sampling.solver}{sampling.steps}-{guidance}{sampling.schedules.name}{clamp}"
 
 
 @contextmanager
@@ -88,17 +102,29 @@ def make_images(
     parts = [index[i : i + NOISE_BATCH] for i in range(0, len(index), NOISE_BATCH)]
     z = torch.cat([start_noise(sampling.seed, part, image_shape) for part in parts])
     z = denoiser.noise_scale * z.to(device)
-    velocity = guided(denoiser.velocity, y, null_class, sampling.cfg, sampling.interval)
-    x = sample(velocity, z, uniform_grid(sampling.steps), sampling.solver)
-    return quantise(x, index, y, sampling.seed, lambda: first_bad_steps(velocity, z, sampling))
+    grid, bounds = sampling.schedules.times(sampling.steps, sampling.seed, index, y)
+    bounds = None if bounds is None else bounds.to(device)
+    velocity = guided(_told(denoiser, sampling.t_eps, bounds), y, null_class, sampling.cfg, sampling.interval)
+    x = sample(velocity, z, grid, sampling.solver)
+    return quantise(x, index, y, sampling.seed, lambda: first_bad_steps(velocity, z, grid, sampling.solver))
 
 
-def first_bad_steps(velocity: Velocity, z: Tensor, sampling: Sampling) -> list[str]:
+def _told(denoiser: Denoiser, t_eps: float | None, bounds: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """velocity(z, t, y) of a batch, once or, for guidance, twice in a row; the network is told `bounds`, if any."""
+
+    def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        told = None if bounds is None else bounds.repeat(len(z) // len(bounds), 1)
+        return denoiser.velocity(z, t, y, t_eps, told)
+
+    return velocity
+
+
+def first_bad_steps(velocity: Velocity, z: Tensor, grid: Tensor, solver: str) -> list[str]:
     """Integrate again and say of each image from which step of the solver on it is not finite; "" where it is.
 
     A velocity belongs to the step that asks for it: Heun's steps ask twice (the last, Euler's, once), Euler's once.
     """
-    per_step = 2 if sampling.solver == "heun" else 1
+    per_step, steps = 2 if solver == "heun" else 1, len(grid) - 1
     first = torch.full((len(z),), -1, device=z.device)  # (B,)
     calls = 0
 
@@ -115,11 +141,11 @@ def first_bad_steps(velocity: Velocity, z: Tensor, sampling: Sampling) -> list[s
         calls += 1
         return v
 
-    grid = uniform_grid(sampling.steps)
-    look(sample(watched, z, grid, sampling.solver), per_step * (sampling.steps - 1))
+    look(sample(watched, z, grid, solver), per_step * (steps - 1))
+    times = grid if grid.dim() == 2 else grid[:, None].expand(-1, len(z))  # (S + 1, B)
     return [
-        f" from step {step + 1} of {sampling.steps} (t = {float(grid[step]):.4g}) on" if step >= 0 else ""
-        for step in first.tolist()
+        f" from step {step + 1} of {steps} (t = {float(times[step, b]):.4g}) on" if step >= 0 else ""
+        for b, step in enumerate(first.tolist())
     ]
 
 

@@ -7,7 +7,8 @@
 
 Image, time and noise of a measurement are functions of (seed, bin, number of the image in its data set) alone: the
 same in every epoch, for the weights and both of their averages, for any batch size and number of processes. The loss
-is training's (Denoiser.error), without label drop, flips and dropout.
+is training's (Denoiser.error), without label drop, flips and dropout. A network that is told schedules is told each
+image's own; w_b is then the mean over images.
 
 Shapes: N held-out images that are measured, B of a batch, T = 10 bins, K rings, W = 3 sets of weights.
 """
@@ -21,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.special import ndtr
 from torch.utils.data import DataLoader
 
-from denoiser import Denoiser, LogitNormal
+from denoiser import Denoiser, Density
 from util import rng
 from util.bad_images import report as report_bad_images
 from util.data import DataError, Images, build_dataset, to_float
@@ -140,10 +140,9 @@ def seen_before(args: Namespace, init: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def bin_weights(density: LogitNormal) -> Tensor:
+def bin_weights(density: Density) -> Tensor:
     """(T,) float64: the mass of the density of training times in each bin; they add up to 1."""
-    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64).logit()  # -inf .. inf
-    return ndtr((edges - density.P_mean) / max(abs(density.P_std), 1e-12)).diff()
+    return density.cdf(torch.linspace(0, 1, BINS + 1, dtype=torch.float64)).diff()
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class Loss:
     by_time: Tensor
     by_ring: Tensor | None
 
-    def values(self, density: LogitNormal) -> dict[str, Any]:
+    def values(self, density: Density) -> dict[str, Any]:
         """For the log. `loss_ema1` is L, `loss_ema1_t3` is L_b of t in 0.3 .. 0.4, `rings_ema1` is R (T lists of K)."""
         total = self.by_time @ bin_weights(density)  # (W,)
         out: dict[str, Any] = {f"loss_{name}": float(value) for name, value in zip(WEIGHTS, total, strict=True)}

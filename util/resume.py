@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from util import checkpoint, config
+from util import checkpoint, config, schedules
 from util.checkpoint import Checkpoint
 from util.distributed import World
 from util.errors import UserError
@@ -55,6 +55,7 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
         bound = config.resolve(given, checkpoint.load(init).args, training=False, only=ARCHITECTURE)
     args = bound or config.resolve(given, saved.args if saved else None, training=True)
     config.split_global_batch(args, world.size)
+    schedules.record(args, saved.args if saved else None)
     args.resume, args.output_dir = resume, output or str(Path("output") / config.run_name(args))
     if output is None and checkpoint.find(args.output_dir):
         return load_for_training({**given, "output_dir": args.output_dir}, world)
@@ -83,7 +84,7 @@ def start_step(saved: Checkpoint | None, start_epoch: int, steps_per_epoch: int)
 
 def init_notes(args: Namespace, init: Checkpoint) -> list[str]:
     """What a run that starts from another one's weights computes differently from that one, as warnings."""
-    names = ("disable_dct_patchify", "window_size", "pred_param", "noise_scale")
+    names = ("disable_dct_patchify", "window_size", "sf_schedule", "pred_param", "noise_scale")
     return [
         f"--init_from: those weights were trained with {name} {init.args[name]}, and this run has {getattr(args, name)}"
         for name in names

@@ -34,6 +34,13 @@ def rings(n: int) -> tuple[Tensor, Tensor]:
     return ring, torch.bincount(ring.flatten())
 
 
+@lru_cache(maxsize=8)
+def rings_on(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`rings` on a device. Do not write to them. Copied once: a copy waits for the device."""
+    ring, count = rings(n)
+    return ring.to(device), count.to(device)
+
+
 def num_rings(n: int) -> int:
     """K, the number of rings of n x n pixels."""
     return len(rings(n)[1])
@@ -53,7 +60,7 @@ def ring_power(x: Tensor) -> Tensor:
     n = x.shape[-1]
     if x.ndim < 2 or x.shape[-2] != n:
         raise ValueError(f"rings are defined for square images, not for {tuple(x.shape)}")
-    ring, count = (table.to(x.device) for table in rings(n))
+    ring, count = rings_on(n, x.device)
     modes = torch.fft.fft2(x.double(), norm="ortho")  # (..., n, n)
     power = (modes.real.square() + modes.imag.square()).flatten(-2)  # (..., n*n)
     total = power.new_zeros(*power.shape[:-1], len(count)).index_add_(-1, ring.flatten(), power)

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader
 
 from denoiser import draw
 from engine_jit import Recipe, Training, stop_if_non_finite, train_one_epoch
+from spectral_conditioning import InstanceTimes
 from util import bad_images, preemption, provenance
 from util import checkpoint as ckpt
 from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME_SHARDED
 from util.checkpoint_writer import CheckpointWriter
-from util.data import Images
+from util.data import Images, to_float
 from util.distributed import World, from_main, wait_for_all
 from util.errors import NonFiniteError
 from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, report_name
@@ -172,10 +173,13 @@ class Loop:
         self.sampler.set_epoch(epoch)
         size = self.sampler.global_batch
         index = self.sampler.permutation()[within * size : (within + 1) * size]
-        labels = torch.from_numpy(np.asarray(images.labels)[index])
+        labels, device = torch.from_numpy(np.asarray(images.labels)[index]), self.world.device
+        density = recipe.density
+        if isinstance(density, InstanceTimes):
+            density = density.of_images(to_float(torch.stack([images[i][0] for i in index])).to(device))
         d = draw(
-            *(recipe.seed, step, torch.arange(size), labels, (1, 1, 1)),
-            *(recipe.density, recipe.label_drop_prob, recipe.null_class),
+            *(recipe.seed, step, torch.arange(size, device=device), labels.to(device), (1, 1, 1)),
+            *(density, recipe.label_drop_prob, recipe.null_class),
         )
         about = {"step": step, "epoch": epoch, "lr": recipe.lr(step), "index": index.tolist(), "t": d.t.tolist()}
         about |= {"label": labels.tolist(), "label_after_drop": d.y.tolist()}

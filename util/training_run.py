@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from denoiser import LogitNormal
 from engine_jit import Recipe
 from util import checkpoint as ckpt
 from util import config, provenance
@@ -20,6 +19,7 @@ from util.loader import GlobalBatchSampler, build_loader
 from util.logger import RunLog, wandb_settings
 from util.preparation import build_suite, open_dataset, warn
 from util.resume import init_notes, load_for_training, start_step
+from util.schedules import training_times
 from util.sharded_state import ShardedCheckpointWriter
 from util.shards import appears
 from util.training_loop import Loop, look_is_missing
@@ -51,15 +51,16 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         accum_iter=args.accum_iter,
         peak_lr=peak_lr(args.lr, args.blr, args.global_batch),
         min_lr=args.min_lr,
-        warmup_epochs=args.warmup_epochs,
+        warmup_epochs=warmup_epochs(args, sampler.steps_per_epoch),
         lr_schedule=args.lr_schedule,
-        density=LogitNormal(args.P_mean, args.P_std),
+        density=training_times(args, world.device),
         label_drop_prob=args.label_drop_prob,
         null_class=shape.null_class,
         flip=args.flip,
         dropout=args.attn_dropout > 0 or args.proj_dropout > 0,
         seed=args.seed,
         log_freq=args.log_freq,
+        grad_clip=args.grad_clip,
     )
     step = start_step(saved, args.start_epoch, recipe.steps_per_epoch)
     if saved and args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
@@ -95,6 +96,11 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
             log.close(exit_code)
         del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
+
+
+def warmup_epochs(args: Namespace, steps_per_epoch: int) -> float:
+    """As --warmup_steps says, else --warmup_epochs."""
+    return args.warmup_epochs if args.warmup_steps is None else args.warmup_steps / steps_per_epoch
 
 
 def open_log(folder: Path, args: Namespace, world: World, step: int) -> RunLog:

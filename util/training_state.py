@@ -60,7 +60,7 @@ def _build(args, shape, saved, init, world) -> tuple[Training, HostShards | None
     if args.activation_checkpointing:
         checkpoint_activations(denoiser)
     emas = EMA(denoiser, args.ema_decay1), EMA(denoiser, args.ema_decay2)
-    optimizer = build_optimizer(denoiser, args.weight_decay)
+    optimizer = build_optimizer(denoiser, args.weight_decay, (args.beta1, args.beta2))
     window = Window(world.device, args.skip_nonfinite)
     if saved is not None:
         emas[0].copy_from(start.weights["model_ema1"])
