@@ -95,6 +95,9 @@ BOUND_ALWAYS = {
     "t_eps": 0.01,
     "P_mean": 0.0,
     "P_std": 1.0,
+    "sf_schedule": "snr",
+    "sf_alpha": 2.0,
+    "sf_snr_floor": 0.5,
 }
 BOUND_IN_TRAINING = {
     "attn_dropout": 0.1,
@@ -113,6 +116,14 @@ BOUND_IN_TRAINING = {
     "label_drop_prob": 0.2,
     "seed": 1,
     "val_split": "0.1",
+    "t_sampler": "uniform",
+    "t_uniform_mix": 0.05,
+    "spectral_variant": "power",
+    "spectral_delta": 0.2,
+    "warmup_steps": 100,
+    "beta1": 0.8,
+    "beta2": 0.99,
+    "grad_clip": 1.0,
 }
 UNBOUND = {
     "data_path": "/data",
@@ -141,6 +152,9 @@ UNBOUND = {
     "val_images": 100,
     "val_freq": 2,
     "val_rings": True,
+    "sampling_grid": "spectral_global",
+    "sample_t_eps": 0.01,
+    "spectrum_file": "/x",
 }
 OF_THIS_CALL = {
     "wandb_project": "p",

@@ -54,8 +54,6 @@ def resolve(
     Raises:
         UserError: flags that contradict the checkpoint, all of them named; or each other.
     """
-    if "warmup_epochs" in given and "warmup_steps" in given:
-        raise UserError("--warmup_epochs and --warmup_steps (WARMUP_EPOCHS in the launcher): give one of the two")
     values, contradictions = {**DEFAULTS, **given}, []
     recorded = saved if saved is not None and only is None else {}
     values |= {name: recorded.get(name) for name in schedules.RECORDED}
@@ -69,6 +67,8 @@ def resolve(
             contradictions.append(f"--{name} {given[name]} (the checkpoint was trained with {value})")
     if contradictions:
         raise UserError("flags that contradict the checkpoint: " + ", ".join(contradictions) + "; leave them out")
+    if "warmup_epochs" in given and "warmup_steps" in given:
+        raise UserError("--warmup_epochs (WARMUP_EPOCHS) and --warmup_steps: give one of the two")
     return _complete(Namespace(**values))
 
 

@@ -104,13 +104,17 @@ def make_images(
     z = denoiser.noise_scale * z.to(device)
     grid, bounds = sampling.schedules.times(sampling.steps, sampling.seed, index, y)
     bounds = None if bounds is None else bounds.to(device)
-    velocity = guided(_told(denoiser, sampling.t_eps, bounds), y, null_class, sampling.cfg, sampling.interval)
+    velocity = guided(_velocity(denoiser, sampling.t_eps, bounds), y, null_class, sampling.cfg, sampling.interval)
     x = sample(velocity, z, grid, sampling.solver)
     return quantise(x, index, y, sampling.seed, lambda: first_bad_steps(velocity, z, grid, sampling.solver))
 
 
-def _told(denoiser: Denoiser, t_eps: float | None, bounds: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _velocity(
+    denoiser: Denoiser, t_eps: float | None, bounds: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """velocity(z, t, y) of a batch, once or, for guidance, twice in a row; the network is told `bounds`, if any."""
+    if t_eps is None and bounds is None:
+        return denoiser.velocity
 
     def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         told = None if bounds is None else bounds.repeat(len(z) // len(bounds), 1)

@@ -97,14 +97,15 @@ def read(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
 def row_of(run: str, report: dict[str, Any]) -> dict[str, Any]:
     """The columns of one report: name -> value. Metrics are under their own names in "metrics"."""
     with_ = report.get("measured_with") or {}
-    solver, steps, interval, epoch = (report.get(k) for k in ("solver", "steps", "interval", "epoch"))
+    solver, steps, interval, epoch, grid = (report.get(k) for k in ("solver", "steps", "interval", "epoch", "grid"))
+    on = f" {grid}" if grid not in (None, "uniform") else ""
     row = {
         "run": run,
         "epoch": epoch + 1 if isinstance(epoch, int) else None,  # as in file names: counted from 1
         "ema": report.get("ema"),
         "cfg": report.get("cfg"),
         "interval": None if interval is None else "-".join(f"{end:g}" for end in interval),
-        "solver": None if solver is None else f"{solver}{'' if steps is None else steps}",
+        "solver": None if solver is None else f"{solver}{'' if steps is None else steps}{on}",
         "seed": report.get("seed"),
         "N": report["num_images"],
         "metrics": {name: value for name, value in report["metrics"].items() if isinstance(value, int | float)},

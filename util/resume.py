@@ -85,8 +85,13 @@ def start_step(saved: Checkpoint | None, start_epoch: int, steps_per_epoch: int)
 def init_notes(args: Namespace, init: Checkpoint) -> list[str]:
     """What a run that starts from another one's weights computes differently from that one, as warnings."""
     names = ("disable_dct_patchify", "window_size", "sf_schedule", "pred_param", "noise_scale")
-    return [
+    notes = [
         f"--init_from: those weights were trained with {name} {init.args[name]}, and this run has {getattr(args, name)}"
         for name in names
         if name in init.args and init.args[name] != getattr(args, name)
     ]
+    if args.schedule_delta is not None and init.args.get("schedule_delta") is None:
+        notes.append(
+            "--init_from: those weights know nothing of schedules; what tells the network of them is 0 at first"
+        )
+    return notes

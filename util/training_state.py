@@ -1,6 +1,7 @@
 """The state that training changes, fresh or from a checkpoint, in one copy on each process or in shards."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,8 @@ from util.parallel import build_sharded, checkpoint_activations, initialise, wra
 from util.preparation import autocast_dtype
 from util.sharded_state import HostShards, load_rows
 from util.window import Window
+
+ADDED = "net.schedule_embedder."  # what a network that is told schedules has, and another one has not
 
 
 def build_training(
@@ -50,11 +53,13 @@ def _build(args, shape, saved, init, world) -> tuple[Training, HostShards | None
         if start is None:
             initialise(denoiser, build, world)
         else:
+            start = start if saved else _with_added(start, name, denoiser)
             start = shards.own_part(start, denoiser)
             load_rows(denoiser, start.weights[name])
     else:
         denoiser = build()
         if start is not None:
+            start = start if saved else _with_added(start, name, denoiser)
             ckpt.load_weights(denoiser, start.weights[name], start.path)
         denoiser.to(world.device)
     if args.activation_checkpointing:
@@ -68,3 +73,10 @@ def _build(args, shape, saved, init, world) -> tuple[Training, HostShards | None
         ckpt.load_optimizer(optimizer, start.optimizer, start.path)
         window.load_state_dict(saved.run.get("window", {}))
     return Training(denoiser, wrap(denoiser, world), optimizer, emas, window), shards
+
+
+def _with_added(init: Checkpoint, name: str, denoiser: Denoiser) -> Checkpoint:
+    """The weights `name` of a network that was not told schedules, with zeros for what tells this one of them."""
+    state, own = init.weights[name], denoiser.state_dict()
+    added = {key: torch.zeros(own[key].shape) for key in own if key.startswith(ADDED) and key not in state}
+    return replace(init, weights={name: {**state, **added}}) if added else init
