@@ -90,8 +90,6 @@ def init_notes(args: Namespace, init: Checkpoint) -> list[str]:
         for name in names
         if name in init.args and init.args[name] != getattr(args, name)
     ]
-    if args.schedule_delta is not None and init.args.get("schedule_delta") is None:
-        notes.append(
-            "--init_from: those weights know nothing of schedules; what tells the network of them is 0 at first"
-        )
+    if getattr(args, "schedule_delta", None) is not None and init.args.get("schedule_delta") is None:
+        notes.append("--init_from: those weights were not told schedules; what tells the network of them is 0 at first")
     return notes
