@@ -182,6 +182,14 @@ def test_checkpoints_and_exports_need_no_file(instance_run, spectrum_file, tmp_p
         denoiser.velocity(z, t, y)
 
 
+def test_settings_of_files_that_exist_stay_as_they_are():
+    args = config.resolve({"dataset": "digits"}, None, training=True)
+    assert list(DenoiserConfig.from_args(args).settings()) == [
+        *("model", "img_size", "class_num", "pred_param", "t_eps", "noise_scale", "spectral_forcing", "window_size"),
+        *("sf_c_min", "sf_c_max", "sf_kappa", "sf_fixed_scale", "attn_dropout", "proj_dropout", "attn_fp32"),
+    ]
+
+
 def refused(capsys, *words):
     assert main_jit.main(list(words)) == 2
     return capsys.readouterr().err
@@ -209,13 +217,14 @@ def test_weights_from_a_network_that_was_not_told(trained, settings, tmp_path, c
     assert "net.schedule_embedder.weight is unknown" in refused(capsys, *argv)
 
 
-def test_names_of_runs(settings, spectrum_file):
+def test_names_of_runs():
     def name(**given):
         args = config.resolve({"dataset": "digits", **given}, None, training=True)
-        config.split_global_batch(args, 1)
+        config.split_global_batch(args, 8)
         return config.run_name(args)
 
     plain = name()
+    assert plain == "digits_JiT-B-16_32_sf_x_162b5e"  # the name it had before there were spectral options
     assert plain == name(sampling_grid="spectral_global", spectrum_file="/x", sample_t_eps=0.01)
     values = {"t_sampler": "uniform", "t_uniform_mix": 0.2, "spectral_variant": "power", "spectral_delta": 0.2}
     values |= {"sf_schedule": "power", "sf_alpha": 2.0, "sf_snr_floor": 0.5, "warmup_steps": 10}
