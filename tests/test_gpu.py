@@ -6,6 +6,7 @@ import torch
 import main_jit
 from engine_jit import build_optimizer
 from sampler import guided, sample, uniform_grid
+from spectral_conditioning import ImageSchedules, InstanceTimes
 from spectral_forcing import SpectralForcing
 from spectral_schedule import VARIANTS, TightSchedule, TrainingTimes
 from tests.conftest import arguments, flags, read_log, train
@@ -37,6 +38,22 @@ def test_schedules_are_those_of_the_cpu(variant):
     assert on_gpu.is_cuda and on_gpu.cpu().sub(t).abs().max() < 1e-6
     weights, theirs = (TrainingTimes(s).density(x) for s, x in zip(schedules, (t, t.cuda()), strict=True))
     torch.testing.assert_close(theirs.cpu(), weights, rtol=1e-6, atol=0)
+
+
+def test_times_of_images_are_those_of_the_cpu_and_wait_for_nothing():
+    x, position = torch.rand(8, 3, 32, 32) * 2 - 1, torch.arange(8)
+    density = InstanceTimes(ImageSchedules(32, [0.1, 0.0, -0.1], 0.1), "mixed", 0.1, torch.empty(0, 4))
+    expected, bounds = density.of_images(x).draw(0, 0, position), density.schedules(x).bounds
+    x, position = x.cuda(), position.cuda()
+    density.schedules.cuda()
+    for mode in ("default", "error"):  # at first tables are made, and then nothing waits for the device
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            t, theirs = density.of_images(x).draw(0, 0, position), density.schedules(x).bounds
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert t.cpu().sub(expected).abs().max() < 1e-5
+    torch.testing.assert_close(theirs.cpu(), bounds, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"schedule": "power", "alpha": 2.0}, {"schedule": "snr"}])

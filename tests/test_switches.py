@@ -19,6 +19,7 @@ from util import checkpoint, config
 from util.build import DenoiserConfig
 from util.export import export, load_denoiser
 from util.measure_spectrum import measure
+from util.report import row_of
 from util.spectrum_file import load_spectrum, save_spectrum
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -114,6 +115,8 @@ def test_a_run(combination, settings, tmp_path):
     told = combination["times"] == "spectral_instance"
     assert ("net.schedule_embedder.weight" in raw(folder)["model"]) == told
     assert ("spectrum_sha256" in report) == (told or combination["grid"] != "uniform")
+    on = "" if combination["grid"] == "uniform" else f" {combination['grid']} mixed 0.1"
+    assert row_of("run", report)["solver"] == f"{'heun' if combination['prediction'] == 'x' else 'euler'}3{on}"
 
 
 # --- two processes --------------------------------------------------------------------------------------------------

@@ -98,7 +98,9 @@ def row_of(run: str, report: dict[str, Any]) -> dict[str, Any]:
     """The columns of one report: name -> value. Metrics are under their own names in "metrics"."""
     with_ = report.get("measured_with") or {}
     solver, steps, interval, epoch, grid = (report.get(k) for k in ("solver", "steps", "interval", "epoch", "grid"))
-    on = f" {grid}" if grid not in (None, "uniform") else ""
+    on = ""
+    if grid not in (None, "uniform"):
+        on = f" {grid} {report.get('spectral_variant')} {report.get('spectral_delta')}"
     row = {
         "run": run,
         "epoch": epoch + 1 if isinstance(epoch, int) else None,  # as in file names: counted from 1
