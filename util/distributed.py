@@ -81,7 +81,7 @@ def find_world(device: str | None) -> World:
 def process_group(world: World, timeout_minutes: float = 30, also_alone: bool = False) -> Iterator[None]:
     """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process or `also_alone`.
 
-    An error within leaves the group as it is: ending it is a collective, and the others do not take part.
+    An error within leaves a group of several as it is: ending it is a collective, and the others do not take part.
     """
     global _patient
     if world.device.type == "cuda":
@@ -92,9 +92,14 @@ def process_group(world: World, timeout_minutes: float = 30, also_alone: bool = 
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **where)
-    yield  # not in try: see above
-    _patient = None
-    dist.destroy_process_group()
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if not failed or world.size == 1:
+            _patient = None
+            dist.destroy_process_group()
 
 
 def in_group() -> bool:
