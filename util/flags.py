@@ -9,6 +9,7 @@ from denoiser import Denoiser, LogitNormal
 from sampler import SOLVERS
 from spectral_forcing import SpectralForcing
 from util.data import DATASETS
+from util.distributed import process_group
 from util.errors import UserError
 
 ALWAYS, TRAINING, FREE, OWN = "always", "training", "free", "own"
@@ -127,6 +128,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("resume", None, str, OWN, "folder of a run to go on from, evaluate or sample (default: --output_dir)"),
         Flag("save_last_freq", 5, int, FREE, "epochs between checkpoints"),
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
+        Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),
         Flag("attn_fp32", False, "store_true", FREE, "attention product in float32 also under autocast"),
