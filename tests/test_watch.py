@@ -28,7 +28,16 @@ SIZE, TIMEOUT = 3, 5.0
 LONG = 60  # seconds that a slow machine has for a story
 BAD = 1  # the process to which things happen
 LEFT_BEHIND = ("killed", "stopped", "stopped in a pause")  # stories in which that process says nothing
-STORIES = (*LEFT_BEHIND, "late", "in error", "store stopped", "store killed", "slow", "suspended")
+STORIES = (
+    *LEFT_BEHIND,
+    "late",
+    "in error",
+    "in error in a pause",
+    "store stopped",
+    "store killed",
+    "slow",
+    "suspended",
+)
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
@@ -58,7 +67,7 @@ def tell(story: str, bad: bool) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if bad and story == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if bad and story == "in error":
+    if bad and "in error" in story:
         raise ValueError("no memory left\nand more")
     if story == "slow":
         time.sleep(0.4 * TIMEOUT * bad)
@@ -66,6 +75,9 @@ def tell(story: str, bad: bool) -> None:
         with watch.paused("an evaluation"):
             time.sleep(1.4 * TIMEOUT * bad)
             wait_for_all(world)
+    if story == "in error in a pause":
+        with watch.paused("an evaluation"):
+            time.sleep(10 * LONG)
     if story == "stopped in a pause":
         with watch.paused("an evaluation"):
             if bad:
@@ -89,6 +101,7 @@ def work(story: str, rank: int, port: int, folder: Path) -> None:
     as_torchrun(rank, SIZE, port)
     try:
         with process_group(find_world("cpu"), TIMEOUT / 60):
+            Path(f"{rank} is there").touch()
             tell(story, rank == BAD)
     except Exception as error:
         print(f"{type(error).__name__}: {error}\nexplained: {watch.explain(error)}", flush=True)
@@ -126,7 +139,9 @@ def play(story: str, folder: Path) -> End:
     port, begin = here.recv(), time.monotonic()
     workers = [start(work, story, rank, port, folder) for rank in range(SIZE)]
     if story in ("store stopped", "store killed", "suspended"):
-        time.sleep(3)
+        while len(list(folder.glob("* is there"))) < SIZE and time.monotonic() < begin + LONG:
+            time.sleep(0.1)
+        time.sleep(1)
         for process in workers if story == "suspended" else [store]:
             os.kill(process.pid, signal.SIGKILL if story == "store killed" else signal.SIGSTOP)
     if story == "suspended":
@@ -196,6 +211,13 @@ def test_an_error_of_one_is_told_by_all(ends):
     told = [text.partition("explained: ")[2] for rank, text in enumerate(end.said) if rank != BAD]
     assert told[0] == told[1]
     assert re.fullmatch(r"process 1 on \S+ ended at step 4: ValueError: no memory left\n", told[0])
+    assert end.seconds < 30
+
+
+def test_an_error_of_one_ends_those_that_do_not_need_it_now(ends):
+    end = ends["in error in a pause"]
+    assert end.codes == [1, 1, 1]
+    assert not end.said[0] and not end.said[2]  # the one that has the error has said it
     assert end.seconds < 30
 
 

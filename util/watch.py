@@ -9,8 +9,8 @@ for longer than the timeout
     the next process in the ring has published nothing: also where waiting is allowed to last;
     the store has not answered: the node of process 0 is gone.
 
-Then all that the processes have published is read, and those that are silent, or alive and behind, are named. The first
-sentence that is found is the one that all of them say.
+Then all that the processes have published is read, and those that are silent, or alive and behind, are named. What one
+process finds, or the error by which it ends, is left in the store: the others say the same, and end at their next beat.
 
 Time in which this process did not run itself, since the whole job was suspended, does not count.
 """
@@ -35,6 +35,7 @@ from util.signs import Sign, describe
 LONGEST_BEAT = 5.0  # seconds between two signs of life
 WINDOW = 3  # beats in which a process that is alive has published again
 ANSWER = 10.0  # seconds that the store has for its answers, beyond the window
+CONNECTION = 60.0  # seconds that it has for a connection at least: looking up the name of a host may take several
 FINDING = "finding"  # the store's key for what was found first
 T = TypeVar("T")
 
@@ -87,6 +88,7 @@ class Watch:
         self._over = threading.Event()
         self._beats = 0
         self._neighbour: Sign | None = None
+        self._found = False  # by another process
         self._clocks = {name: _Clock() for name in ("place", "neighbour", "store")}
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._live, self._judge)]
         for thread in self._threads:
@@ -112,13 +114,13 @@ class Watch:
 
     def explain(self, error: BaseException) -> str | None:
         self._over.set()
-        if not lost_another(error):
+        if lost_another(error):
+            return self._settled(self._seen())[0]
+        if not getattr(error, "everywhere", False):
             reason = str(error).strip().partition("\n")[0]
             who = f"process {self._rank} on {self._host} ended at {self._arrived[1]}"
-            self._within(ANSWER, lambda: self._settle(f"{who}: {type(error).__name__}: {reason}"))
-            return None
-        self._within(ANSWER, self._publish)
-        return self._investigate()[0]
+            self._settled((f"{who}: {type(error).__name__}: {reason}", []))
+        return None
 
     # ------------------------------------------------------------------------------------------------- the threads
 
@@ -130,6 +132,7 @@ class Watch:
             while not self._over.wait(self._beat):
                 self._publish()
                 self._neighbour = self._read([neighbour]).get(neighbour)
+                self._found = self._store.check([FINDING])
         except dist.DistError:
             return
 
@@ -140,14 +143,17 @@ class Watch:
             late = self._late(min(now - last, 2 * self._beat))
             last = now
             if late:
-                sentence, finder, behind = self._investigate()
+                seen = self._seen()
                 if self._late(0) and not self._over.is_set():
-                    aloud = [f"error: {sentence}\n"] if finder == self._rank else []
-                    if self._rank in behind:
-                        stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
-                        aloud += [f"where process {self._rank} is:\n", *stack]
-                    self._end(sentence, "".join(aloud))
+                    self._alarm(*self._settled(seen))
                     return
+
+    def _alarm(self, sentence: str, finder: int, behind: list[int]) -> None:
+        aloud = [f"error: {sentence}\n"] if finder == self._rank else []
+        if self._rank in behind:
+            stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
+            aloud += [f"where process {self._rank} is:\n", *stack]
+        self._end(sentence, "".join(aloud))
 
     def _late(self, elapsed: float) -> bool:
         allowed = self._pauses > 0 or self._arrived[0] == 0
@@ -156,7 +162,10 @@ class Watch:
             "neighbour": object() if self._neighbour and self._neighbour.over else self._neighbour,
             "store": self._beats,
         }
-        return max(clock.tick(values[name], elapsed) for name, clock in self._clocks.items()) > self._timeout
+        return (
+            self._found
+            or max(clock.tick(values[name], elapsed) for name, clock in self._clocks.items()) > self._timeout
+        )
 
     # --------------------------------------------------------------------------------------------------- the store
 
@@ -173,15 +182,14 @@ class Watch:
         values = self._store.multi_get(keys) if keys else []
         return {int(key): Sign(**json.loads(value)) for key, value in zip(keys, values, strict=True)}
 
-    def _investigate(self) -> tuple[str, int, list[int]]:
-        """The sentence, the rank that has found it, and the ranks that are alive and behind."""
-        found = self._within(WINDOW * self._beat + ANSWER, self._find)
-        gone = f"the node of process 0, {self._first_node}, or torchrun on it does not answer"
-        return found or (gone, self._rank, [])
+    def _seen(self) -> tuple[str, list[int]] | None:
+        return self._within(WINDOW * self._beat + ANSWER, self._look)
 
-    def _find(self) -> tuple[str, int, list[int]]:
+    def _look(self) -> tuple[str, list[int]]:
+        """A sentence that says who is missing, and the ranks that are alive and behind."""
+        self._publish()
         if self._store.check([FINDING]):
-            return json.loads(self._store.get(FINDING))
+            return "", []
         everyone, end = range(self._size), time.monotonic() + WINDOW * self._beat
         before = self._read(everyone)
         silent = set(everyone)
@@ -189,12 +197,15 @@ class Watch:
             time.sleep(self._beat / 4)
             signs = self._read(everyone)
             silent = {r for r in everyone if r not in signs or (signs[r] == before.get(r) and not signs[r].over)}
-        return self._settle(*describe(signs, silent, time.time()))
+        return describe(signs, silent, time.time())
 
-    def _settle(self, sentence: str, behind: Iterable[int] = ()) -> tuple[str, int, list[int]]:
-        """What has been found: this, if no process was earlier."""
-        found = json.dumps((sentence, self._rank, list(behind)))
-        return json.loads(self._store.compare_set(FINDING, "", found))
+    def _settled(self, seen: tuple[str, list[int]] | None) -> tuple[str, int, list[int]]:
+        """What holds for all: what was seen here, if no process was earlier. With the rank that has found it."""
+        found = seen and self._within(
+            ANSWER, lambda: self._store.compare_set(FINDING, "", json.dumps((seen[0], self._rank, seen[1])))
+        )
+        gone = f"the node of process 0, {self._first_node}, or torchrun on it does not answer"
+        return json.loads(found) if found else (gone, self._rank, [])
 
     def _within(self, seconds: float, function: Callable[[], T]) -> T | None:
         """What `function` returns, None where the store is gone or does not answer in time."""
@@ -226,7 +237,7 @@ def start(rank: int, size: int, timeout: float, end: Callable[[str, str], None])
     """Watch from now on, through the store that torchrun or process 0 holds. See Watch for the arguments."""
     global _watch
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=max(timeout, CONNECTION)))
     start_number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     _watch = Watch(dist.PrefixStore(f"watch/{start_number}", store), rank, size, timeout, end, host)
 
