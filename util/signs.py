@@ -25,7 +25,9 @@ class Sign:
 
 
 def describe(signs: dict[int, Sign], silent: set[int], now: float) -> tuple[str, list[int]]:
-    """Who is missing, in a sentence, and the ranks that are alive and behind the others.
+    """Who is missing, in a sentence, and the ranks that are to print where they are.
+
+    Those are alive and behind the others; or all, where none is behind: then one of them may be elsewhere than the rest.
 
     Args:
         signs: the last ones, of the processes that have ever given one.
@@ -47,7 +49,7 @@ def describe(signs: dict[int, Sign], silent: set[int], now: float) -> tuple[str,
         return (
             f"all {len(signs)} processes answer and are at {ahead.place}: the connection between some of them hangs or "
             "was lost, or an operation there takes longer than --dist_timeout"
-        ), []
+        ), sorted(working)
     behind = [rank for rank, sign in working.items() if sign.arrivals == last]
     for (host, place), ranks in _groups(signs, behind).items():
         parts.append(f"{_processes(ranks)} on {host} is alive but still at {place}")

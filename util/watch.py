@@ -148,9 +148,9 @@ class Watch:
                     self._alarm(*self._settled(seen))
                     return
 
-    def _alarm(self, sentence: str, finder: int, behind: list[int]) -> None:
+    def _alarm(self, sentence: str, finder: int, show: list[int]) -> None:
         aloud = [f"error: {sentence}\n"] if finder == self._rank else []
-        if self._rank in behind:
+        if self._rank in show:
             stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
             aloud += [f"where process {self._rank} is:\n", *stack]
         self._end(sentence, "".join(aloud))
@@ -186,7 +186,7 @@ class Watch:
         return self._within(WINDOW * self._beat + ANSWER, self._look)
 
     def _look(self) -> tuple[str, list[int]]:
-        """A sentence that says who is missing, and the ranks that are alive and behind."""
+        """A sentence that says who is missing, and the ranks that are to print where they are."""
         self._publish()
         if self._store.check([FINDING]):
             return "", []
