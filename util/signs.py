@@ -27,7 +27,7 @@ class Sign:
 def describe(signs: dict[int, Sign], silent: set[int], now: float) -> tuple[str, list[int]]:
     """Who is missing, in a sentence, and the ranks that are to print where they are.
 
-    Those are alive and behind the others; or all, where none is behind: then one of them may be elsewhere than the rest.
+    Those are alive and behind the others; or all, where none is behind: one of them may be elsewhere than the rest.
 
     Args:
         signs: the last ones, of the processes that have ever given one.
