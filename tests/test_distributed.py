@@ -27,7 +27,8 @@ from tests.conftest import (
     state_differences,
     train,
 )
-from tests.test_engine import Labelled, Recording, network, settings, state_of
+from tests.test_engine import Labelled, Recording, network, settings
+from tests.test_nonfinite import state_of
 from util import training_loop, training_run
 from util.checkpoint import NAME
 from util.distributed import (
