@@ -8,7 +8,7 @@ from typing import Any
 from denoiser import LogitNormal
 from engine_jit import Recipe
 from util import checkpoint as ckpt
-from util import config, provenance
+from util import config, provenance, watch
 from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME_SHARDED
 from util.checkpoint_writer import CheckpointWriter
@@ -68,7 +68,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     whole_last = step if here and saved.path.name in (ckpt.NAME, NAME_SHARDED) else None
     source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
     folder = Path(args.output_dir)
-    with process_group(world, also_alone=args.parallel == "fsdp"):
+    with process_group(world, args.dist_timeout, also_alone=args.parallel == "fsdp"):
         agree("run", (config.run_name(args), step, len(dataset), held_out and len(held_out.images)), world)
         suite = build_suite(args, world, args.num_images) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
@@ -90,9 +90,10 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
             ).run(step)
             exit_code = 0
         finally:
-            if writer is not None:
-                writer.close()
-            log.close(exit_code)
+            with watch.paused("the end of the log"):
+                if writer is not None:
+                    writer.close()
+                log.close(exit_code)
         del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
 
