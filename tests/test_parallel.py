@@ -76,6 +76,7 @@ def _two(rank: int, folder, ports: list[int]) -> None:
         call(mode, parallel=mode, **looks, **LONG)
         call(f"{mode} half", parallel=mode)
     call("recomputed", activation_checkpointing=True, **FSDP, **LONG)
+    call("recomputed copies", activation_checkpointing=True, **LONG)
     call("accumulated", batch_size=3, **FSDP, **LONG)
     call("fsdp to fsdp", resume=folder / "fsdp half", **LONG)
     call("ddp to fsdp", resume=folder / "ddp half", **FSDP, **LONG)
@@ -166,7 +167,7 @@ def num_bytes(content) -> int:
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     train(folder / "alone half", **{**RUN, "batch_size": 12}, **FSDP)
-    run_on(2, _two, folder, calls=12)
+    run_on(2, _two, folder, calls=13)
     return folder
 
 
@@ -198,7 +199,9 @@ def test_shards_against_copies(pair):
     assert read_log(pair / "fsdp", "start")[0]["parameters"] == read_log(pair / "ddp", "start")[0]["parameters"]
 
 
-@pytest.mark.parametrize("name", ["recomputed", "accumulated", "fsdp to fsdp", "ddp to fsdp", "fsdp to ddp", "1 to 2"])
+@pytest.mark.parametrize(
+    "name", ["recomputed", "recomputed copies", "accumulated", "fsdp to fsdp", "ddp to fsdp", "fsdp to ddp", "1 to 2"]
+)
 def test_losses_are_those_of_one_process(pair, alone, name):
     same_losses(pair / name, alone)
 

@@ -168,6 +168,15 @@ def test_sampling_and_export_read_shards(run, tmp_path):
     assert differences(*states) == []
 
 
+def test_new_run_starts_from_the_weights_of_shards(run, tmp_path):
+    """In shards, and in one copy, which reads what is merged."""
+    logs = []
+    for parallel in ("fsdp", "ddp"):
+        logs.append(read_log(train(tmp_path / parallel, init_from=run, init_weights="ema2", parallel=parallel)))
+    assert logs[0] == logs[1] and logs[0][0]["step"] == 0
+    assert logs[0][0]["loss"] != read_log(run)[0]["loss"]
+
+
 def test_weights_are_read_where_they_are_asked_for(run, monkeypatch):
     asked, real = [], sharded_checkpoint.read
     monkeypatch.setattr(sharded_checkpoint, "read", lambda path, t: asked.append(next(iter(t))) or real(path, t))
