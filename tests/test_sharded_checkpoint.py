@@ -218,7 +218,9 @@ def test_the_other_kind_is_put_aside(run):
     assert [line["step"] for line in read_log(run)] == list(range(8))
 
 
-@pytest.mark.parametrize("damage", ["bit", "header", "cut", "missing", "settings", "no settings", "empty settings"])
+@pytest.mark.parametrize(
+    "damage", ["bit", "header", "cut", "missing", "number", "settings", "no settings", "empty settings"]
+)
 def test_damaged_newest_is_passed_over(run, damage, capsys):
     newest = run / NAME_SHARDED
     file = files(newest)[2]
@@ -228,6 +230,10 @@ def test_damaged_newest_is_passed_over(run, damage, capsys):
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "missing":
         file.unlink()
+    elif damage == "number":
+        text = (newest / SETTINGS).read_text()
+        assert text.count('"step": 4') == 1
+        (newest / SETTINGS).write_text(text.replace('"step": 4', '"step": 5'))
     elif damage == "no settings":
         (newest / SETTINGS).unlink()
     else:
@@ -263,7 +269,8 @@ def test_nothing_in_a_folder_is_executed(run, tmp_path):
         if name != SETTINGS:  # one whose checksums are right
             about = json.loads((copy / SETTINGS).read_text())
             about["files"][name] = {"bytes": len(bomb), "sha256": sharded_checkpoint._sha256(copy / name)}
-            (copy / SETTINGS).write_text(json.dumps(about))
+            del about["sha256"]
+            (copy / SETTINGS).write_text(json.dumps({**about, "sha256": sharded_checkpoint._digest(about)}))
             with pytest.raises(UserError, match="cannot be read"):
                 checkpoint.load(copy.parent)
     assert not marker.exists()
