@@ -7,6 +7,7 @@ python main_jit.py --sample --resume DIR --labels 0,1,2 --num_per_class 8 --seed
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,9 +19,17 @@ from typing import Any
 
 from denoiser import Denoiser
 from util import checkpoint as ckpt
-from util import config, provenance, sweep
+from util import config, preemption, provenance, sweep
 from util.build import DenoiserConfig
-from util.distributed import World, find_world, in_group, process_group, rank_from_environment, tell_torchrun
+from util.distributed import (
+    World,
+    find_world,
+    in_group,
+    launched_by_torchrun,
+    process_group,
+    rank_from_environment,
+    tell_torchrun,
+)
 from util.errors import UserError
 from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, precision_of
 from util.flags import build_parser
@@ -60,7 +69,7 @@ def run_sample(given: Mapping[str, Any], world: World) -> str:
     folder = Path(args.output_dir) / "samples" / name
     with process_group(world):
         title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
-        images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title)
+        images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title, may_stop=True)
     if world.main:
         for i, image in enumerate(images):
             save_png(to_pil(image), folder / f"{i:06d}.png")
@@ -123,26 +132,42 @@ def run(argv: list[str] | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 for an error that a sentence explains, 1 for one that none explains, 130 after Ctrl-C."""
+    """The exit code for who has started this process: 0, 2 for an error that a sentence explains, 1 for one that none
+    explains, 130 after a second Ctrl-C, 75 when asked to stop (`util.preemption`, which tells the launcher).
+    """
     rank = rank_from_environment()
+    alone = not launched_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1
+    preemption.listen()
     try:
         line = run(argv)
+        if rank == 0 and line:
+            print(line, flush=True)
+        return preemption.end_process(0, alike=True)
+    except preemption.Preempted as stop:
+        if rank == 0:
+            print(f"main_jit.py: {stop}. The same command goes on", file=sys.stderr, flush=True)
+        if code := preemption.end_process(preemption.EXIT_CODE, alike=True):
+            tell_torchrun(str(stop))
+        return code
     except UserError as error:
-        if rank and (error.everywhere or not in_group()):
+        code = preemption.end_process(2, alike=error.everywhere or alone)
+        if code and rank and (error.everywhere or not in_group()):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)  # every process has this error: rank 0 says it, and torchrun ends the others
-        print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
-        tell_torchrun(str(error))
-        return 2
+        if code or rank == 0:
+            print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
+        if code:
+            tell_torchrun(str(error))
+        return code
     except Exception as error:
         traceback.print_exc()
         tell_torchrun(f"process {rank}: {type(error).__name__}: {error}")
-        return 1
+        return preemption.end_process(1, alike=False)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
-        return 130
-    if rank == 0 and line:
-        print(line, flush=True)
-    return 0
+        return preemption.end_process(130, alike=False)
+    finally:
+        preemption.stop_listening()
 
 
 if __name__ == "__main__":
