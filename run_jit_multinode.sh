@@ -51,6 +51,7 @@ start() {
 }
 
 # stop SIGNAL: asks what `start` runs to stop when it has saved; a second Ctrl-C does not wait for that.
+# shellcheck disable=SC2329  # the traps call it
 stop() {
     caught=1
     if [[ $1 == QUIT || ($1 == INT && -n $asked) ]]; then
