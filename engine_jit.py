@@ -3,8 +3,7 @@
 Shapes: B images of a micro-batch on one process; images (B, 3, H, W).
 """
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from util.generation import Sampling, generate, generate_all
 from util.learning_rate import learning_rate
 from util.loader import positions
 from util.logger import RunLog, progress
+from util.window import Window, finite_or_none
 
 __all__ = [
     "Recipe",
@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_all",
+    "stop_if_non_finite",
     "train_one_epoch",
     "wrap",
 ]
@@ -70,6 +71,7 @@ class Training:
     forward: nn.Module  # the denoiser itself, or DDP around it
     optimizer: torch.optim.Optimizer
     emas: tuple[EMA, EMA]
+    window: Window
 
 
 def wrap(denoiser: Denoiser, world: World) -> nn.Module:
@@ -91,46 +93,33 @@ def build_optimizer(denoiser: Denoiser, weight_decay: float) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-class _Window:
-    """Sums on the device between two log lines; reading them is the only wait for the device in training."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.reset()
-
-    def reset(self) -> None:
-        self.loss = torch.zeros((), device=self.device)
-        self.steps, self.images, self.start = 0, 0, time.perf_counter()
-
-    def add(self, step: int, loss: Tensor, suppress: Tensor, images: int) -> None:
-        self.loss += loss
-        first = (suppress > 0) & (self.bad_step < 0)
-        self.bad_step = torch.where(first, step, self.bad_step)
-        self.steps, self.images = self.steps + 1, self.images + images
-
-    def read(self) -> dict[str, float]:
-        loss = float(self.loss) / self.steps
-        return {"loss": loss, "images_per_s": self.images / (time.perf_counter() - self.start)}
-
-
 def train_one_epoch(
-    training: Training, loader: DataLoader, epoch: int, recipe: Recipe, world: World, log: RunLog
+    training: Training,
+    loader: DataLoader,
+    epoch: int,
+    first_step: int,
+    recipe: Recipe,
+    world: World,
+    log: RunLog,
+    after_step: Callable[[int], None],
 ) -> None:
-    """One pass over the data, `recipe.steps_per_epoch` steps.
+    """One pass over the data, `recipe.steps_per_epoch` steps, or what is left of it from `first_step` on.
 
-    Time, noise, label drop and flips of an image are functions of (seed, step, its position in the global batch),
-    so the number of processes and of accumulated passes does not change them. A loss or gradient that is not
-    finite on any process suppresses that update of weights, averages and optimizer on all of them, on the device;
-    the host learns of it when it next logs (on a CPU at once).
+    Steps are counted from 0 over the whole run. Time, noise, label drop and flips of an image are functions of (seed,
+    step, its position in the global batch), so the number of processes and of accumulated passes does not change them.
+    A loss or gradient that is not finite on any process suppresses that update of weights, averages and optimizer on
+    all of them, on the device; the host learns of it when it next logs (on a CPU at once).
+
+    Args:
+        after_step: called with the number of steps that are done.
 
     Raises:
         NonFiniteError: on all processes alike, naming step and learning rate.
     """
     training.denoiser.train()
-    window = _Window(world.device)
+    window = training.window
     batches = iter(loader)
-    steps = range(epoch * recipe.steps_per_epoch, (epoch + 1) * recipe.steps_per_epoch)
+    steps = range(first_step, (epoch + 1) * recipe.steps_per_epoch)
     bar = progress(steps, world, len(steps), f"epoch {epoch + 1}/{recipe.epochs}", "step")
     for step in bar:
         lr = recipe.lr(step)
@@ -147,13 +136,14 @@ def train_one_epoch(
             ema.update(training.denoiser, suppress)
         window.add(step, loss, suppress, images)
 
-        if logs := (step + 1) % recipe.log_freq == 0 or step == steps[-1]:
-            values = {"epoch": epoch, **window.read(), "lr": lr, "grad_norm": float(norm)}
+        logs = (step + 1) % recipe.log_freq == 0 or step == steps[-1]
         if logs or world.device.type == "cpu":
-            _stop_if_non_finite(window, recipe)
+            stop_if_non_finite(window, recipe)
         if logs:
+            values = {"epoch": epoch, **window.read(), "lr": lr, "grad_norm": finite_or_none(float(norm))}
             _report(values, step, bar, recipe, log)
             window.reset()
+        after_step(step + 1)
 
 
 def _forward_backward(
@@ -181,23 +171,30 @@ def _forward_backward(
     return all_reduce_mean(total, world), images
 
 
-def _stop_if_non_finite(window: _Window, recipe: Recipe) -> None:
-    step = int(window.bad_step)
-    if step >= 0:
+def stop_if_non_finite(window: Window, recipe: Recipe) -> None:
+    """Wait for the device, and raise a NonFiniteError where more steps in a row were not finite than are tolerated."""
+    steps = window.too_many()
+    if steps is not None:
+        step = steps[0]
         raise NonFiniteError(
             f"the loss or a gradient stopped being finite at step {step} (epoch {step // recipe.steps_per_epoch}), "
-            f"learning rate {recipe.lr(step):.3g}. That step has touched no weight, and the last checkpoint is as it "
-            "was. A lower BLR, a longer warm-up or --attn_fp32 are the usual remedies"
+            f"learning rate {recipe.lr(step):.3g}"
+            f"{f', and {len(steps)} steps in a row were not' if len(steps) > 1 else ''}. That has touched no weight, "
+            "and the last checkpoint is as it was. A lower BLR, a longer warm-up or --attn_fp32 are the usual "
+            "remedies; --skip_nonfinite tolerates single steps",
+            steps,
         )
 
 
-def _report(values: dict[str, float], step: int, bar, recipe: Recipe, log: RunLog) -> None:
+def _report(values: dict[str, float | None], step: int, bar, recipe: Recipe, log: RunLog) -> None:
     log.record("train", step, values)
-    loss, lr, rate, norm = values["loss"], values["lr"], values["images_per_s"], values["grad_norm"]
+    lr, rate = values["lr"], values["images_per_s"]
+    loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
+    skipped = f"  {values['skipped']} steps not finite, skipped" if "skipped" in values else ""
     if hasattr(bar, "set_postfix_str"):
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:.0f} images/s")
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:.0f} images/s{skipped}")
     else:
         log.say(
             f"epoch {values['epoch'] + 1}/{recipe.epochs}  step {step + 1}/{recipe.epochs * recipe.steps_per_epoch}  "
-            f"loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.3g}  {rate:.0f} images/s"
+            f"loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.3g}  {rate:.0f} images/s{skipped}"
         )

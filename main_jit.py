@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         return preemption.end_process(0, alike=True)
     except preemption.Preempted as stop:
         if rank == 0:
-            print(f"main_jit.py: {stop}. The same command goes on", file=sys.stderr, flush=True)
+            print(f"main_jit.py: {stop}", file=sys.stderr, flush=True)
         if code := preemption.end_process(preemption.EXIT_CODE, alike=True):
             tell_torchrun(str(stop))
         return code

@@ -13,11 +13,13 @@ import torch
 import main_jit
 from engine_jit import Training, build_optimizer
 from tests.conftest import TINY, Payload, differences, raw
-from util import checkpoint, config, training_run
+from util import checkpoint, config
 from util.build import DenoiserConfig
 from util.checkpoint import NAME, PROJ1, load, load_optimizer, load_weights
 from util.ema import EMA
 from util.errors import UserError
+from util.training_loop import checkpoint_content
+from util.window import Window
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -87,6 +89,10 @@ def write(folder, content):
 # --- round trip -----------------------------------------------------------------------------------------------------
 
 
+def save(training, step, args):
+    return checkpoint.save(args.output_dir, checkpoint_content(training, step, 10, args))
+
+
 @pytest.fixture
 def run(tmp_path):
     """A training state after three steps, whose two averages differ, and its checkpoint in tmp_path."""
@@ -96,10 +102,9 @@ def run(tmp_path):
         steps(denoiser, optimizer, 1, seed=i)
         for ema in emas:
             ema.update(denoiser)
-    training = Training(denoiser, denoiser, optimizer, emas)
+    training = Training(denoiser, denoiser, optimizer, emas, Window(torch.device("cpu")))
     args = settings(lr=1e-3, weight_decay=0.1, output_dir=str(tmp_path))
-    log = SimpleNamespace(say=lambda text: None)
-    training_run.save(training, 6, 70, args, log)
+    save(training, 70, args)
     return training, args, tmp_path
 
 
@@ -379,7 +384,7 @@ def test_failed_save_leaves_the_previous_checkpoint(run, monkeypatch, place, err
     before = (folder / NAME).read_bytes()
     place(monkeypatch, error)
     with pytest.raises(UserError) as refusal:
-        training_run.save(training, 7, 80, args, SimpleNamespace(say=print))
+        save(training, 80, args)
     assert str(folder / NAME) in str(refusal.value) and str(error) in str(refusal.value)
     assert [p.name for p in folder.iterdir()] == [NAME]
     assert (folder / NAME).read_bytes() == before
@@ -393,9 +398,9 @@ def test_killed_save_leaves_the_previous_checkpoint(run, monkeypatch, place):
     with monkeypatch.context() as patch:
         place(patch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            training_run.save(training, 7, 80, args, SimpleNamespace(say=print))
+            save(training, 80, args)
     assert (folder / NAME).read_bytes() == before and load(folder).epoch == 6
-    training_run.save(training, 7, 80, args, SimpleNamespace(say=print))  # what was left does not disturb
+    save(training, 80, args)  # what was left does not disturb
     assert [p.name for p in folder.iterdir()] == [NAME] and load(folder).epoch == 7
 
 
@@ -404,7 +409,7 @@ def test_save_is_on_the_disk_before_it_replaces(run, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda f: (events.append("fsync"), fsync(f))[1])
     monkeypatch.setattr(os, "replace", lambda *a: (events.append("replace"), replace(*a))[1])
-    training_run.save(training, 7, 80, args, SimpleNamespace(say=print))
+    save(training, 80, args)
     assert events[:2] == ["fsync", "replace"]
 
 

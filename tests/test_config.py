@@ -129,6 +129,11 @@ UNBOUND = {
     "num_images": 10000,
     "gen_bsz": 7,
     "save_last_freq": 2,
+    "save_every_steps": 100,
+    "save_every_minutes": 5.0,
+    "keep_last": 3,
+    "keep_every_epochs": 20,
+    "skip_nonfinite": 2,
     "log_freq": 1,
     "precision": "fp32",
     "attn_fp32": True,
@@ -162,6 +167,7 @@ OF_THIS_CALL = {
     "sweep_images": 100,
     "output_dir": "/x",
     "resume": "/x",
+    "checkpoint": "x.pth",
     "device": "cuda",
 }
 

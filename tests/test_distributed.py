@@ -17,7 +17,7 @@ import engine_jit
 import main_jit
 from tests.conftest import STATE, arguments, differences, flags, raw, read_log, register, state_differences, train
 from tests.test_engine import Labelled, Recording, network, settings, state_of
-from util import training_run
+from util import training_loop, training_run
 from util.checkpoint import NAME
 from util.distributed import (
     World,
@@ -132,7 +132,7 @@ def _fails(rank: int) -> None:
 
 def _poisoned(rank: int, folder, call) -> None:
     """A run in which the second process alone draws noise that is not finite, at step 2."""
-    seen, draw, epoch = {}, engine_jit.draw, training_run.train_one_epoch
+    seen, draw, epoch = {}, engine_jit.draw, training_loop.train_one_epoch
 
     def watched(training, *args):
         seen["training"] = training
@@ -148,7 +148,7 @@ def _poisoned(rank: int, folder, call) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_jit, "draw", poisoned)
-        patch.setattr(training_run, "train_one_epoch", watched)
+        patch.setattr(training_loop, "train_one_epoch", watched)
         call("poisoned", arguments(output_dir=folder / "poisoned", batch_size=8, save_last_freq=1))
     torch.save({"before": seen["before"], "after": state_of(seen["training"])}, folder / f"poisoned-{rank}.pt")
 

@@ -455,7 +455,7 @@ def test_an_evaluation_that_training_left_open_is_completed(tmp_path, toy_metric
     capsys.readouterr()
     train(tmp_path / "run", **settings)
     assert recorder.images == [*range(64, 100), *range(100)]
-    assert "the evaluation after epoch 2 was due" in capsys.readouterr().out
+    assert "the look at samples after epoch 2 was due" in capsys.readouterr().out
     reports = {}
     for run in (whole, tmp_path / "run"):
         reports[run] = {path.name: json.loads(path.read_text())["metrics"] for path in (run / "eval").glob("*.json")}

@@ -8,29 +8,31 @@ import torch
 
 import main_jit
 from tests.conftest import TINY, arguments, differences, flags, raw, read_log, state_differences, train
-from util import checkpoint, export, training_run
+from util import checkpoint, export
 from util.build import DenoiserConfig
 from util.checkpoint import NAME
 from util.errors import UserError
 from util.export import load_denoiser
+from util.training_loop import Loop
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def start_weights(monkeypatch, folder, *switches, **settings):
     """Weights and settings with which a run begins."""
-    seen, train_all = {}, training_run.train
+    seen, go = {}, Loop.run
 
-    def record(training, loader, sampler, recipe, args, *rest):
+    def record(loop, step):
+        training = loop.training
         seen["weights"] = {k: v.clone() for k, v in training.denoiser.state_dict().items()}
         seen["averages"] = [{k: v.clone() for k, v in ema.averages.items()} for ema in training.emas]
-        seen["optimizer"], seen["args"] = len(training.optimizer.state), args
+        seen["optimizer"], seen["args"] = len(training.optimizer.state), loop.args
         seen["operator"] = training.denoiser.spectral_forcing
-        return train_all(training, loader, sampler, recipe, args, *rest)
+        return go(loop, step)
 
-    monkeypatch.setattr(training_run, "train", record)
-    assert main_jit.main([*arguments(output_dir=folder, **settings), *switches]) == 0
-    monkeypatch.setattr(training_run, "train", train_all)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "run", record)
+        assert main_jit.main([*arguments(output_dir=folder, **settings), *switches]) == 0
     return seen
 
 

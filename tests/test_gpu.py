@@ -8,7 +8,7 @@ from engine_jit import build_optimizer
 from sampler import guided, sample, uniform_grid
 from tests.conftest import arguments, flags, read_log, train
 from tests.golden_inputs import GOLDEN, normals, small_denoiser
-from util import rng, training_run
+from util import rng, training_loop
 from util.ema import EMA
 from util.rng import Stream
 
@@ -51,7 +51,7 @@ def test_a_step_that_is_not_finite_touches_nothing():
 
 def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatch):
     """Synchronising calls are errors while the forward and backward pass of a step is issued."""
-    forward_backward = training_run.train_one_epoch.__globals__["_forward_backward"]
+    forward_backward = training_loop.train_one_epoch.__globals__["_forward_backward"]
 
     def watched(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -60,7 +60,7 @@ def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatc
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setitem(training_run.train_one_epoch.__globals__, "_forward_backward", watched)
+    monkeypatch.setitem(training_loop.train_one_epoch.__globals__, "_forward_backward", watched)
     train(tmp_path / "run", device="cuda", log_freq=100)
 
 

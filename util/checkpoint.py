@@ -1,15 +1,15 @@
-"""Checkpoints in the published form, `<folder>/checkpoint-last.pth`: ours load there and theirs load here.
+"""Checkpoints in the published form: ours load there and theirs load here.
 
 A file is a torch.save'd dict: `model`, `model_ema1`, `model_ema2` (state dicts, every key prefixed "net."),
 `optimizer` (AdamW; group 0 without and group 1 with weight decay), `epoch` (last finished), `args` (a Namespace).
-Ours add `run`: what a later process needs to continue the same run, as plain numbers and strings.
+Ours add `run`: what a later process needs to continue the same run at the same step, as plain numbers and strings.
 """
 
 import argparse
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from util.checkpoint_folder import NAME, candidates, find, save, verify
 from util.errors import UserError
 
-NAME = "checkpoint-last.pth"
+__all__ = ["CHOICES", "NAME", "Checkpoint", "find", "load", "load_optimizer", "load_weights", "save"]
+
 PREFIX = "net."
 PROJ1 = PREFIX + "x_embedder.proj1.weight"
 CHOICES = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # name in a flag -> name in the file
@@ -38,6 +40,7 @@ class Checkpoint:
         args: the flags it was trained with; what decides Spectral Forcing is always there.
         sf_source: how that was known, as a phrase for a message.
         run: our additions, empty for a foreign file.
+        notes: about newer files that are damaged, as warnings.
     """
 
     path: Path
@@ -47,30 +50,47 @@ class Checkpoint:
     args: dict[str, Any]
     sf_source: str
     run: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
-def find(folder: str | os.PathLike) -> Path | None:
-    """The checkpoint in `folder`, or None. A file in the place of the folder is an error."""
-    folder = Path(folder)
-    if folder.is_file() or folder.suffix == ".pth":
-        raise UserError(f"{folder} is a file name: name the folder that holds {NAME} instead, {folder.parent}")
-    path = folder / NAME
-    return path if path.is_file() else None
-
-
-def load(folder: str | os.PathLike) -> Checkpoint:
+def load(folder: str | os.PathLike, name: str | None = None) -> Checkpoint:
     """Read the checkpoint of a run, ours or a published one, without executing anything in it.
 
+    A newest one that is damaged is passed over for the one before it, and `notes` says so.
+
+    Args:
+        name: of the file in the folder, if it must be a certain one.
+
     Raises:
-        UserError: no checkpoint there, a truncated or foreign file.
+        UserError: no checkpoint there, or none that is whole; a foreign file.
     """
-    path = find(folder)
-    if path is None:
-        why = f"there is no {NAME} in it" if Path(folder).is_dir() else "there is no such folder"
+    folder = Path(folder)
+    if find(folder) is None:
+        why = f"there is no {NAME} in it" if folder.is_dir() else "there is no such folder"
         raise UserError(f"no checkpoint in {folder}: {why}")
+    files = candidates(folder) if name is None else [folder / name]
+    problems: list[UserError] = []
+    for path in files:
+        try:
+            saved = _read(path)
+        except UserError as error:
+            problems.append(error)
+            continue
+        instead = f"using {path.name} of step {saved.run.get('step', 'unknown')} instead"
+        return replace(saved, notes=tuple(f"{problem}; {instead}" for problem in problems))
+    raise problems[0]
+
+
+def _read(path: Path) -> Checkpoint:
+    if not path.is_file():
+        there = ", ".join(other.name for other in candidates(path.parent))
+        raise UserError(f"no checkpoint {path}: in that folder are {there}")
     try:
+        verify(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UserError:
+        raise
     except Exception as error:  # whatever a damaged, foreign or hostile file raises, it is refused
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -100,7 +120,7 @@ def _understand(path: Path, content: Any) -> Checkpoint:
         sf_source = f"its settings do not say, and its patch projection is {'linear' if linear else 'a convolution'}"
     args = _foreign_settings(args)
     weights = {name: _to_convolution(path, state) for name, state in zip(WEIGHTS, states, strict=True)}
-    run = content.get("run", {})
+    run = content["run"] if isinstance(content.get("run"), dict) else {}
     return Checkpoint(path, weights, content.get("optimizer"), content["epoch"], args, sf_source, run)
 
 
@@ -183,28 +203,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         )
     ]
     optimizer.load_state_dict({"state": {k: v for k, v in slots.items() if v}, "param_groups": groups})
-
-
-def save(folder: str | os.PathLike, content: dict[str, Any]) -> Path:
-    """Write `content` aside, flush it to the disk, and put it in the place of the previous checkpoint.
-
-    Raises:
-        UserError: the folder cannot be written. The previous checkpoint is then still there.
-    """
-    path = Path(folder) / NAME
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"the checkpoint cannot be written to {path}: {error}") from error
-    return path

@@ -135,6 +135,12 @@ def _patient_group() -> dist.ProcessGroup:
     return _patient
 
 
+def wait_for_all(world: World) -> None:
+    """A barrier for processes that may be hours apart."""
+    if world.size > 1:
+        dist.barrier(group=_patient_group())
+
+
 def any_of(world: World, flag: bool) -> bool:
     """Whether `flag` is set on any process, the same answer on all; they may come to it hours apart."""
     if world.size == 1:

@@ -11,6 +11,10 @@ class UserError(Exception):
 
 
 class NonFiniteError(UserError):
-    """The loss or a gradient stopped being finite. No weight, average or optimizer state has taken part in it."""
+    """The loss or a gradient of `steps` was not finite. No weight, average or optimizer state has taken part in it."""
 
     everywhere = True
+
+    def __init__(self, message: str, steps: range):
+        super().__init__(message)
+        self.steps = steps

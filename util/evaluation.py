@@ -96,9 +96,7 @@ def evaluate(
     _make_blocks(denoiser, sampling, labels, image_shape, class_num, suite, world, shards, missing, times)
     made = time.perf_counter()
     if any_of(world, requested_of_any(world) is not None):
-        raise Preempted(
-            f"the evaluation has stopped; its features so far are in {shards.folder} and are not made again"
-        )
+        raise Preempted(f"stopped; the features so far are in {shards.folder}, and the same command goes on")
     waited = time.perf_counter()
     images_made = sum(len(shards.block(b)) for b in missing)
 

@@ -125,7 +125,13 @@ SECTIONS: dict[str, list[Flag]] = {
     "run": [
         Flag("output_dir", None, str, OWN, "folder of the run (default: output/<name made from the settings>)"),
         Flag("resume", None, str, OWN, "folder of a run to go on from, evaluate or sample (default: --output_dir)"),
+        Flag("checkpoint", None, str, OWN, "file in it to evaluate or sample (default: the newest)"),
         Flag("save_last_freq", 5, int, FREE, "epochs between checkpoints"),
+        Flag("save_every_steps", None, int, FREE, "also this often, in steps"),
+        Flag("save_every_minutes", 30.0, float, FREE, "also this often, in minutes"),
+        Flag("keep_last", 2, int, FREE, "newest checkpoints that stay"),
+        Flag("keep_every_epochs", None, int, FREE, "keep a checkpoint for good, this often"),
+        Flag("skip_nonfinite", 0, int, FREE, "steps in a row that may be not finite, and are skipped"),
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),

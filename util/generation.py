@@ -167,5 +167,5 @@ def generate_all(
     empty = torch.empty((0, *image_shape), dtype=torch.uint8)
     batches = [b.cpu() for b in generate(denoiser, sampling, labels, image_shape, null_class, world, may_stop)]
     if may_stop and any_of(world, requested_of_any(world) is not None):
-        raise Preempted("sampling has stopped; of its images none is kept")
+        raise Preempted("stopped before all images were there, of which none is kept; the same command makes them")
     return gather_by_index(torch.cat([empty, *batches]), len(labels), world)

@@ -4,6 +4,7 @@ Only rank 0 writes; on the other ranks every call does nothing.
 """
 
 import json
+import os
 import secrets
 import sys
 import time
@@ -38,22 +39,44 @@ def progress(items: Iterable, world: World, total: int, what: str, unit: str):
     return tqdm(items, total=total, desc=what, unit=unit, dynamic_ncols=True, leave=False) if show else items
 
 
+def _cut(path: Path, step: int) -> None:
+    """Take out what is written about steps from `step` on (counted from 0), and a line that was not written to its end.
+
+    A line about training is of the step it ends with, any other of the number of steps before it.
+    """
+    kept = []
+    for text in path.read_text().splitlines(keepends=True):
+        try:
+            line = json.loads(text)
+            redone = line["event"] != "start" and line["step"] + (line["event"] == "train") > step
+        except (ValueError, KeyError, TypeError):
+            continue
+        if not redone and text.endswith("\n"):
+            kept.append(text)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+
+
 class RunLog:
     """Log of one run.
 
     Args:
         folder: of the run; a log in it is continued, and so is its run at Weights & Biases.
         wandb: keyword arguments of wandb.init (project, entity, name, mode, config); mode "disabled" is off.
+        redone_from: training goes on at this step: lines about later ones, which will be written again, are taken out.
 
     Raises:
         UserError: Weights & Biases was asked for and cannot start.
     """
 
-    def __init__(self, folder: Path, world: World, wandb: Mapping[str, Any]):
+    def __init__(self, folder: Path, world: World, wandb: Mapping[str, Any], redone_from: int | None = None):
         self.main, self.file, self.wandb_run = world.main, None, None
         if not self.main:
             return
         self.path = folder / LOG_NAME
+        if redone_from is not None and self.path.exists():
+            _cut(self.path, redone_from)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in close)
         if wandb["mode"] != "disabled":
             self._start_wandb(folder, wandb)

@@ -22,7 +22,7 @@ def load_for_inference(given: Mapping[str, Any], what: str) -> tuple[Namespace, 
     folder = given.get("resume") or given.get("output_dir")
     if folder is None:
         raise UserError(f"--{what} needs a trained model: name its folder with --resume (RESUME in the launcher)")
-    saved = checkpoint.load(folder)
+    saved = checkpoint.load(folder, given.get("checkpoint"))
     args = config.resolve(given, saved.args, training=False)
     args.resume, args.output_dir = folder, given.get("output_dir") or folder
     return args, saved
@@ -37,6 +37,11 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
         UserError: a folder to resume without a checkpoint, flags that contradict it.
     """
     resume, output, init = given.get("resume"), given.get("output_dir"), given.get("init_from")
+    if "checkpoint" in given:
+        raise UserError(
+            "--checkpoint chooses what to evaluate or sample; training goes on from the newest one, and to go back, "
+            "put another in its place"
+        )
     if resume and init:
         raise UserError("--resume goes on with a run and --init_from starts another one: give one of the two")
     saved, bound = None, None
@@ -57,6 +62,23 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
         raise UserError(f"--start_epoch {given['start_epoch']}, but {saved.path} goes on at epoch {saved.epoch + 1}")
     args.start_epoch = saved.epoch + 1 if saved else args.start_epoch
     return args, saved
+
+
+def start_step(saved: Checkpoint | None, start_epoch: int, steps_per_epoch: int) -> int:
+    """The step, counted from 0, at which training starts; with a checkpoint of ours perhaps in the middle of an epoch.
+
+    Raises:
+        UserError: the steps of an epoch are not those that the checkpoint was made with.
+    """
+    step = saved.run.get("step") if saved else None
+    if step is None:
+        return start_epoch * steps_per_epoch
+    if step // steps_per_epoch != start_epoch or saved.run.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
+        raise UserError(
+            f"{saved.path} is of step {step} after {start_epoch} whole epochs, and an epoch now has {steps_per_epoch} "
+            "steps: the data set is another one than the run was trained on. --init_from starts a new run on it"
+        )
+    return step
 
 
 def init_notes(args: Namespace, init: Checkpoint) -> list[str]:

@@ -1,39 +1,39 @@
-"""A training run: from settings and a checkpoint to epochs with checkpoints, samples and evaluations."""
+"""A training run: from settings and a checkpoint to everything that the loop needs, and the end of it."""
 
-import time
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from denoiser import LogitNormal
-from engine_jit import Recipe, Training, build_optimizer, train_one_epoch, wrap
+from engine_jit import Recipe, Training, build_optimizer, wrap
 from util import checkpoint as ckpt
 from util import config, provenance
 from util.build import DenoiserConfig
-from util.distributed import World, agree, barrier, from_main, process_group
+from util.checkpoint_writer import CheckpointWriter
+from util.distributed import World, agree, process_group
 from util.ema import EMA
 from util.errors import UserError
-from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, report_name
-from util.generation import Sampling, setting_name
 from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
-from util.logger import LOG_NAME, RunLog, wandb_settings
-from util.preparation import autocast_dtype, build_suite, draw_grid, open_dataset, spread_labels, warn
-from util.resume import init_notes, load_for_training
+from util.logger import RunLog, wandb_settings
+from util.preparation import autocast_dtype, build_suite, open_dataset, warn
+from util.resume import init_notes, load_for_training, start_step
 from util.shards import appears
+from util.training_loop import Loop, look_is_missing
+from util.window import Window
 
 
 def run_train(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_training(given, world)
     warn(config.check(args, evaluates=args.online_eval), world)
+    warn(list(saved.notes) if saved else [], world)
     idle = [f"--{name}" for name in ("val_images", "val_freq", "val_rings") if name in given and args.val_split is None]
     warn([f"{', '.join(idle)}: no effect without --val_split"] if idle else [], world)
-    if saved and args.start_epoch >= args.epochs and not (args.online_eval and evaluation_is_missing(args)):
+    if saved and args.start_epoch >= args.epochs and not look_is_missing(args, args.start_epoch):
         run = saved.path.parent
         return (
             f"nothing to train: {args.start_epoch} of {args.epochs} epochs are done in {run}. EPOCHS={args.epochs * 2} "
@@ -66,130 +66,64 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         seed=args.seed,
         log_freq=args.log_freq,
     )
+    step = start_step(saved, args.start_epoch, recipe.steps_per_epoch)
     denoiser.to(world.device)
     emas = EMA(denoiser, args.ema_decay1), EMA(denoiser, args.ema_decay2)
     optimizer = build_optimizer(denoiser, args.weight_decay)
+    window = Window(world.device, args.skip_nonfinite)
     if saved:
         emas[0].copy_from(saved.weights["model_ema1"])
         emas[1].copy_from(saved.weights["model_ema2"])
         if saved.optimizer is None:
             raise UserError(f"{saved.path} has no optimizer state to go on with; --init_from starts from its weights")
         ckpt.load_optimizer(optimizer, saved.optimizer, saved.path)
-
+        window.load_state_dict(saved.run.get("window", {}))
         if args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
             warn([f"the cosine now ends at epoch {args.epochs} instead of {saved.args['epochs']}"], world)
+    here = saved is not None and saved.path.parent.resolve() == Path(args.output_dir).resolve()
+    whole_last = step if here and saved.path.name == ckpt.NAME else None
     source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
     del saved, init  # the file's memory and, once it is replaced, its space on the disk
 
     folder = Path(args.output_dir)
     with process_group(world):
-        agree("run", (config.run_name(args), args.start_epoch, len(dataset), held_out and len(held_out.images)), world)
+        agree("run", (config.run_name(args), step, len(dataset), held_out and len(held_out.images)), world)
         suite = build_suite(args, world, args.num_images) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
-        training = Training(denoiser, wrap(denoiser, world), optimizer, emas)
-        log = open_log(folder, args, world)
-        write_start(folder, args, shape, recipe, denoiser, world, log, source)
-        if suite is not None and not appears(config_file(folder, args)):
+        training = Training(denoiser, wrap(denoiser, world), optimizer, emas, window)
+        log = open_log(folder, args, world, step)
+        write_start(folder, args, shape, recipe, denoiser, world, log, source, step)
+        if suite is not None and not appears(config_file(folder, step)):
             raise UserError(f"{folder} must be a folder that all processes share, or set ONLINE_EVAL=0")
+        writer = CheckpointWriter(folder, args.keep_last, whole_last) if world.main else None
         exit_code = 1
         try:
-            products = train(training, loader, sampler, recipe, args, shape, suite, world, log, held_out)
+            products = Loop(training, loader, sampler, recipe, args, shape, world, log, writer, suite, held_out).run(
+                step
+            )
             exit_code = 0
         finally:
+            if writer is not None:
+                writer.close()
             log.close(exit_code)
         del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
 
 
-def train(training, loader, sampler, recipe, args, shape, suite, world, log, held_out) -> dict[str, Path]:
-    """All epochs that are left. Returns what was written: name -> path."""
-    folder = Path(args.output_dir)
-    products = {"checkpoint": folder / ckpt.NAME, "log": folder / LOG_NAME}
-    if suite is not None and from_main(world, lambda: evaluation_is_missing(args)):
-        log.say(f"the evaluation after epoch {args.start_epoch} was due and has no report: it is completed first")
-        products |= look(training, args.start_epoch - 1, recipe, args, shape, suite, world, log)
-    for epoch in range(args.start_epoch, args.epochs):
-        start = time.perf_counter()
-        sampler.set_epoch(epoch)
-        train_one_epoch(training, loader, epoch, recipe, world, log)
-        last = epoch + 1 == args.epochs
-        log.say(f"epoch {epoch + 1}/{args.epochs} done in {time.perf_counter() - start:.1f} s")
-        looks = look_is_due(epoch, args)
-        # An evaluation needs the checkpoint too: with it, it can be completed after an interruption.
-        if last or (epoch + 1) % args.save_last_freq == 0 or (looks and suite is not None):
-            if world.main:
-                save(training, epoch, (epoch + 1) * recipe.steps_per_epoch, args, log)
-            barrier(world)
-        if held_out and (last or (epoch + 1) % args.val_freq == 0):
-            held_out.record(training, epoch, recipe, world, log)
-        if looks:
-            products |= look(training, epoch, recipe, args, shape, suite, world, log)
-    return products
-
-
-def look_is_due(epoch: int, args: Namespace) -> bool:
-    return epoch + 1 == args.epochs or (epoch + 1) % args.eval_freq == 0
-
-
-def evaluation_is_missing(args: Namespace) -> bool:
-    """Whether the run was interrupted between the checkpoint that it goes on from and that epoch's report."""
-    epoch, folder = args.start_epoch - 1, Path(args.output_dir)
-    if epoch < 0 or not look_is_due(epoch, args) or not ckpt.find(folder):
-        return False
-    name = report_name(epoch, args.ema, Sampling.from_args(args), args.num_images)
-    return not (folder / "eval" / f"{name}.json").is_file()
-
-
-def save(training: Training, epoch: int, step: int, args: Namespace, log: RunLog) -> None:
-    denoiser, (ema1, ema2) = training.denoiser, training.emas
-    content = {
-        "model": denoiser.state_dict(),
-        "model_ema1": ema1.state_dict(denoiser),
-        "model_ema2": ema2.state_dict(denoiser),
-        "optimizer": training.optimizer.state_dict(),
-        "epoch": epoch,
-        "args": args,
-        "run": {"step": step, "commit": provenance.commit(), "versions": provenance.versions()},
-    }
-    path = ckpt.save(args.output_dir, content)
-    log.say(f"saved {path} (epoch {epoch + 1})")
-
-
-def look(training, epoch, recipe, args, shape, suite, world, log) -> dict[str, Path]:
-    """A grid of samples and, with --online_eval, the metrics, of the weights that --ema names."""
-    denoiser, folder, step = training.denoiser, Path(args.output_dir), (epoch + 1) * recipe.steps_per_epoch
-    averages = {"ema1": training.emas[0], "ema2": training.emas[1]}.get(args.ema)
-    sampling = Sampling.from_args(args)
-    grid = folder / "samples" / f"{setting_name(epoch, args.ema, sampling)}.png"
-    products = {"samples": grid}
-    with averages.applied_to(denoiser) if averages else nullcontext():
-        labels = spread_labels(args.wandb_num_vis, args.class_num)
-        draw_grid(denoiser, shape, args, labels, world, grid, f"{args.model}  epoch {epoch + 1}  cfg {args.cfg:g}")
-        log.image("samples", step, grid)
-        if suite is not None:
-            subject = Subject(denoiser, shape, args.ema, epoch, folder / ckpt.NAME)
-            report, products["metrics"] = evaluate_and_write(
-                subject, sampling, args.num_images, suite, folder / "eval", world, keep_features=args.keep_features
-            )
-            log.record("eval", step, loggable(report))
-            log.say(f"epoch {epoch + 1}: {metric_line(report)}  ({args.num_images} images)")
-    return products
-
-
-def open_log(folder: Path, args: Namespace, world: World) -> RunLog:
+def open_log(folder: Path, args: Namespace, world: World, step: int) -> RunLog:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return RunLog(folder, world, wandb_settings(args, config.run_name(args)))
+        return RunLog(folder, world, wandb_settings(args, config.run_name(args)), redone_from=step)
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written: {error}") from error
 
 
-def config_file(folder: Path, args: Namespace) -> Path:
+def config_file(folder: Path, step: int) -> Path:
     """The resolved configuration of a start of the run."""
-    return folder / ("config.json" if args.start_epoch == 0 else f"config-from-epoch{args.start_epoch + 1:04d}.json")
+    return folder / ("config.json" if step == 0 else f"config-from-step{step:09d}.json")
 
 
-def write_start(folder, args, shape, recipe, denoiser, world, log, source) -> None:
+def write_start(folder, args, shape, recipe, denoiser, world, log, source, step) -> None:
     """The resolved configuration, to a file and to the terminal."""
     if not world.main:
         return
@@ -203,17 +137,19 @@ def write_start(folder, args, shape, recipe, denoiser, world, log, source) -> No
         "spectral_forcing": shape.describe_operator(),
         "started_from": source or "fresh weights",
     }
-    path = config_file(folder, args)
+    within = step % recipe.steps_per_epoch
+    at = f" (from its step {within + 1})" if within else ""
+    path = config_file(folder, step)
     content = {"args": vars(args), "resolved": resolved, **provenance.provenance(world.device)}
     provenance.write_json(path, content)
-    log.record("start", args.start_epoch * recipe.steps_per_epoch, resolved)
+    log.record("start", step, resolved)
     log.say(
         f"{args.model} at {args.img_size} px, {parameters:,} parameters, on {world.size} x {world.device.type}"
         f"{f', {source}' if source else ''}\n"
         f"  Spectral Forcing {shape.describe_operator()}\n"
         f"  global batch {args.global_batch} = {args.batch_size} x {world.size} processes x {args.accum_iter} passes, "
         f"learning rate {recipe.peak_lr:.3g}, {recipe.steps_per_epoch} steps an epoch\n"
-        f"  epochs {args.start_epoch + 1} to {args.epochs}, in {folder} ({path.name})\n"
+        f"  epochs {args.start_epoch + 1}{at} to {args.epochs}, in {folder} ({path.name})\n"
         f"settings that differ from the defaults:\n{config.describe(args)}"
     )
 

@@ -1,0 +1,241 @@
+"""A run that is interrupted anywhere, and started again, is the run that was never interrupted, to the bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine_jit
+import main_jit
+from tests.conftest import FEW, arguments, raw, read_log, register, state_differences, train
+from util import preemption, training_loop
+from util.checkpoint import NAME
+from util.logger import LOG_NAME, _cut
+from util.window import Window
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+STEPS = FEW // 8  # an epoch of 5 steps
+RUN = {"epochs": 3, "batch_size": 8, "log_freq": 3, "val_split": "0.2", "val_images": 8, "eval_freq": 2}
+EPOCH = 4  # steps of an epoch of RUN, which holds out a fifth
+
+
+class Killed(BaseException):
+    """Nobody handles it: it stands for the end of the process."""
+
+
+def kill_at(monkeypatch, step):
+    real = engine_jit.draw
+
+    def draw(seed, at, *args):
+        if at == step:
+            raise Killed
+        return real(seed, at, *args)
+
+    monkeypatch.setattr(engine_jit, "draw", draw)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"), **RUN)
+
+
+def numbers(folder):
+    """The log, without clocks."""
+    return [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder, event)]
+        for event in ("train", "val")
+    ]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_in_the_middle_of_epochs_again_and_again(whole, tmp_path, every, workers):
+    settings = {**RUN, "save_every_steps": every, "num_workers": workers}
+    for step in (2, 5, 6, 10):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, step)
+            train(tmp_path, **settings)
+        assert raw(tmp_path)["run"]["step"] == step - step % every if step >= every else not (tmp_path / NAME).exists()
+    train(tmp_path, **settings)
+    assert state_differences(whole, tmp_path) == []
+    assert numbers(whole) == numbers(tmp_path)
+    for grid in (whole / "samples").iterdir():
+        assert grid.read_bytes() == (tmp_path / "samples" / grid.name).read_bytes()
+
+
+def test_a_stop_that_was_asked_for_saves_and_says_where(whole, tmp_path, capsys, monkeypatch):
+    """At each step once: in the middle of an epoch, at its end, before and after looks."""
+    starts = 0
+    while not (tmp_path / NAME).exists() or raw(tmp_path)["run"]["step"] < RUN["epochs"] * EPOCH:
+        with monkeypatch.context() as patch:
+            patch.setattr(preemption, "requested", lambda: "SIGUSR1")
+            train(tmp_path, code=preemption.EXIT_CODE, **RUN)
+        starts += 1
+        assert raw(tmp_path)["run"]["step"] == starts
+        said = capsys.readouterr()
+        assert f"stopped by SIGUSR1 after step {starts} of 12" in said.out + said.err
+    train(tmp_path, **RUN)
+    assert starts == 12
+    assert state_differences(whole, tmp_path) == []
+    assert numbers(whole) == numbers(tmp_path)
+    assert sorted(p.name for p in (whole / "samples").iterdir()) == sorted(
+        p.name for p in (tmp_path / "samples").iterdir()
+    )
+
+
+def test_a_look_that_is_missing_is_made_up(whole, tmp_path, monkeypatch):
+    """Killed between the checkpoint after epoch 2 and its grid of samples."""
+    grid = "samples/epoch0002-ema1-heun2-cfg2.9.png"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training_loop.Loop, "_look", lambda self, epoch: (_ for _ in ()).throw(Killed))
+        train(tmp_path, **RUN)
+    assert raw(tmp_path)["epoch"] == 1 and not (tmp_path / grid).exists()
+    train(tmp_path, **RUN)
+    assert (tmp_path / grid).read_bytes() == (whole / grid).read_bytes()
+    assert state_differences(whole, tmp_path) == [] and numbers(whole) == numbers(tmp_path)
+
+
+def test_minutes_save_as_well(tmp_path):
+    train(tmp_path, **{**RUN, "save_every_minutes": 0})
+    assert [line["step"] for line in read_log(tmp_path, "save")] == list(range(1, 13))
+    for line in read_log(tmp_path, "save"):
+        assert 0 <= line["blocked_s"] <= line["seconds"] and line["bytes"] > 1000
+
+
+def test_a_data_set_of_another_size_is_refused(tmp_path, capsys):
+    train(tmp_path, **{**RUN, "epochs": 1})
+    content = raw(tmp_path)
+    content["run"] |= {"step": 3 * EPOCH + 1, "steps_per_epoch": 3 * EPOCH}
+    torch.save(content, tmp_path / NAME)
+    train(tmp_path, code=2, **RUN)
+    assert "13 after 1 whole epochs, and an epoch now has 4 steps" in capsys.readouterr().err
+
+
+# --- the log --------------------------------------------------------------------------------------------------------
+
+
+def test_what_will_be_written_again_is_taken_out(tmp_path):
+    path = tmp_path / LOG_NAME
+    lines = [
+        {"event": "start", "step": 0},
+        {"event": "train", "step": 3},
+        {"event": "val", "step": 4},
+        {"event": "train", "step": 4},
+        {"event": "eval", "step": 5},
+        {"event": "start", "step": 9},
+    ]
+    text = [json.dumps(line) + "\n" for line in lines]
+    path.write_text("".join(text) + '{"event": "train", "st')
+    _cut(path, 4)
+    assert path.read_text() == "".join(text[i] for i in (0, 1, 2, 5))
+    path.write_text("".join(text[:2])[:-1])  # whole as JSON, and yet not written to its end
+    _cut(path, 4)
+    assert path.read_text() == text[0]
+
+
+def test_window_goes_on_in_its_middle():
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(7, generator=generator)
+    one, two = Window(torch.device("cpu"), 2), Window(torch.device("cpu"), 2)
+    for step, loss in enumerate(losses):
+        bad = torch.tensor(float(step in (3, 4)))
+        one.add(step, loss if not bad else torch.tensor(float("nan")), bad, 1)
+        if step == 3:
+            state = json.loads(json.dumps(one.state_dict()))
+    two.load_state_dict(state)
+    for step in range(4, 7):
+        two.add(step, losses[step], torch.tensor(float(step == 4)), 1)
+    a, b = one.read(), two.read()
+    assert a["loss"] == b["loss"] and a["skipped"] == b["skipped"] == 2
+    assert one.too_many() is None and two.too_many() is None
+
+
+# --- kill -9 --------------------------------------------------------------------------------------------------------
+
+
+def spawn(folder: Path, **changes) -> subprocess.Popen:
+    """A run of its own process, in which saving is slow enough that kills also fall into it."""
+    settings = arguments(output_dir=folder, **{**RUN, "save_every_steps": 1, **changes})
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.test_resume", *settings],
+        cwd=Path(main_jit.__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def inject(folder: Path, kills: int, seed: int, **changes) -> list[str]:
+    """Kill a run `kills` times at random moments of its life, and let it end. Returns what each kill fell into."""
+    chance, what = random.Random(seed), []
+    for i in range(kills):
+        process = spawn(folder, **changes)
+        begun = (folder / "begun").stat().st_mtime_ns if (folder / "begun").exists() else 0
+        while not (folder / "begun").exists() or (folder / "begun").stat().st_mtime_ns == begun:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.25))
+        if i % 4 == 3:  # every fourth one inside a save
+            deadline = time.monotonic() + 20
+            while not (folder / "checkpoint-last.tmp").exists() and time.monotonic() < deadline:
+                if process.poll() is not None:
+                    break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        inside = (folder / "checkpoint-last.tmp").exists()
+        what.append("done" if process.returncode == 0 else "save" if inside else "elsewhere")
+    process = spawn(folder, **changes)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, error
+    return what
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    """The promise of docs/reliability.md: killed (-9) at 20 random moments, some inside a save: 0 differences."""
+    settings = {"epochs": 40}
+    whole = spawn(tmp_path / "whole", **settings)
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    what = inject(folder, 20, seed=0, **settings)
+    print(what)
+    assert what.count("done") == 0 and what.count("save") >= 3, what
+    assert state_differences(tmp_path / "whole", folder) == []
+    assert numbers(tmp_path / "whole") == numbers(folder)
+
+
+def test_killed_outright(whole, tmp_path):
+    what = inject(tmp_path, 2, seed=1)
+    assert len(what) == 2
+    assert state_differences(whole, tmp_path) == [] and numbers(whole) == numbers(tmp_path)
+
+
+if __name__ == "__main__":
+    from util import checkpoint_folder
+
+    def slow_save(content, file, save=torch.save):
+        save(content, file)
+        file.flush()
+        time.sleep(0.02)  # so that a kill can fall between the parts of a save
+
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        patch.setattr(checkpoint_folder.torch, "save", slow_save)
+        real = training_loop.Loop.run
+
+        def begin(self, step):
+            (self.folder / "begun").touch()
+            return real(self, step)
+
+        patch.setattr(training_loop.Loop, "run", begin)
+        sys.exit(main_jit.main(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""Checkpoints beside training: it waits for the copy to host memory, a thread does the rest."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util import checkpoint_folder
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is on the disk.
+
+    Attributes:
+        path, step: of it.
+        blocked, seconds: for how long training waited, and how long it took in all.
+        num_bytes: its size.
+    """
+
+    path: Path
+    step: int
+    blocked: float
+    seconds: float
+    num_bytes: int
+
+
+class HostCopy:
+    """Copies of nested dicts, lists and tuples in host memory, where the tensors keep their place from call to call."""
+
+    def __init__(self):
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def __call__(self, content: Any) -> Any:
+        copied = self._copy(content, ())
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the copies from the device have been started only
+        return copied
+
+    def _copy(self, content: Any, place: tuple) -> Any:
+        if isinstance(content, Tensor):
+            content = content.detach()
+            buffer = self._buffers.get(place)
+            if buffer is None or buffer.shape != content.shape or buffer.dtype != content.dtype:
+                buffer = torch.empty_like(content, device="cpu", pin_memory=content.is_cuda)
+                self._buffers[place] = buffer
+            return buffer.copy_(content, non_blocking=True)
+        if isinstance(content, dict):
+            return {key: self._copy(value, (*place, key)) for key, value in content.items()}
+        if isinstance(content, (list, tuple)):
+            return type(content)(self._copy(value, (*place, i)) for i, value in enumerate(content))
+        return content
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one after the other. For rank 0 alone.
+
+    Args:
+        folder: of the run.
+        keep_last: how many of the newest stay, at least 1.
+        last_step: the step of the whole checkpoint that is `checkpoint-last.pth` in the folder now; None if none is.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, last_step: int | None):
+        self.folder, self.keep_last, self.last_step = folder, keep_last, last_step
+        self._copy = HostCopy()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Written] | None = None
+        self._done: list[Written] = []
+
+    def save(self, content: dict[str, Any], step: int, keep_as_epoch: int | None = None) -> None:
+        """Copy `content` and begin to write it; wait first where the one before is not on the disk yet.
+
+        Args:
+            keep_as_epoch: keep it for good, as the one after this epoch (counted from 0).
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        start = time.perf_counter()
+        self.wait()
+        copied = self._copy(content)
+        blocked = time.perf_counter() - start
+        self._writing = self._thread.submit(self._write, copied, step, keep_as_epoch, start, blocked)
+
+    def _write(self, content, step, keep_as_epoch, start, blocked) -> Written:
+        keep_previous = self.last_step if self.keep_last > 1 else None
+        path = checkpoint_folder.save(self.folder, content, keep_previous)
+        self.last_step = step
+        if keep_as_epoch is not None:
+            checkpoint_folder.keep(self.folder, keep_as_epoch)
+        checkpoint_folder.prune(self.folder, self.keep_last, step)
+        return Written(path, step, blocked, time.perf_counter() - start, path.stat().st_size)
+
+    def finished(self) -> list[Written]:
+        """Those that came to be on the disk since the last call; does not wait.
+
+        Raises:
+            UserError: one could not be written.
+        """
+        if self._writing is not None and self._writing.done():
+            self.wait()
+        done, self._done = self._done, []
+        return done
+
+    def wait(self) -> None:
+        """Until everything is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._done.append(writing.result())
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever becomes of it, and end the thread."""
+        self._thread.shutdown()
