@@ -69,11 +69,12 @@ stop() {
 
 # requeue: once a job, whichever of its launchers is outermost.
 requeue() {
-    local job
+    local state
     if [[ ${REQUEUE:-0} != 1 || $code != 75 ]]; then return; fi
-    job=$(scontrol show job "$SLURM_JOB_ID" --oneliner) || true
-    if [[ $job != *' JobState=RUNNING '* ]]; then  # cancelled, or SLURM requeues it
-        say "job $SLURM_JOB_ID is not requeued: it is no longer running by itself"
+    state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' JobState=[A-Z_]*') || true
+    state=${state#*=}
+    if [[ $state != RUNNING && $state != TIMEOUT ]]; then  # CANCELLED is meant, and PREEMPTED is SLURM's to requeue
+        say "job $SLURM_JOB_ID is not requeued: its state is ${state:-unknown}"
         return
     fi
     say "job $SLURM_JOB_ID is requeued and goes on from its checkpoint"
