@@ -129,6 +129,7 @@ UNBOUND = {
     "num_images": 10000,
     "gen_bsz": 7,
     "save_last_freq": 2,
+    "on_bad_image": "skip",
     "save_every_steps": 100,
     "save_every_minutes": 5.0,
     "keep_last": 3,

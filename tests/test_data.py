@@ -327,7 +327,7 @@ def test_loader_order_does_not_depend_on_workers():
 
 
 class WorkerState(torch.utils.data.Dataset):
-    in_memory = False
+    in_memory, replaced = False, None
 
     def __len__(self):
         return 2

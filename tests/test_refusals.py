@@ -64,7 +64,7 @@ def test_data_that_is_missing(here, refuses):
     (here / "empty").mkdir()
     refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "is empty")
     (here / "empty" / "train").mkdir()
-    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "cannot list")
+    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "hold no image")
     images(here / "data", "a", "b")
     (here / "data" / "train" / "c").mkdir()
     refuses(arguments(output_dir="out", dataset="imagefolder", class_num=3, data_path="data"), "class folders")

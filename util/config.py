@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from model_jit import JiT_models
-from util.data import KNOWN
+from util.data import IN_MEMORY, KNOWN
 from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 
-NEWER = ("val_split",)  # flags that are newer than names of runs: at their defaults they are no part of one
+NEWER = ("val_split",)  # newer than names of runs: at their defaults they are no part of one
 NEEDED_BY = {
     "sample": ("labels", "num_per_class"),
     "evaluate_gen": ("keep_features",),
@@ -118,6 +118,8 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
         warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
     if sf and args.dct_fixed_scale != DEFAULTS["dct_fixed_scale"] and not args.disable_dct_scale_schedule:
         warnings.append("--dct_fixed_scale has no effect without --disable_dct_scale_schedule")
+    if args.on_bad_image != DEFAULTS["on_bad_image"] and args.dataset in IN_MEMORY:
+        warnings.append(f"--on_bad_image has no effect on {args.dataset}, whose images are not read from files")
     return warnings
 
 

@@ -11,15 +11,25 @@ uint8 (3, H, W) in 0..255 with its label, an int in 0..num_classes-1; a loader g
 
 import os
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.errors import UserError
+
+if TYPE_CHECKING:
+    from util.bad_images import Replaced
+
+MAX_PIXELS = 2**28  # of an image, as read and as enlarged: 16384 x 16384, 1 GiB in PIL, which uses 4 bytes per pixel
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # PIL's own check, on the header; its default warns at a third of that
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -34,6 +44,7 @@ class Known:
 
 KNOWN = {"imagefolder": Known(256, 1000), "cifar10": Known(32, 10), "digits": Known(32, 10)}
 DATASETS = tuple(KNOWN)
+IN_MEMORY = ("cifar10", "digits")
 DEFAULT_DATA_PATH = {"imagefolder": None, "cifar10": str(REPOSITORY / "data" / "cifar10"), "digits": None}
 
 
@@ -45,7 +56,14 @@ class DataError(UserError):
     """
 
     def __init__(self, message: str):
-        super().__init__(message.rpartition(f"{DataError.__module__}.DataError: ")[2].strip())
+        kind = type(self)
+        super().__init__(message.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
+
+
+class BadImage(DataError):
+    """What one file holds is no image that can be used. reason: why, without the name of the file."""
+
+    reason = ""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -53,7 +71,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip values above 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8  # (H, W)
+        grey = np.asarray(image).clip(0, 65535) >> 8  # (H, W)
         image = Image.fromarray(grey.astype(np.uint8))
     elif image.mode == "F":
         raise DataError("floating-point images have no agreed range; expected 8 or 16 bits per channel.")
@@ -66,17 +84,65 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's centre crop: (size, size, 3) uint8 from a PIL image of any size and mode.
 
     Halve with BOX while the short side is at least 2*size, then BICUBIC so that the short side is `size`, then cut
-    out the centre. An image that already has the size comes back unchanged to the bit. DataError for mode F.
+    out the centre. An image that already has the size comes back unchanged to the bit. DataError for mode F, and for
+    an image so narrow that the second step would make more than MAX_PIXELS.
     Source: Dhariwal and Nichol 2021, guided-diffusion, image_datasets.py.
     """
     image = _to_rgb(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"with {image.width} x {image.height} pixels it is too narrow: enlarged to a short side of {size} it would "
+            f"have {width} x {height}, and at most {MAX_PIXELS} pixels are made."
+        )
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     array = np.asarray(image)  # (height, width, 3)
     top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
     return array[top : top + size, left : left + size].copy()  # (size, size, 3)
+
+
+def read_crop(path: str, size: int) -> np.ndarray:
+    """The centre crop (size, size, 3) uint8 of an image file, of the first frame where there are several.
+
+    The whole file is read before PIL sees it, so that errors of the file system are told from those of the content.
+
+    Raises:
+        BadImage: the content is no image, a damaged one, one with more than MAX_PIXELS, or not to be had as RGB.
+        DataError: the file system did not give the content: a disk that is away, permissions, too many open files.
+    """
+    try:
+        with open(path, "rb") as file:
+            too_large = os.fstat(file.fileno()).st_size > MAX_BYTES
+            content = b"" if too_large else file.read()
+    except OSError as e:
+        raise DataError(
+            f"cannot read the file {path}: {e.strerror or e}. The file system says so, which is no bad image, and "
+            "no other takes its place: check the disk, permissions and limits, and start again."
+        ) from None
+    try:
+        if too_large:
+            raise DataError(f"the file has more than {MAX_BYTES} bytes.")
+        with Image.open(BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}.")
+            return center_crop(image, size)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        reason = "PIL knows no such format" if content else "the file is empty"
+    except DataError as e:
+        reason = str(e).rstrip(".")
+    except Exception as e:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error, ... on bad files
+        reason = f"{str(e).rstrip('.')} ({type(e).__name__})"
+    error = BadImage(
+        f"cannot read image {path}: {reason}. Expected a whole image file; replace it or remove it "
+        "(training can also go on without it: --on_bad_image skip)."
+    )
+    error.reason = reason
+    raise error
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -95,12 +161,14 @@ class Images(Dataset):
     """Map-style dataset: item i is (image uint8 (3, H, W), label int), always the same for the same i.
 
     name; img_size in pixels; class_names in label order; labels (N,) int64; in_memory: reading an item opens no file;
-    flip: a mirrored image is as good an example of its class.
+    flip: a mirrored image is as good an example of its class; replaced: where a loader notes the bad images that it
+    replaces, None where a bad image is an error.
     """
 
     name: str
     in_memory: bool
     flip = True
+    replaced: "Replaced | None" = None
 
     def __init__(self, img_size: int, class_names: list[str], labels: np.ndarray):
         if img_size < 1:
@@ -137,9 +205,10 @@ class ImageFolderImages(Images):
     """A folder of class folders of image files, each read, centre-cropped and converted to RGB when it is asked for.
 
     data_path: holds `train/` (and `val/` or `test/`), or is the training folder itself. split: 'train' or 'val'.
-    Labels number the class folders in sorted order (torchvision's ImageFolder). DataError, naming the path, for
-    a missing path, no class folders, an empty class folder, classes that differ between the splits, and, when an item
-    is asked for, for a file that cannot be read.
+    Labels number the class folders in sorted order (torchvision's ImageFolder). What EXIF says about orientation is
+    ignored, as ADM does. DataError, naming the path, for a missing path, no class folders, class folders without
+    images (all of them), classes that differ between the splits, and, when an item is asked for, for a file that
+    cannot be read (`read_crop`).
     """
 
     name, in_memory = "imagefolder", False
@@ -159,13 +228,17 @@ class ImageFolderImages(Images):
             if not _class_folders(self.folder):
                 what = "holds files but no class folders" if any(self.folder.iterdir()) else "is empty"
                 raise DataError(f"{self.folder} {what}. {layout}; one class is one folder as well.")
-            listing = ImageFolder(self.folder)
-        except OSError as e:  # an empty class folder, or one that may not be read
+            listing = ImageFolder(self.folder, allow_empty=True)
+        except OSError as e:
+            raise DataError(f"cannot list the {split} images below {root}: {e}. Check permissions.") from None
+        labels = np.array(listing.targets, dtype=np.int64)
+        if hollow := np.flatnonzero(np.bincount(labels, minlength=len(listing.classes)) == 0).tolist():
             raise DataError(
-                f"cannot list the {split} images below {root}: {e} Fill or remove empty class folders, "
-                "and check permissions."
-            ) from None
-        super().__init__(img_size, listing.classes, np.array(listing.targets, dtype=np.int64))
+                f"{len(hollow)} of the {len(listing.classes)} class folders in {self.folder} hold no image: "
+                f"{', '.join(listing.classes[label] for label in hollow)}. Fill or remove them, and check permissions; "
+                f"the files must end in {', '.join(IMG_EXTENSIONS)}."
+            )
+        super().__init__(img_size, listing.classes, labels)
         if split == "val" and (theirs := _class_folders(_split_folder(root, "train"))) != listing.classes:
             odd = sorted(set(theirs) ^ set(listing.classes))
             raise DataError(
@@ -180,17 +253,7 @@ class ImageFolderImages(Images):
         return os.path.join(self.folder, os.fsdecode(bytes(self._paths[i])))
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        try:
-            with Image.open(self.path(i)) as image:
-                array = center_crop(image, self.img_size)  # (H, W, 3)
-        except MemoryError:
-            raise
-        except Exception as e:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error, ... on bad files
-            raise DataError(
-                f"cannot read image {self.path(i)}: {e} ({type(e).__name__}). Expected a whole image file "
-                "in a format that PIL reads; replace the file or remove it."
-            ) from None
-        return _to_tensor(array), int(self.labels[i])
+        return _to_tensor(read_crop(self.path(i), self.img_size)), int(self.labels[i])
 
 
 class Cifar10(Images):

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from denoiser import Denoiser, LogitNormal
 from sampler import SOLVERS
 from spectral_forcing import SpectralForcing
+from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
 from util.errors import UserError
 
@@ -70,6 +71,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("dataset", "imagefolder", str, TRAINING, "what to learn", DATASETS),
         Flag("data_path", None, str, FREE, "folder with train/, or train/ itself (cifar10: data/cifar10)"),
         Flag("flip", None, argparse.BooleanOptionalAction, TRAINING, "mirror at random (default: but for digits)"),
+        Flag("on_bad_image", "error", str, FREE, "skip: another image of its class, and a log line", ON_BAD_IMAGE),
         Flag("num_workers", None, int, OWN, "loader processes (default: up to 12; none for data in memory)"),
     ],
     "held-out loss (util/held_out.py)": [

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from denoiser import Denoiser, LogitNormal
 from util import rng
+from util.bad_images import report as report_bad_images
 from util.data import DataError, Images, build_dataset, to_float
 from util.distributed import World, all_reduce_mean, share
 from util.ema import EMA
@@ -51,7 +52,10 @@ class Part(Images):
     def __init__(self, whole: Images, numbers: np.ndarray):
         super().__init__(whole.img_size, whole.class_names, whole.labels[numbers])
         self.name, self.in_memory, self.flip = whole.name, whole.in_memory, whole.flip
-        self.whole, self.numbers = whole, numbers
+        self.replaced, self.whole, self.numbers = whole.replaced, whole, numbers
+
+    def path(self, i: int) -> str:
+        return self.whole.path(int(self.numbers[i]))
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.whole[int(self.numbers[i])]
@@ -108,6 +112,7 @@ def hold_out(
             ) from error
         if len(whole) == 0:
             raise UserError(f"--val_split {split}: there are no images in that split")
+        whole.replaced = dataset.replaced
         numbers = random_order(len(whole), args.seed)
     else:
         if saved is not None and saved.get("val_split") != args.val_split:
@@ -213,7 +218,9 @@ class HeldOut:
         values = loss.values(recipe.density)
         seconds = time.perf_counter() - start
         about = {"epoch": epoch, "num_images": len(self.images), "seconds": round(seconds, 3)}
-        log.record("val", (epoch + 1) * recipe.steps_per_epoch, {**about, **values})
+        step = (epoch + 1) * recipe.steps_per_epoch
+        report_bad_images(self.images.replaced, world, log, step)
+        log.record("val", step, {**about, **values})
         text = "  ".join(f"{name} {values[f'loss_{name}']:.4f}" for name in WEIGHTS)
         log.say(
             f"epoch {epoch + 1}/{recipe.epochs}: held-out loss {text}  ({len(self.images)} images, {seconds:.1f} s)"

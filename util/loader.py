@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from util import preemption
+from util.bad_images import Replacing, collate
 from util.data import DataError, Images
 
 MAX_WORKERS = 12
@@ -102,18 +103,29 @@ def _end_when_told() -> None:
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader that ends its workers at once when one of them fails, and starts new ones if iterated over again.
+    """A DataLoader over images that notes in `replaced` the bad ones for which it gave others (None: it gives none).
 
+    It ends its workers at once when one of them fails, and starts new ones if iterated over again.
     Left to the garbage collector, as the iterator is when a worker's exception has been raised through it, that takes
     torch 2.11 a time-out of 5 s per worker.
     """
+
+    def __init__(self, images: Images, **options):
+        self.replaced = images.replaced
+        if self.replaced is None:
+            super().__init__(images, **options)
+        else:
+            super().__init__(Replacing(images), collate_fn=collate, **options)
 
     def __iter__(self) -> Iterator:
         return self._guarded(super().__iter__())
 
     def _guarded(self, batches: Iterator) -> Iterator:
         try:
-            yield from batches
+            for x, y, *replacements in batches:
+                for replacement in replacements:
+                    self.replaced.add(replacement)
+                yield x, y
         except Exception:
             if self.num_workers > 0:
                 self._iterator = None

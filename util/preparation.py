@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from denoiser import Denoiser
+from util.bad_images import Replaced
 from util.build import DenoiserConfig
 from util.data import Images, build_dataset
 from util.distributed import World, everywhere_or_nowhere
@@ -23,12 +24,15 @@ def autocast_dtype(args: Namespace, world: World) -> torch.dtype | None:
 
 
 def open_dataset(args: Namespace) -> Images:
+    """The training images. With --on_bad_image skip, loaders replace bad ones, and note it in their `replaced`."""
     dataset = build_dataset(args.dataset, args.data_path, args.img_size)
     if dataset.num_classes != args.class_num:
         raise UserError(
             f"{args.data_path or args.dataset} has {dataset.num_classes} classes and --class_num is {args.class_num}; "
             f"--class_num {dataset.num_classes} is for a new run on it"
         )
+    skips = args.on_bad_image == "skip" and not dataset.in_memory
+    dataset.replaced = Replaced(len(dataset)) if skips else None
     return dataset
 
 

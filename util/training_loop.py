@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 
 from denoiser import draw
 from engine_jit import Recipe, Training, stop_if_non_finite, train_one_epoch
+from util import bad_images, preemption, provenance
 from util import checkpoint as ckpt
-from util import preemption, provenance
 from util.build import DenoiserConfig
 from util.checkpoint_writer import CheckpointWriter
+from util.data import Images
 from util.distributed import World, from_main, wait_for_all
 from util.errors import NonFiniteError
 from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, report_name
@@ -35,6 +36,7 @@ class Loop:
     """A run in progress. `writer` is there on rank 0 alone, `suite` with --online_eval, `held_out` with --val_split."""
 
     training: Training
+    images: Images
     loader: DataLoader
     sampler: GlobalBatchSampler
     recipe: Recipe
@@ -75,14 +77,16 @@ class Loop:
                 )
             except NonFiniteError as error:
                 raise self._with_its_batches(error) from None
+            self._report_bad_images()
             self.log.say(f"epoch {epoch + 1}/{self.args.epochs} done in {time.perf_counter() - start:.1f} s")
             self._end_epoch(epoch)
-        self._finish_writing()
         return self.products
 
     def _after_step(self, step: int) -> None:
         self.step = step
         self._tell_what_is_written()
+        if step % self.args.log_freq == 0:
+            self._report_bad_images()
         minutes = (time.monotonic() - self.saved_at) / 60
         decided = self.votes(
             {
@@ -114,9 +118,13 @@ class Loop:
             self._finish_writing()
             self._look(epoch)
 
+    def _report_bad_images(self) -> None:
+        bad_images.report(self.loader.replaced, self.world, self.log, self.step)
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, keep_as_epoch: int | None = None) -> None:
+        self._report_bad_images()
         stop_if_non_finite(self.training.window, self.recipe)
         self.save_is_due, self.saved_at = False, time.monotonic()
         if self.writer is not None:
@@ -154,18 +162,19 @@ class Loop:
 
     def _batch(self, step: int) -> dict[str, Any]:
         """What the global batch of a step was made of, in the order of its positions."""
-        recipe, dataset = self.recipe, self.loader.dataset
+        recipe, images = self.recipe, self.images
         epoch, within = divmod(step, recipe.steps_per_epoch)
         self.sampler.set_epoch(epoch)
         size = self.sampler.global_batch
         index = self.sampler.permutation()[within * size : (within + 1) * size]
-        labels = torch.from_numpy(np.asarray(dataset.labels)[index])
+        labels = torch.from_numpy(np.asarray(images.labels)[index])
         d = draw(
             *(recipe.seed, step, torch.arange(size), labels, (1, 1, 1)),
             *(recipe.density, recipe.label_drop_prob, recipe.null_class),
         )
         about = {"step": step, "epoch": epoch, "lr": recipe.lr(step), "index": index.tolist(), "t": d.t.tolist()}
-        return {**about, "label": labels.tolist(), "label_after_drop": d.y.tolist()}
+        about |= {"label": labels.tolist(), "label_after_drop": d.y.tolist()}
+        return about if images.in_memory else {**about, "file": [images.path(i) for i in index]}
 
     # ---- looks ------------------------------------------------------------------------------------------------------
 

@@ -98,9 +98,9 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         writer = CheckpointWriter(folder, args.keep_last, whole_last) if world.main else None
         exit_code = 1
         try:
-            products = Loop(training, loader, sampler, recipe, args, shape, world, log, writer, suite, held_out).run(
-                step
-            )
+            products = Loop(
+                training, dataset, loader, sampler, recipe, args, shape, world, log, writer, suite, held_out
+            ).run(step)
             exit_code = 0
         finally:
             if writer is not None:
