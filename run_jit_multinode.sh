@@ -302,7 +302,11 @@ else
             ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"})
     fi
 fi
-if [[ -n ${MAX_RESTARTS:-} ]]; then rendezvous+=(--max_restarts="$MAX_RESTARTS"); fi
+if [[ -n ${MAX_RESTARTS:-} ]]; then
+    rendezvous+=(--max_restarts="$MAX_RESTARTS")
+    # torch 2.11 otherwise gives the processes of a restart the store of those before, with their addresses in it.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+fi
 
 # ---- interpreter: torchrun is run as a module of it, so never another environment's ----------
 
