@@ -73,7 +73,7 @@ requeue() {
     if [[ ${REQUEUE:-0} != 1 || $code != 75 ]]; then return; fi
     state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' JobState=[A-Z_]*') || true
     state=${state#*=}
-    if [[ $state != RUNNING && $state != TIMEOUT ]]; then  # CANCELLED is meant, and PREEMPTED is SLURM's to requeue
+    if [[ $state != RUNNING ]]; then  # it was cancelled, its time is over, or SLURM itself requeues it
         say "job $SLURM_JOB_ID is not requeued: its state is ${state:-unknown}"
         return
     fi

@@ -215,10 +215,14 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def ended(self, number: str, seconds: float = 90) -> dict[str, str]:
-        """What is known of the job when it runs no more (and may wait to run again)."""
-        busy = ("RUNNING", "COMPLETING", "CONFIGURING")
-        wait_for(lambda: self.job(number)["JobState"] not in busy, seconds, step=0.5)
-        return self.job(number)
+        """What is known of the job when it runs no more, which includes that it waits to run again."""
+
+        def state() -> dict[str, str] | None:
+            job = self.job(number)
+            first = job["JobState"] == "PENDING" and job["Restarts"] == "0"
+            return None if first or job["JobState"] in ("RUNNING", "COMPLETING", "CONFIGURING") else job
+
+        return wait_for(state, seconds, step=0.5)
 
 
 @pytest.fixture(scope="module")
