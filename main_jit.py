@@ -19,7 +19,7 @@ from typing import Any
 
 from denoiser import Denoiser
 from util import checkpoint as ckpt
-from util import config, preemption, provenance, sweep
+from util import config, preemption, provenance, sweep, watch
 from util.build import DenoiserConfig
 from util.distributed import (
     World,
@@ -67,7 +67,7 @@ def run_sample(given: Mapping[str, Any], world: World) -> str:
     what = f"labels{args.labels or 'first'}x{args.num_per_class}".replace(",", "_")
     name = f"{setting_name(saved.epoch, args.ema, sampling)}-seed{args.seed}-{what}"
     folder = Path(args.output_dir) / "samples" / name
-    with process_group(world):
+    with process_group(world, args.dist_timeout):
         title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
         images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title, may_stop=True)
     if world.main:
@@ -87,7 +87,7 @@ def run_evaluate(given: Mapping[str, Any], world: World) -> str:
     warn(config.check(args, evaluates=True), world)
     plan, sampling, folder = sweep.Plan.from_args(args), Sampling.from_args(args), Path(args.output_dir)
     save_images = Path(args.save_images) if args.save_images else None
-    with process_group(world):
+    with process_group(world, args.dist_timeout):
         suites = [build_suite(args, world, n) for n in ([plan.images] if plan else []) + [args.num_images]]
         warn(list(dict.fromkeys(w for suite in suites for w in suite.warnings)), world)
         if plan:
@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             tell_torchrun(str(stop))
         return code
     except UserError as error:
+        watch.explain(error)
         code = preemption.end_process(2, alike=error.everywhere or alone)
         if code and rank and (error.everywhere or not in_group()):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -161,7 +162,10 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except Exception as error:
         traceback.print_exc()
-        tell_torchrun(f"process {rank}: {type(error).__name__}: {error}")
+        lost = watch.explain(error)  # which process, where the error says no more than that one is lost
+        if lost:
+            print(f"main_jit.py: error: {lost}", file=sys.stderr, flush=True)
+        tell_torchrun(lost or f"process {rank}: {type(error).__name__}: {error}")
         return preemption.end_process(1, alike=False)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)

@@ -21,12 +21,12 @@ from torch import Tensor
 from denoiser import Denoiser
 from util import provenance
 from util.build import DenoiserConfig
-from util.distributed import World, any_of, from_main
+from util.distributed import World, any_of, from_main, requested_of_any
 from util.errors import UserError
 from util.generation import Sampling, evaluation_mode, make_images, setting_name
 from util.images import QUANTISATION
 from util.metrics import MetricSuite
-from util.preemption import Preempted, requested_of_any
+from util.preemption import Preempted
 from util.progress import ImageProgress
 from util.shards import Shards, digest, weights_identity
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from denoiser import Denoiser
 from sampler import Velocity, guided, sample, start_noise, uniform_grid
-from util.distributed import World, any_of, gather_by_index, share
+from util.distributed import World, any_of, gather_by_index, requested_of_any, share
 from util.flags import DEFAULTS
 from util.images import quantise
 from util.logger import progress
-from util.preemption import Preempted, requested_of_any
+from util.preemption import Preempted
 
 NOISE_BATCH = 16  # images whose noise is drawn together: the generator's integers take many times their memory
 

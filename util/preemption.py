@@ -19,14 +19,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-import torch.distributed as dist
-
-from util.distributed import World, rank_from_environment
-
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 5.0  # seconds until the launcher, signalled at the same time, has certainly written the file
-KEY = "preemption"  # in the store of the process group
 
 _reason: str | None = None
 _previous: dict[int, object] = {}
@@ -84,7 +79,7 @@ def _watch(heard: int) -> None:
 def _take(reason: str) -> None:
     global _reason
     _reason = reason
-    if rank_from_environment() == 0:  # by a system call: a handler may interrupt what print does
+    if os.environ.get("RANK", "0") == "0":  # by a system call: a handler may interrupt what print does
         line = f"main_jit.py: {reason}: stops after the current step or batch and saves; Ctrl-C stops at once\n"
         os.write(sys.__stderr__.fileno(), line.encode())
 
@@ -94,18 +89,6 @@ def requested() -> str | None:
     if _reason is None and (folder := _folder()) and (stop := folder / "stop").exists():
         _take(stop.read_text().strip())
     return _reason
-
-
-def requested_of_any(world: World) -> str | None:
-    """The signal that asked this process or, as far as it is known here, another one; waits for none of them."""
-    reason = requested()
-    if world.size > 1:
-        store = dist.distributed_c10d._get_default_store()  # torch has no public name for it
-        if reason:
-            store.set(KEY, reason)
-        elif store.check([KEY]):
-            reason = store.get(KEY).decode()
-    return reason
 
 
 def end_process(code: int, alike: bool) -> int:
