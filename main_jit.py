@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         lost = watch.explain(error)  # which process, where the error says no more than that one is lost
         if lost:
-            print(f"main_jit.py: error: {lost}", file=sys.stderr, flush=True)
+            print(f"main_jit.py: process {rank} ends: {lost}", file=sys.stderr, flush=True)
         tell_torchrun(lost or f"process {rank}: {type(error).__name__}: {error}")
         return preemption.end_process(1, alike=False)
     except KeyboardInterrupt:

@@ -40,10 +40,9 @@ start() {
     trap 'stop QUIT' QUIT
     # It ignores them itself: a scheduler sends them to every process of a job.
     (trap '' TERM HUP INT USR1; exec "$@") <&0 &
-    child=$!
     while true; do
         caught=0
-        wait "$child" 2>/dev/null && status=0 || status=$?
+        wait "$!" 2>/dev/null && status=0 || status=$?
         if ((status != 127)); then code=$status; fi
         if ((!caught || status == 127)); then break; fi  # else a signal ended the wait, not the child
     done
@@ -54,15 +53,16 @@ start() {
 # shellcheck disable=SC2329  # the traps call it
 stop() {
     caught=1
+    if [[ -z ${!:-} ]]; then exit 75; fi  # nothing is started yet
     if [[ $1 == QUIT || ($1 == INT && -n $asked) ]]; then
         say "stopping at once"
         at_once=1
-        kill -s "$ends_it" "$child"
+        kill -s "$ends_it" "$!"
     elif [[ -n ${JIT_STATE_DIR:-} ]]; then  # see util/preemption.py
         printf 'SIG%s\n' "$1" >"$JIT_STATE_DIR/new"
         mv -- "$JIT_STATE_DIR/new" "$JIT_STATE_DIR/stop"
     else
-        kill -s USR1 "$child"  # the only one that srun just forwards, to all processes of the step
+        kill -s USR1 "$!"  # the only one that srun just forwards, to all processes of the step
     fi
     asked=$1
 }
