@@ -97,7 +97,9 @@ class Denoiser(nn.Module):
     def predict(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The network's output in float32: x or v, as `pred_param` says."""
         seen = z if self.spectral_forcing is None else self.spectral_forcing(z, t)
-        with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        on = self.autocast_dtype is not None
+        # No cache: each weight is used once, and the cache would hold a copy of all of them until the end.
+        with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
             return self.net(seen, t, y).float()
 
     def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:

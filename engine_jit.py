@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from denoiser import Denoiser, LogitNormal, draw, random_flip
@@ -23,6 +22,7 @@ from util.generation import Sampling, generate, generate_all
 from util.learning_rate import learning_rate
 from util.loader import positions
 from util.logger import RunLog, progress
+from util.parallel import accumulating, local_parameters, total_norm
 from util.window import Window, finite_or_none
 
 __all__ = [
@@ -33,9 +33,9 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_all",
+    "parameter_groups",
     "stop_if_non_finite",
     "train_one_epoch",
-    "wrap",
 ]
 
 
@@ -69,45 +69,24 @@ class Training:
     """The state that training changes."""
 
     denoiser: Denoiser
-    forward: nn.Module  # the denoiser itself, or DDP around it
+    forward: nn.Module  # the denoiser itself (which may be sharded), or DDP around it
     optimizer: torch.optim.Optimizer
     emas: tuple[EMA, EMA]
     window: Window
 
 
-def wrap(denoiser: Denoiser, world: World) -> nn.Module:
-    """DDP around the denoiser where there is more than one process."""
-    if world.size == 1:
-        return denoiser
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(
-        denoiser, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-    _settle_buckets(wrapped, denoiser, world)
-    return wrapped
-
-
-def _settle_buckets(wrapped: DistributedDataParallel, denoiser: Denoiser, world: World) -> None:
-    """Let DDP order its buckets now, by a backward pass that changes nothing.
-
-    It does so after its first one, and the order decides how sums over three and more processes are rounded. Left to
-    the first step, that step of a run that goes on would be rounded in another way than the same step of one that was
-    not interrupted.
-    """
-    side = denoiser.net.input_size
-    x, label = (
-        torch.zeros(1, 3, side, side, device=world.device),
-        torch.zeros(1, dtype=torch.int64, device=world.device),
-    )
-    wrapped(x, label, torch.full((1,), 0.5, device=world.device), x).backward()
-    denoiser.zero_grad()
+def parameter_groups(denoiser: Denoiser) -> tuple[list[str], list[str]]:
+    """Names of the parameters without weight decay, which are vectors and biases, and of those with it."""
+    no_decay, decay = [], []
+    for name, parameter in denoiser.named_parameters():
+        (no_decay if parameter.dim() == 1 or name.endswith(".bias") else decay).append(name)
+    return no_decay, decay
 
 
 def build_optimizer(denoiser: Denoiser, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, betas (0.9, 0.95); vectors and biases are in group 0, which has no weight decay, the rest in group 1."""
-    no_decay, decay = [], []
-    for name, parameter in denoiser.named_parameters():
-        (no_decay if parameter.dim() == 1 or name.endswith(".bias") else decay).append(parameter)
+    """AdamW, betas (0.9, 0.95), over what this process holds; group 0 has no weight decay (`parameter_groups`)."""
+    mine = local_parameters(denoiser)
+    no_decay, decay = ([mine[name] for name in names] for names in parameter_groups(denoiser))
     groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
@@ -145,12 +124,12 @@ def train_one_epoch(
         for group in training.optimizer.param_groups:
             group["lr"] = lr
         loss, images = _forward_backward(training, batches, step, recipe, world)
-        gradients = [p.grad for p in training.denoiser.parameters()]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(training.denoiser)
         suppress = (~torch.isfinite(loss + norm)).float()
         training.optimizer.found_inf = suppress  # fused AdamW leaves everything as it is where this is 1
         training.optimizer.step()
         training.optimizer.zero_grad()
+        training.denoiser.zero_grad()
         for ema in training.emas:
             ema.update(training.denoiser, suppress)
         window.add(step, loss, suppress, images)
@@ -183,7 +162,7 @@ def _forward_backward(
         shape = tuple(x.shape[1:])
         d = draw(recipe.seed, step, position, y, shape, recipe.density, recipe.label_drop_prob, recipe.null_class)
         last = micro == recipe.accum_iter - 1
-        with nullcontext() if last or world.size == 1 else training.forward.no_sync():
+        with nullcontext() if last else accumulating(training.forward):
             loss = training.forward(x, d.y, d.t, d.noise) / recipe.accum_iter
             loss.backward()
         total += loss.detach()

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class RMSNorm(nn.RMSNorm):
@@ -139,7 +140,12 @@ class SwiGLU(nn.Module):
 
 
 class JiTBlock(nn.Module):
-    """Pre-norm block; shift, scale and gate of both branches come from c (adaLN-Zero)."""
+    """Pre-norm block; shift, scale and gate of both branches come from c (adaLN-Zero).
+
+    Where `recomputed` is set, the backward pass computes the block once more instead of keeping what is inside of it.
+    """
+
+    recomputed = False
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float, attn_fp32: bool):
         super().__init__()
@@ -150,6 +156,11 @@ class JiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, c, cos, sin, use_reentrant=False)
+        return self._forward(x, c, cos, sin)
+
+    def _forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (B, D) each
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))

@@ -172,16 +172,18 @@ if [[ -n ${RESUME:-} ]] && [[ -f $RESUME || $RESUME == *.pth ]]; then
     die "RESUME is '$RESUME', a file: it must be the folder that holds the checkpoint."
 fi
 
+has_checkpoint() { [[ -f $1/checkpoint-last.pth || -d $1/checkpoint-last.dcp ]]; }
+
 dataset=${DATASET:-}  # here only to see whether data is needed
 needs_data=1
 if [[ ${EVALUATE_GEN:-} == 1 ]]; then needs_data=0; fi
 for folder in "${OUTPUT_DIR:-}" "${RESUME:-}"; do  # a run that goes on has its data set in its checkpoint
-    if [[ -n $folder && -f $folder/checkpoint-last.pth ]]; then needs_data=0; fi
+    if [[ -n $folder ]] && has_checkpoint "$folder"; then needs_data=0; fi
 done
 previous=
 for flag in "$@"; do
     if [[ $previous == --dataset ]]; then dataset=$flag; fi
-    if [[ $previous == --resume || $previous == --output_dir ]] && [[ -f $flag/checkpoint-last.pth ]]; then
+    if [[ $previous == --resume || $previous == --output_dir ]] && has_checkpoint "$flag"; then
         needs_data=0
     fi
     case "$flag" in

@@ -136,6 +136,8 @@ UNBOUND = {
     "keep_last": 3,
     "keep_every_epochs": 20,
     "skip_nonfinite": 2,
+    "parallel": "fsdp",
+    "activation_checkpointing": True,
     "log_freq": 1,
     "precision": "fp32",
     "attn_fp32": True,

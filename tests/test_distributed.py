@@ -29,7 +29,7 @@ from tests.conftest import (
 )
 from tests.test_engine import Labelled, Recording, network, settings
 from tests.test_nonfinite import state_of
-from util import training_loop, training_run
+from util import training_loop, training_state
 from util.checkpoint import NAME
 from util.distributed import (
     World,
@@ -112,7 +112,7 @@ def _watch_the_end() -> list[bool]:
     gathered tensor waits for: the process hangs, now and then. What is still there is kept, so that this one does not.
     """
     found, wrapped, kept = [], [], []
-    wrap, destroy = training_run.wrap, torch.distributed.destroy_process_group
+    wrap, destroy = training_state.wrap, torch.distributed.destroy_process_group
 
     def remember(denoiser, world):
         module = wrap(denoiser, world)
@@ -126,7 +126,7 @@ def _watch_the_end() -> list[bool]:
             kept.append(module)
         destroy()
 
-    training_run.wrap, torch.distributed.destroy_process_group = remember, watched
+    training_state.wrap, torch.distributed.destroy_process_group = remember, watched
     watched.kept = kept
     return found
 

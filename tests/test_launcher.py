@@ -144,6 +144,14 @@ def test_evaluation_needs_no_data(launcher):
     assert launcher.settings(EVALUATE_GEN="1", RESUME="run") == ["--resume", "run", "--evaluate_gen"]
 
 
+@pytest.mark.parametrize("kind", ["pth", "dcp"])
+def test_run_that_goes_on_needs_no_data(launcher, tmp_path, kind):
+    path = tmp_path / f"checkpoint-last.{kind}"
+    assert "DATA_PATH" in launcher.error(OUTPUT_DIR=str(tmp_path))
+    path.write_text("a file") if kind == "pth" else path.mkdir()
+    assert launcher.settings(OUTPUT_DIR=str(tmp_path)) == ["--output_dir", str(tmp_path)]
+
+
 def test_resume_is_a_folder(launcher, tmp_path):
     (tmp_path / "weights").write_text("a file")
     for value in ["run/checkpoint-last.pth", str(tmp_path / "weights")]:

@@ -10,6 +10,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from util import sharded_checkpoint
 from util.checkpoint_folder import NAME, candidates, find, save, verify
 from util.errors import UserError
+from util.sharded_checkpoint import WEIGHTS, Lazy
 
 __all__ = ["CHOICES", "NAME", "Checkpoint", "find", "load", "load_optimizer", "load_weights", "save"]
 
 PREFIX = "net."
 PROJ1 = PREFIX + "x_embedder.proj1.weight"
 CHOICES = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # name in a flag -> name in the file
-WEIGHTS = tuple(CHOICES.values())
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Checkpoint:
     """A checkpoint in host memory, with `proj1` in the convolution's layout whatever the file has.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder of one in shards.
         weights: "model", "model_ema1", "model_ema2" -> state dict with keys prefixed "net.".
         optimizer: AdamW's state dict, or None in a file without one.
         epoch: the last finished epoch, counted from 0.
@@ -44,8 +46,8 @@ class Checkpoint:
     """
 
     path: Path
-    weights: dict[str, dict[str, Tensor]]
-    optimizer: dict[str, Any] | None
+    weights: Mapping[str, dict[str, Tensor]]
+    optimizer: Mapping[str, Any] | None
     epoch: int
     args: dict[str, Any]
     sf_source: str
@@ -82,9 +84,12 @@ def load(folder: str | os.PathLike, name: str | None = None) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
-    if not path.is_file():
+    if not path.exists():
         there = ", ".join(other.name for other in candidates(path.parent))
         raise UserError(f"no checkpoint {path}: in that folder are {there}")
+    if path.suffix == ".dcp":
+        verify(path)
+        return _from_folder(path)
     try:
         verify(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -98,6 +103,17 @@ def _read(path: Path) -> Checkpoint:
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
     return _understand(path, content)
+
+
+def _from_folder(path: Path) -> Checkpoint:
+    """A checkpoint in shards; its tensors are read, merged, where they are asked for."""
+    content = sharded_checkpoint.merged(path)
+    args = vars(content["args"])
+    if "disable_dct_patchify" not in args:
+        raise UserError(f"{path} is not a JiT checkpoint: its settings do not say whether Spectral Forcing is on")
+    weights = Lazy({name: partial(content.__getitem__, name) for name in WEIGHTS})
+    source = "its settings say so"
+    return Checkpoint(path, weights, content["optimizer"], content["epoch"], args, source, content["run"])
 
 
 def _understand(path: Path, content: Any) -> Checkpoint:
@@ -156,6 +172,12 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
     Raises:
         UserError: naming what differs. The module is then unchanged.
     """
+    check_fit(module, state, path)
+    module.load_state_dict(dict(state))
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise a UserError that names what differs between a module and a state dict, in keys and shapes."""
     own = module.state_dict()
     wrong = [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]
     wrong += [
@@ -165,33 +187,20 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
     ]
     if wrong:
         raise UserError(f"{path} does not fit the network: " + "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4))
-    module.load_state_dict(dict(state))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
     """Fill an AdamW from a checkpoint's state, also one that was written with `proj1` in the linear layout.
 
     Raises:
         UserError: where groups or shapes do not fit.
     """
     own = [group["params"] for group in optimizer.param_groups]
-    theirs = [group["params"] for group in state["param_groups"]]
-    if [len(g) for g in own] != [len(g) for g in theirs]:
-        raise UserError(
-            f"{path}: its optimizer has groups of {[len(g) for g in theirs]} tensors, ours {[len(g) for g in own]}"
-        )
-    slots = {}
-    for parameter, slot in zip(chain(*own), chain(*theirs), strict=True):
-        values = dict(state["state"].get(slot, {}))
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in values and values[name].shape != parameter.shape:
-                if values[name].dim() != 2 or values[name].numel() != parameter.numel():
-                    raise UserError(
-                        f"{path}: the optimizer's {name} is {list(values[name].shape)} where "
-                        f"the parameter is {list(parameter.shape)}"
-                    )
-                values[name] = values[name].reshape(parameter.shape)
-        slots[slot] = {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+    fitting = fitting_state(own, state, path)
+    slots = {
+        slot: {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+        for slot, values in fitting.items()
+    }
     # How our optimizer is executed is ours to say; what it is, is the checkpoint's.
     execution = {k: optimizer.param_groups[0][k] for k in ("fused", "foreach", "capturable", "differentiable")}
     groups = [
@@ -203,3 +212,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         )
     ]
     optimizer.load_state_dict({"state": {k: v for k, v in slots.items() if v}, "param_groups": groups})
+
+
+def fitting_state(own: list[list[Tensor]], state: Mapping[str, Any], path: Path) -> dict[int, dict[str, Any]]:
+    """The state of each parameter in an AdamW's state dict, by its slot there, with the parameter's shape.
+
+    Args:
+        own: the parameters of each group; their shapes count.
+
+    Raises:
+        UserError: where groups or shapes do not fit.
+    """
+    theirs = [group["params"] for group in state["param_groups"]]
+    if [len(g) for g in own] != [len(g) for g in theirs]:
+        raise UserError(
+            f"{path}: its optimizer has groups of {[len(g) for g in theirs]} tensors, ours {[len(g) for g in own]}"
+        )
+    slots, states = {}, state["state"]
+    for parameter, slot in zip(chain(*own), chain(*theirs), strict=True):
+        values = dict(states.get(slot, {}))
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in values and values[name].shape != parameter.shape:
+                if values[name].dim() != 2 or values[name].numel() != parameter.numel():
+                    raise UserError(
+                        f"{path}: the optimizer's {name} is {list(values[name].shape)} where "
+                        f"the parameter is {list(parameter.shape)}"
+                    )
+                values[name] = values[name].reshape(parameter.shape)
+        slots[slot] = values
+    return slots

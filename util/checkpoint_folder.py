@@ -6,6 +6,7 @@
     checkpoint-last.tmp            being written
 
 A file is a zip archive and holds a CRC-32 of each of its records: that is the checksum of ours and of published ones.
+Runs in shards write folders of the same names that end in .dcp (util/sharded_checkpoint.py), checkpoint-next.dcp first.
 """
 
 import os
@@ -16,23 +17,31 @@ from typing import Any
 
 import torch
 
+from util import sharded_checkpoint
 from util.errors import UserError
+from util.sharded_checkpoint import SETTINGS, flush_folder
 
-NAME = "checkpoint-last.pth"
-_STEP, _EPOCH = "checkpoint-step{:09d}.pth", "checkpoint-epoch{:04d}.pth"
+NAME, NAME_SHARDED = "checkpoint-last.pth", "checkpoint-last.dcp"
+NEXT = "checkpoint-next.dcp"
+_STEP, _EPOCH = "checkpoint-step{:09d}", "checkpoint-epoch{:04d}"
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
-    found = [sorted(folder.glob(f"checkpoint-{kind}*.pth"), reverse=True) for kind in ("step", "epoch")]
-    last = folder / NAME
-    return [last] * last.is_file() + found[0] + found[1]
+    """The checkpoints in a folder, the newest first; folders where all has been written."""
+    found = [folder / NAME, folder / NAME_SHARDED, folder / NEXT]
+    for kind in ("step", "epoch"):
+        found += sorted(folder.glob(f"checkpoint-{kind}*"), reverse=True)
+    return [path for path in found if _is_checkpoint(path)]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / SETTINGS).is_file() if path.suffix == ".dcp" else path.suffix == ".pth" and path.is_file()
 
 
 def find(folder: str | os.PathLike) -> Path | None:
     """The newest checkpoint in `folder`, or None. A file in the place of the folder is an error."""
     folder = Path(folder)
-    if folder.is_file() or folder.suffix == ".pth":
+    if folder.is_file() or folder.suffix in (".pth", ".dcp"):
         raise UserError(
             f"{folder} is a file name: name the folder that holds it instead, {folder.parent}, and, if it is not the "
             f"newest, --checkpoint {folder.name} (to evaluate or sample)"
@@ -46,6 +55,8 @@ def verify(path: Path) -> None:
     Raises:
         UserError: the file is not what was written.
     """
+    if path.suffix == ".dcp":
+        return sharded_checkpoint.verify(path)
     with open(path, "rb") as file:
         if file.read(1) == b"\x80":  # a pickle, with which torch's old format starts
             return
@@ -56,6 +67,20 @@ def verify(path: Path) -> None:
         raise UserError(f"{path} is truncated or not a checkpoint: {error}") from error
     if damaged is not None:
         raise UserError(f"{path} is damaged: the checksum of its record {damaged} is another one")
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file, flush it to the disk and verify it.
+
+    Raises:
+        OSError, RuntimeError, UserError: it cannot be written, or holds something else.
+    """
+    with open(path, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
+    verify(path)
 
 
 def save(folder: str | os.PathLike, content: dict[str, Any], previous_step: int | None = None) -> Path:
@@ -70,43 +95,83 @@ def save(folder: str | os.PathLike, content: dict[str, Any], previous_step: int 
     path = Path(folder) / NAME
     aside = path.with_suffix(".tmp")
     try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
-        verify(aside)
+        write(aside, content)
         if previous_step is not None and path.exists():
-            _link(path, path.with_name(_STEP.format(previous_step)))
+            _link(path, path.with_name(f"{_STEP.format(previous_step)}.pth"))
+        _retire(path.with_name(NAME_SHARDED), previous_step)
         os.replace(aside, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except (OSError, RuntimeError, UserError) as error:
         aside.unlink(missing_ok=True)
         raise UserError(f"the checkpoint cannot be written to {path}: {error}") from error
     return path
 
 
-def keep(folder: Path, epoch: int) -> Path:
+def put_in_place(folder: Path, previous_step: int | None = None) -> Path:
+    """Make NEXT, a folder that is written and verified, the newest checkpoint. Arguments and errors as in `save`.
+
+    Two folders cannot change places at once: between the two renamings NEXT counts as the newest (`candidates`).
+    """
+    path = folder / NAME_SHARDED
+    try:
+        _retire(path, previous_step)
+        _retire(folder / NAME, previous_step)
+        os.rename(folder / NEXT, path)
+        flush_folder(folder)
+    except OSError as error:
+        raise UserError(f"the checkpoint cannot be put in the place of {path}: {error}") from error
+    return path
+
+
+def _retire(path: Path, step: int | None) -> None:
+    """Rename a checkpoint, if it is there, to the one of `step`; None: remove it."""
+    if not path.exists():
+        return
+    aside = path.with_name(f"{_STEP.format(step)}{path.suffix}" if step is not None else f"checkpoint-old{path.suffix}")
+    _remove(aside)
+    os.rename(path, aside)
+    if step is None:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def keep(folder: Path, epoch: int, newest: str = NAME) -> Path:
     """Keep the newest checkpoint for good, as the one after `epoch` (counted from 0).
 
     Raises:
         UserError: it cannot be written.
     """
-    path = folder / _EPOCH.format(epoch + 1)
+    path = folder / newest
+    name = path.with_name(f"{_EPOCH.format(epoch + 1)}{path.suffix}")
     try:
-        _link(folder / NAME, path)
-        _flush_folder(folder)
+        if path.is_dir():
+            aside = name.with_suffix(".link")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            for file in path.iterdir():
+                _link(file, aside / file.name)
+            _remove(name)
+            os.rename(aside, name)
+        else:
+            _link(path, name)
+        flush_folder(path.parent)
     except OSError as error:
-        raise UserError(f"the checkpoint cannot be kept as {path}: {error}") from error
-    return path
+        raise UserError(f"the checkpoint cannot be kept as {name}: {error}") from error
+    return name
 
 
 def prune(folder: Path, keep_last: int, step: int) -> None:
     """Leave `keep_last` - 1 checkpoints before the newest, which is of `step`."""
-    earlier = sorted(folder.glob("checkpoint-step*.pth"), reverse=True)
-    past = [path for path in earlier if path.name < _STEP.format(step)]
+    earlier = sorted(folder.glob("checkpoint-step*.*"), key=lambda path: path.stem, reverse=True)
+    past = [path for path in earlier if path.stem < _STEP.format(step)]
     for path in set(earlier) - set(past[: keep_last - 1]):
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def _link(path: Path, name: Path) -> None:
@@ -118,11 +183,3 @@ def _link(path: Path, name: Path) -> None:
     except OSError:
         shutil.copyfile(path, aside)
     os.replace(aside, name)
-
-
-def _flush_folder(folder: Path) -> None:
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

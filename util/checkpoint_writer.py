@@ -62,7 +62,7 @@ class CheckpointWriter:
     Args:
         folder: of the run.
         keep_last: how many of the newest stay, at least 1.
-        last_step: the step of the whole checkpoint that is `checkpoint-last.pth` in the folder now; None if none is.
+        last_step: the step of the whole checkpoint that is the newest in the folder now; None if none is.
     """
 
     def __init__(self, folder: Path, keep_last: int, last_step: int | None):
@@ -88,13 +88,23 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, copied, step, keep_as_epoch, start, blocked)
 
     def _write(self, content, step, keep_as_epoch, start, blocked) -> Written:
-        keep_previous = self.last_step if self.keep_last > 1 else None
-        path = checkpoint_folder.save(self.folder, content, keep_previous)
+        path = self._put(content, step, keep_as_epoch)
+        return Written(path, step, blocked, time.perf_counter() - start, num_bytes(path))
+
+    def _put(self, content: dict[str, Any], step: int, keep_as_epoch: int | None) -> Path:
+        path = checkpoint_folder.save(self.folder, content, self._previous())
+        self._arrange(path, step, keep_as_epoch)
+        return path
+
+    def _previous(self) -> int | None:
+        """The step of the newest checkpoint so far, if it is to be kept."""
+        return self.last_step if self.keep_last > 1 else None
+
+    def _arrange(self, path: Path, step: int, keep_as_epoch: int | None) -> None:
         self.last_step = step
         if keep_as_epoch is not None:
-            checkpoint_folder.keep(self.folder, keep_as_epoch)
+            checkpoint_folder.keep(self.folder, keep_as_epoch, path.name)
         checkpoint_folder.prune(self.folder, self.keep_last, step)
-        return Written(path, step, blocked, time.perf_counter() - start, path.stat().st_size)
 
     def finished(self) -> list[Written]:
         """Those that came to be on the disk since the last call; does not wait.
@@ -120,3 +130,8 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait for what is being written, whatever becomes of it, and end the thread."""
         self._thread.shutdown()
+
+
+def num_bytes(path: Path) -> int:
+    """Size of a file, or of those in a folder."""
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size

@@ -92,21 +92,28 @@ def _end_the_job(reason: str, text: str) -> NoReturn:
 
 
 @contextmanager
-def process_group(world: World, timeout_minutes: float = 30.0) -> Iterator[None]:
+def process_group(world: World, timeout_minutes: float = 30.0, also_alone: bool = False) -> Iterator[None]:
     """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process, and its watch.
 
-    After `timeout_minutes` in which a process waits for another one, the watch (util/watch.py) names that one and ends
-    the job; a collective's own timeout comes later.
+    With `also_alone` one process has a group too, without a watch. After `timeout_minutes` in which a process waits for
+    another one, the watch (util/watch.py) names that one and ends the job; a collective's own timeout comes later.
 
-    An error within leaves the group as it is: ending it is a collective, and the others do not take part.
+    An error within leaves a group of several as it is: ending it is a collective, and the others do not take part.
     """
     global _patient
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if world.size == 1:
+    if world.size == 1 and not also_alone:
         yield
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+        return
     timeout = 60 * timeout_minutes
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout + watch.margin(timeout)))
     watch.start(world.rank, world.size, timeout, _end_the_job)

@@ -1,10 +1,12 @@
-"""Exponential moving averages of the weights."""
+"""Exponential moving averages of the weights; of a sharded module's, the rows that this process holds."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from util.parallel import gathered, is_sharded, local_parameters
 
 
 class EMA:
@@ -15,13 +17,13 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self.averages = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.averages = {name: p.detach().clone() for name, p in local_parameters(module).items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, suppress: Tensor | None = None) -> None:
         """One step. Where `suppress`, a scalar on the device, is 1, the average stays (parameters must be finite)."""
         weight = 1 - self.decay
-        averages, parameters = list(self.averages.values()), list(module.parameters())
+        averages, parameters = list(self.averages.values()), list(local_parameters(module).values())
         if suppress is None:
             torch._foreach_lerp_(averages, parameters, weight)
         else:
@@ -38,13 +40,23 @@ class EMA:
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
-        """Within the block the module computes with the averages. They change places: nothing is copied."""
-        self._swap(module.named_parameters())
+        """Within the block the module computes with the averages; all processes enter it together."""
+        self._swap(module)
         try:
-            yield
+            with gathered(module):
+                yield
         finally:
-            self._swap(module.named_parameters())
+            self._swap(module)
 
-    def _swap(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        for name, parameter in parameters:
-            parameter.data, self.averages[name] = self.averages[name], parameter.data
+    @torch.no_grad()
+    def _swap(self, module: nn.Module) -> None:
+        """Averages and parameters change places; the rows of a sharded module stay where they are, and are copied."""
+        in_place = is_sharded(module)
+        for name, parameter in local_parameters(module).items():
+            average = self.averages[name]
+            if in_place:
+                kept = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+            else:
+                parameter.data, self.averages[name] = average, parameter.data

@@ -12,6 +12,7 @@ from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
 from util.distributed import process_group
 from util.errors import UserError
+from util.parallel import MODES
 
 ALWAYS, TRAINING, FREE, OWN = "always", "training", "free", "own"
 
@@ -135,6 +136,8 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("keep_last", 2, int, FREE, "newest checkpoints that stay"),
         Flag("keep_every_epochs", None, int, FREE, "keep a checkpoint for good, this often"),
         Flag("skip_nonfinite", 0, int, FREE, "steps in a row that may be not finite, and are skipped"),
+        Flag("parallel", "ddp", str, FREE, "a copy of the network on each process, or shards of it", MODES),
+        Flag("activation_checkpointing", False, argparse.BooleanOptionalAction, FREE, "recompute blocks: less memory"),
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
         Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),

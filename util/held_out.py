@@ -15,7 +15,6 @@ Shapes: N held-out images that are measured, B of a batch, T = 10 bins, K rings,
 import time
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from util.ema import EMA
 from util.errors import UserError
 from util.loader import build_loader
 from util.logger import RunLog
+from util.parallel import gathered
 from util.rng import Stream
 from util.spectrum import num_rings, rapsd
 
@@ -184,11 +184,13 @@ class HeldOut:
         was_training = denoiser.training
         denoiser.eval()
         try:
-            for batch, (x, y) in zip(batches, self._loader(batches, world), strict=True):
-                number = torch.as_tensor(self.images.numbers[batch], device=world.device)
-                x, y = to_float(x.to(world.device)), y.to(world.device)
-                for b in range(BINS):
-                    sums[:, b] += self._one_bin(denoiser, emas, x, y, number, b)
+            for row, average in enumerate((None, *emas)):
+                with average.applied_to(denoiser) if average else gathered(denoiser):
+                    for batch, (x, y) in zip(batches, self._loader(batches, world), strict=True):
+                        number = torch.as_tensor(self.images.numbers[batch], device=world.device)
+                        x, y = to_float(x.to(world.device)), y.to(world.device)
+                        for b in range(BINS):
+                            sums[row, b] += self._one_bin(denoiser, x, y, number, b)
         finally:
             denoiser.train(was_training)
         means = (all_reduce_mean(sums, world) * (world.size / len(self.images))).cpu()
@@ -199,17 +201,13 @@ class HeldOut:
         return build_loader(self.images, batches, workers, pin_memory=world.device.type == "cuda")
 
     @torch.no_grad()
-    def _one_bin(self, denoiser, emas, x: Tensor, y: Tensor, number: Tensor, b: int) -> Tensor:
-        """(W, 1 or 1 + K) float64: sums over a batch of the loss and of the power in each ring, at times in bin b."""
+    def _one_bin(self, denoiser: Denoiser, x: Tensor, y: Tensor, number: Tensor, b: int) -> Tensor:
+        """(1 or 1 + K) float64: sums over a batch of the loss and of the power in each ring, at times in bin b."""
         t = times(self.seed, number)[:, b]
         noise = rng.normal(self.seed, Stream.VALIDATION, NOISE + b, number, x[0].numel()).view_as(x)
-        rows = []
-        for average in (None, *emas):
-            with average.applied_to(denoiser) if average else nullcontext():
-                error = denoiser.error(x, y, t, noise)  # (B, C, H, W)
-            loss = error.square().flatten(1).double().mean(1, keepdim=True)  # (B, 1)
-            rows.append(torch.cat([loss, rapsd(error)], 1) if self.by_ring else loss)
-        return torch.stack(rows).sum(1)
+        error = denoiser.error(x, y, t, noise)  # (B, C, H, W)
+        loss = error.square().flatten(1).double().mean(1, keepdim=True)  # (B, 1)
+        return (torch.cat([loss, rapsd(error)], 1) if self.by_ring else loss).sum(0)
 
     def record(self, training: "Training", epoch: int, recipe: "Recipe", world: World, log: RunLog) -> Loss:
         """Measure after `epoch`, write the event `val` and say it."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from util.errors import UserError
 from util.images import numbered, write_numbered
 from util.provenance import write_json
+from util.sharded_checkpoint import SETTINGS
 
 BLOCK = 64  # images; 50,000 are 782 blocks, so that even 64 processes are at most 6% apart
 FINGERPRINT = "fingerprint.json"
@@ -42,8 +43,9 @@ def digest(content: Any) -> str:
 def weights_identity(path: Path) -> str:
     """A SHA-256 that changes with any content of a checkpoint: of its zip directory's names, sizes and CRC-32s.
 
-    A file in torch's old format, which is no zip, is read as a whole.
+    A file in torch's old format, which is no zip, is read as a whole; of shards that which holds their checksums.
     """
+    path = path / SETTINGS if path.is_dir() else path
     stat = path.stat()
     return _weights_identity(path, stat.st_mtime_ns, stat.st_size)
 

@@ -2,7 +2,6 @@
 
 import time
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from engine_jit import Recipe, Training, stop_if_non_finite, train_one_epoch
 from util import bad_images, preemption, provenance, replicas, watch
 from util import checkpoint as ckpt
 from util.build import DenoiserConfig
+from util.checkpoint_folder import NAME_SHARDED
 from util.checkpoint_writer import CheckpointWriter
 from util.data import Images
 from util.distributed import World, from_main, wait_for_all
@@ -27,6 +27,7 @@ from util.held_out import HeldOut
 from util.loader import GlobalBatchSampler
 from util.logger import LOG_NAME, RunLog
 from util.metrics import MetricSuite
+from util.parallel import gathered, local
 from util.preemption import Preempted
 from util.preparation import draw_grid, spread_labels
 from util.votes import Votes
@@ -34,7 +35,10 @@ from util.votes import Votes
 
 @dataclass
 class Loop:
-    """A run in progress. `writer` is there on rank 0 alone, `suite` with --online_eval, `held_out` with --val_split."""
+    """A run in progress. `suite` is there with --online_eval, `held_out` with --val_split.
+
+    `writer` is there on rank 0, and on all where the network is in shards. `newest` is the checkpoint that it writes.
+    """
 
     training: Training
     images: Images
@@ -52,6 +56,7 @@ class Loop:
 
     def __post_init__(self):
         self.folder = Path(self.args.output_dir)
+        self.newest = self.folder / (NAME_SHARDED if self.args.parallel == "fsdp" else ckpt.NAME)
         self.votes = Votes(("stop", "save"), self.world)
         self.stopping, self.save_is_due = False, False
         self.saved_step, self.saved_at = -1, time.monotonic()
@@ -64,7 +69,7 @@ class Loop:
             UserError: a loss that is not finite, a checkpoint that cannot be written.
         """
         self.step = step
-        self.products = {"checkpoint": self.folder / ckpt.NAME, "log": self.folder / LOG_NAME}
+        self.products = {"checkpoint": self.newest, "log": self.folder / LOG_NAME}
         length = self.recipe.steps_per_epoch
         if step % length == 0 and from_main(self.world, lambda: look_is_missing(self.args, step // length)):
             self.log.say(f"the look at samples after epoch {step // length} was due and is missing: it comes first")
@@ -132,7 +137,8 @@ class Loop:
         stop_if_non_finite(self.training.window, self.recipe)
         self.save_is_due, self.saved_at = False, time.monotonic()
         watch.arrived(f"the checkpoint of step {self.step}")
-        replicas.compare(self._replicas(), self.world)
+        if self.args.parallel == "ddp":  # else there are none
+            replicas.compare(self._replicas(), self.world)
         if self.writer is not None:
             content = checkpoint_content(self.training, self.step, self.recipe.steps_per_epoch, self.args)
             self.writer.save(content, self.step, keep_as_epoch)
@@ -162,7 +168,7 @@ class Loop:
         reason = from_main(self.world, preemption.requested) or "another process"
         raise Preempted(
             f"stopped by {reason} after step {self.step} of {self.recipe.epochs * self.recipe.steps_per_epoch}, which "
-            f"is saved in {self.folder / ckpt.NAME}; the same command goes on"
+            f"is saved in {self.newest}; the same command goes on"
         )
 
     def _with_its_batches(self, error: NonFiniteError) -> NonFiniteError:
@@ -198,14 +204,15 @@ class Loop:
         sampling = Sampling.from_args(args)
         grid = self.folder / "samples" / f"{setting_name(epoch, args.ema, sampling)}.png"
         self.products["samples"] = grid
-        with average.applied_to(denoiser) if average else nullcontext():
+        with average.applied_to(denoiser) if average else gathered(denoiser):
             labels = spread_labels(args.wandb_num_vis, args.class_num)
             title = f"{args.model}  epoch {epoch + 1}  cfg {args.cfg:g}"
             draw_grid(denoiser, self.shape, args, labels, world, grid, title)
             log.image("samples", step, grid)
             if self.suite is None:
                 return
-            subject = Subject(denoiser, self.shape, args.ema, epoch, self.folder / ckpt.NAME)
+            checkpoint = from_main(world, lambda: ckpt.find(self.folder))
+            subject = Subject(denoiser, self.shape, args.ema, epoch, checkpoint)
             report, self.products["metrics"] = evaluate_and_write(
                 *(subject, sampling, args.num_images, self.suite, self.folder / "eval", world),
                 keep_features=args.keep_features,
@@ -215,10 +222,13 @@ class Loop:
 
 
 def checkpoint_content(training: Training, step: int, steps_per_epoch: int, args: Namespace) -> dict[str, Any]:
-    """What util/checkpoint.py describes, after `step` steps; the tensors are those that training goes on to change."""
+    """What util/checkpoint.py describes, after `step` steps; the tensors are those that training goes on to change.
+
+    Of sharded ones they are this process's rows.
+    """
     denoiser, (ema1, ema2) = training.denoiser, training.emas
     return {
-        "model": denoiser.state_dict(),
+        "model": {name: local(value) for name, value in denoiser.state_dict().items()},
         "model_ema1": ema1.state_dict(denoiser),
         "model_ema2": ema2.state_dict(denoiser),
         "optimizer": training.optimizer.state_dict(),

@@ -5,26 +5,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from denoiser import LogitNormal
-from engine_jit import Recipe, Training, build_optimizer, wrap
+from engine_jit import Recipe
 from util import checkpoint as ckpt
 from util import config, provenance, watch
 from util.build import DenoiserConfig
+from util.checkpoint_folder import NAME_SHARDED
 from util.checkpoint_writer import CheckpointWriter
 from util.distributed import World, agree, process_group
-from util.ema import EMA
 from util.errors import UserError
 from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
 from util.logger import RunLog, wandb_settings
-from util.preparation import autocast_dtype, build_suite, open_dataset, warn
+from util.preparation import build_suite, open_dataset, warn
 from util.resume import init_notes, load_for_training, start_step
+from util.sharded_state import ShardedCheckpointWriter
 from util.shards import appears
 from util.training_loop import Loop, look_is_missing
-from util.window import Window
+from util.training_state import build_training
 
 
 def run_train(given: Mapping[str, Any], world: World) -> str:
@@ -42,12 +41,8 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         )
     dataset, held_out = hold_out(open_dataset(args), args, saved.args if saved else None)
     shape = DenoiserConfig.from_args(args)
-    torch.manual_seed(args.seed)
-    denoiser = shape.build(autocast_dtype(args, world))
     init = ckpt.load(args.init_from) if args.init_from and saved is None else None
     warn(init_notes(args, init) + seen_before(args, init.args) if init else [], world)
-    if start := saved or init:
-        ckpt.load_weights(denoiser, start.weights[ckpt.CHOICES["model" if saved else args.init_weights]], start.path)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory=world.device.type == "cuda")
     recipe = Recipe(
@@ -67,35 +62,27 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         log_freq=args.log_freq,
     )
     step = start_step(saved, args.start_epoch, recipe.steps_per_epoch)
-    denoiser.to(world.device)
-    emas = EMA(denoiser, args.ema_decay1), EMA(denoiser, args.ema_decay2)
-    optimizer = build_optimizer(denoiser, args.weight_decay)
-    window = Window(world.device, args.skip_nonfinite)
-    if saved:
-        emas[0].copy_from(saved.weights["model_ema1"])
-        emas[1].copy_from(saved.weights["model_ema2"])
-        if saved.optimizer is None:
-            raise UserError(f"{saved.path} has no optimizer state to go on with; --init_from starts from its weights")
-        ckpt.load_optimizer(optimizer, saved.optimizer, saved.path)
-        window.load_state_dict(saved.run.get("window", {}))
-        if args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
-            warn([f"the cosine now ends at epoch {args.epochs} instead of {saved.args['epochs']}"], world)
+    if saved and args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
+        warn([f"the cosine now ends at epoch {args.epochs} instead of {saved.args['epochs']}"], world)
     here = saved is not None and saved.path.parent.resolve() == Path(args.output_dir).resolve()
-    whole_last = step if here and saved.path.name == ckpt.NAME else None
+    whole_last = step if here and saved.path.name in (ckpt.NAME, NAME_SHARDED) else None
     source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
-    del saved, init  # the file's memory and, once it is replaced, its space on the disk
-
     folder = Path(args.output_dir)
-    with process_group(world, args.dist_timeout):
+    with process_group(world, args.dist_timeout, also_alone=args.parallel == "fsdp"):
         agree("run", (config.run_name(args), step, len(dataset), held_out and len(held_out.images)), world)
         suite = build_suite(args, world, args.num_images) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
-        training = Training(denoiser, wrap(denoiser, world), optimizer, emas, window)
+        training, shards = build_training(args, shape, saved, init, world)
+        del saved, init  # the file's memory and, once it is replaced, its space on the disk
         log = open_log(folder, args, world, step)
-        write_start(folder, args, shape, recipe, denoiser, world, log, source, step)
+        write_start(folder, args, shape, recipe, training.denoiser, world, log, source, step)
         if suite is not None and not appears(config_file(folder, step)):
             raise UserError(f"{folder} must be a folder that all processes share, or set ONLINE_EVAL=0")
-        writer = CheckpointWriter(folder, args.keep_last, whole_last) if world.main else None
+        writer = None
+        if shards is not None:
+            writer = ShardedCheckpointWriter(folder, args.keep_last, whole_last, shards)
+        elif world.main:
+            writer = CheckpointWriter(folder, args.keep_last, whole_last)
         exit_code = 1
         try:
             products = Loop(

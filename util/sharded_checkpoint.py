@@ -1,0 +1,317 @@
+"""A checkpoint as a folder that many processes write and read together (torch.distributed.checkpoint, "DCP").
+
+    checkpoint-last.dcp/
+        shard-00001-model-00001-of-00005.safetensors    the first process's rows of the weights,
+        ...                                             of both averages (2, 3) and of AdamW's moments (4, 5)
+        checkpoint.json                                 all that is no tensor; SHA-256 of itself and of the files above
+
+Any number of processes reads what another number has written, and one alone merges it (util/merge.py). Nothing in it
+is a pickle: DCP's own format has one, so it is told to write safetensors.
+
+Tensors are called <section>.<name>, as in "exp_avg.net.blocks.0.attn.qkv.weight", with the published names.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from util.errors import UserError
+
+SETTINGS = "checkpoint.json"
+WEIGHTS = ("model", "model_ema1", "model_ema2")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"  # of AdamW, one number for each parameter, in the order of its groups
+READERS = 8  # files that are read at a time where they are verified
+
+
+# ---- the content of a checkpoint <-> tensors with names, and a plain rest --------------------------------------------
+
+
+def flatten(content: Mapping[str, Any], groups: list[list[str]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and all the rest, ready for JSON.
+
+    Args:
+        content: as util/checkpoint.py describes it; of sharded tensors, this process's rows.
+        groups: the names of the parameters in each group of the optimizer, in its order.
+
+    Raises:
+        UserError: settings that are not plain, an optimizer that has not seen all parameters.
+    """
+    tensors = {f"{section}.{key}": value for section in WEIGHTS for key, value in content[section].items()}
+    optimizer = None
+    if content["optimizer"] is not None:
+        state, theirs = content["optimizer"]["state"], content["optimizer"]["param_groups"]
+        slots = [slot for group in theirs for slot in group["params"]]
+        if [len(group["params"]) for group in theirs] != [len(names) for names in groups] or any(
+            slot not in state for slot in slots
+        ):
+            raise UserError("the optimizer's state does not belong to all parameters of the network")
+        for slot, name in zip(slots, (name for names in groups for name in names), strict=True):
+            tensors |= {f"{moment}.{name}": state[slot][moment] for moment in MOMENTS}
+        tensors[STEP] = torch.stack([torch.as_tensor(state[slot]["step"], dtype=torch.float32) for slot in slots])
+        optimizer = [{**group, "params": names} for group, names in zip(theirs, groups, strict=True)]
+    about = {
+        "epoch": content["epoch"],
+        "args": vars(content["args"]),
+        "run": content.get("run", {}),
+        "weights": list(content["model"]),
+        "optimizer": optimizer,
+    }
+    try:
+        json.dumps(about)
+    except TypeError as error:
+        raise UserError(f"the settings of the checkpoint are not plain numbers and strings: {error}") from error
+    return tensors, about
+
+
+class Lazy(Mapping):
+    """A mapping whose values are made when they are asked for, each time anew."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Any]]):
+        self._make = dict(make)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._make[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
+
+
+def merged(path: Path) -> Lazy:
+    """The content of a checkpoint as util/checkpoint.py describes it; tensors are read, whole, when asked for."""
+    about, shapes = settings(path), _shapes(path)
+    content: dict[str, Callable[[], Any]] = {
+        "model": lambda: _section(path, "model", about["weights"], shapes),
+        "model_ema1": lambda: _section(path, "model_ema1", about["weights"], shapes),
+        "model_ema2": lambda: _section(path, "model_ema2", about["weights"], shapes),
+        "optimizer": lambda: _optimizer(path, about["optimizer"], shapes),
+        "epoch": lambda: about["epoch"],
+        "args": lambda: argparse.Namespace(**about["args"]),
+        "run": lambda: about["run"],
+    }
+    return Lazy(content)
+
+
+def _section(path: Path, section: str, names: list[str], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {f"{section}.{name}": _like(path, f"{section}.{name}", shapes) for name in names}
+    read(path, tensors)
+    return {name: tensors[f"{section}.{name}"] for name in names}
+
+
+def _optimizer(path: Path, groups: list[dict[str, Any]] | None, shapes: Mapping[str, Tensor]) -> Lazy | None:
+    if groups is None:
+        return None
+    names = [name for group in groups for name in group["params"]]
+    slots = iter(range(len(names)))
+    numbered = [
+        {**group, "betas": tuple(group["betas"]), "params": [next(slots) for _ in group["params"]]} for group in groups
+    ]
+
+    def state() -> dict[int, dict[str, Tensor]]:
+        step = {STEP: _like(path, STEP, shapes)}
+        read(path, step)
+        moments = {moment: _section(path, moment, names, shapes) for moment in MOMENTS}
+        return {
+            slot: {"step": step[STEP][slot].clone(), **{moment: moments[moment][name] for moment in MOMENTS}}
+            for slot, name in enumerate(names)
+        }
+
+    return Lazy({"state": state, "param_groups": lambda: numbered})
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Write a checkpoint to `path`, flush it to the disk and verify it. What was there is removed first.
+
+    All processes of `group`, a gloo group that nothing else uses meanwhile, call it; None: one process alone.
+
+    Args:
+        tensors: in host memory; sharded ones as DTensors on the group's mesh.
+
+    Raises:
+        UserError: on all processes, where one cannot write or reads back something else.
+    """
+    rank = 0 if group is None else dist.get_rank(group)
+    files = _HashedFiles()
+    sections = {section: i for i, section in enumerate((*WEIGHTS, *MOMENTS), start=1)}
+    writer = HuggingFaceStorageWriter(
+        str(path), {name: sections.get(name.partition(".")[0], 1) for name in tensors}, save_distributed=True
+    )
+    writer.fs = files
+    problem, sums = None, {}
+    try:
+        if rank == 0:
+            shutil.rmtree(path, ignore_errors=True)  # DCP makes it anew before any process writes
+        with _quiet():
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+        for name, digest in files.digests.items():
+            _drop_from_cache(path / name)
+            sums[name] = {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)}
+            if sums[name]["sha256"] != digest:
+                raise OSError(f"{name} is not what was written to it")
+    except Exception as error:  # of DCP's many kinds; all processes must get to the next line
+        problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    everything = [(problem, sums)]
+    if group is not None:
+        everything = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everything, (problem, sums), group=group)
+    if problem := next((problem for problem, _ in everything if problem), None):
+        raise UserError(f"the checkpoint cannot be written to {path}: {problem}")
+    outcome: list[str | None] = [None]
+    if rank == 0:
+        about = {**about, "files": {name: entry for _, sums in everything for name, entry in sorted(sums.items())}}
+        try:
+            _write_flushed(path / SETTINGS, json.dumps({**about, "sha256": _digest(about)}, indent=1))
+            flush_folder(path)
+        except OSError as error:
+            outcome = [str(error)]
+    if group is not None:
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[0] is not None:
+        raise UserError(f"the checkpoint cannot be written to {path}: {outcome[0]}")
+
+
+def settings(path: Path) -> dict[str, Any]:
+    """All that is no tensor. A folder is whole if this file is there: it is written last.
+
+    Raises:
+        UserError: it is not there, or it is something else.
+    """
+    try:
+        about = json.loads((path / SETTINGS).read_text())
+        if about.pop("sha256") != _digest(about):
+            raise ValueError("its checksum is another one")
+        if not isinstance(about["args"], dict) or not isinstance(about["epoch"], int):
+            raise ValueError("args must be a dict and epoch a number")
+        _ = about["weights"], about["optimizer"], about["run"], {entry["sha256"] for entry in about["files"].values()}
+        return about
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no whole checkpoint: {SETTINGS} cannot be read: {error}") from error
+
+
+def verify(path: Path) -> None:
+    """Read all files and compare them with their checksums.
+
+    Raises:
+        UserError: the folder is not what was written.
+    """
+    files = settings(path)["files"]
+    there = {file.name for file in path.glob("*.safetensors")}
+    if there != set(files):
+        raise UserError(f"{path} is damaged: {sorted(there ^ set(files))[0]} is missing, or too much")
+    with ThreadPoolExecutor(READERS) as pool:
+        sums = dict(zip(files, pool.map(lambda name: _sha256(path / name), files), strict=True))
+    if damaged := [name for name in files if sums[name] != files[name]["sha256"]]:
+        raise UserError(f"{path} is damaged: the checksum of {damaged[0]} is another one")
+
+
+def read(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill `tensors`, by name, with those of a checkpoint. Of a DTensor this process's rows are read, by it alone.
+
+    Raises:
+        UserError: a tensor that is not there, or has another shape.
+    """
+    try:
+        with _quiet():
+            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    except Exception as error:  # of DCP's many kinds, and each means the same
+        reason = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"{path} does not fit the network: {reason[-1].strip()}") from error
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    """Tensors of the shapes and types in a checkpoint, on the meta device."""
+    try:
+        found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a damaged or foreign file raises, it is refused
+        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
+    return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in found.items()}
+
+
+def _like(path: Path, name: str, shapes: Mapping[str, Tensor]) -> Tensor:
+    if name not in shapes:
+        raise UserError(f"{path} is not a JiT checkpoint: it has no {name}")
+    return torch.empty_like(shapes[name], device="cpu")
+
+
+class _HashedFiles(FileSystem):
+    """Files, with the SHA-256 of what is written to each (name -> hexadecimal)."""
+
+    def __init__(self):
+        super().__init__()
+        self.digests: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            digest, write = hashlib.sha256(), stream.write
+
+            class Hashed:
+                def __getattr__(self, name: str):
+                    return getattr(stream, name)
+
+                def write(self, data) -> int:
+                    digest.update(data)
+                    return write(data)
+
+            yield Hashed()
+            self.digests[Path(path).name] = digest.hexdigest()
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _drop_from_cache(path: Path) -> None:
+    """So that the disk is read, not the cache."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that a single process reads or writes, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
