@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from denoiser import Denoiser, Density, draw, random_flip
+from util import watch
 from util.data import to_float
 from util.distributed import World, all_reduce_mean
 from util.ema import EMA
@@ -161,6 +162,7 @@ def _forward_backward(
     total, images = torch.zeros((), device=world.device), 0
     for micro in range(recipe.accum_iter):
         x, y = (part.to(world.device, non_blocking=True) for part in next(batches))
+        watch.arrived(f"step {step}" if recipe.accum_iter == 1 else f"step {step}, pass {micro + 1}")
         where = positions(world.rank, world.size, micro, len(x))
         position = torch.arange(where.start, where.stop, device=world.device)
         x = to_float(x)

@@ -134,7 +134,7 @@ def test_resuming(resumed):
     after = raw(folder)
     assert (content["epoch"], after["epoch"]) == (1, 2)
     assert not torch.equal(content["model"]["net.in_context_posemb"], after["model"]["net.in_context_posemb"])
-    assert (folder / "config-from-epoch0003.json").exists()
+    assert (folder / "config-from-step000000006.json").exists()
 
 
 def test_sampling(resumed):

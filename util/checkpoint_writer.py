@@ -62,7 +62,7 @@ class CheckpointWriter:
     Args:
         folder: of the run.
         keep_last: how many of the newest stay, at least 1.
-        last_step: the step of the whole checkpoint that is `checkpoint-last.pth` in the folder now; None if none is.
+        last_step: the step of the whole checkpoint that is the newest in the folder now; None if none is.
     """
 
     def __init__(self, folder: Path, keep_last: int, last_step: int | None):

@@ -85,6 +85,8 @@ def _complete(args: Namespace) -> Namespace:
             value = getattr(args, name)
             if value is not None and not value >= lowest:
                 raise UserError(f"--{name} {value} must be at least {lowest}")
+    if not 0 < args.dist_timeout < float("inf"):
+        raise UserError(f"--dist_timeout {args.dist_timeout} must be a number of minutes above 0")
     if args.seed >= 2**64:
         raise UserError(f"--seed {args.seed} must be below 2^64")
     args.flip = args.dataset != "digits" if args.flip is None else args.flip

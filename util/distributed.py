@@ -2,18 +2,21 @@
 
 import json
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from util import preemption, watch
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -77,11 +80,25 @@ def find_world(device: str | None) -> World:
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, where)
 
 
-@contextmanager
-def process_group(world: World, timeout_minutes: float = 30, also_alone: bool = False) -> Iterator[None]:
-    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process or `also_alone`.
+def _end_the_job(reason: str, text: str) -> NoReturn:
+    """End this process, whatever its main thread hangs in, so that torchrun ends the others."""
+    last_resort = threading.Timer(5, os._exit, [1])  # who reads the output may hang as well
+    last_resort.start()
+    tell_torchrun(reason)
+    preemption.end_process(1, alike=False)
+    sys.stdout.flush()
+    print(text, end="", file=sys.stderr, flush=True)
+    os._exit(1)
 
-    An error within leaves the group as it is: ending it is a collective, and the others do not take part.
+
+@contextmanager
+def process_group(world: World, timeout_minutes: float = 30.0, also_alone: bool = False) -> Iterator[None]:
+    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process, and its watch.
+
+    With `also_alone` one process has a group too, without a watch. After `timeout_minutes` in which a process waits for
+    another one, the watch (util/watch.py) names that one and ends the job; a collective's own timeout comes later.
+
+    An error within leaves a group of several as it is: ending it is a collective, and the others do not take part.
     """
     global _patient
     if world.device.type == "cuda":
@@ -90,9 +107,18 @@ def process_group(world: World, timeout_minutes: float = 30, also_alone: bool = 
         yield
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **where)
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+        return
+    timeout = 60 * timeout_minutes
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout + watch.margin(timeout)))
+    watch.start(world.rank, world.size, timeout, _end_the_job)
     yield  # not in try: see above
+    watch.stop()
     _patient = None
     dist.destroy_process_group()
 
@@ -140,6 +166,30 @@ def wait_for_all(world: World) -> None:
     """A barrier for processes that may be hours apart."""
     if world.size > 1:
         dist.barrier(group=_patient_group())
+
+
+def requested_of_any(world: World) -> str | None:
+    """The signal that asked this process to stop or, as far as it is known here, another one; waits for none of them.
+
+    A process that was asked tells the others in the store of the process group.
+    """
+    reason = preemption.requested()
+    if world.size > 1:
+        store = dist.distributed_c10d._get_default_store()  # torch has no public name for it
+        if reason:
+            store.set("preemption", reason)
+        elif store.check(["preemption"]):
+            reason = store.get("preemption").decode()
+    return reason
+
+
+def any_of(world: World, flag: bool) -> bool:
+    """Whether `flag` is set on any process, the same answer on all; they may come to it hours apart."""
+    if world.size == 1:
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_patient_group())
+    return bool(flags)
 
 
 def from_main(world: World, function: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ from spectral_forcing import SCHEDULES, SpectralForcing
 from spectral_schedule import GRIDS, T_SAMPLERS, VARIANTS, TightSchedule, TrainingTimes
 from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
+from util.distributed import process_group
 from util.errors import UserError
 from util.parallel import MODES
 
@@ -155,6 +156,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("parallel", "ddp", str, FREE, "a copy of the network on each process, or shards of it", MODES),
         Flag("activation_checkpointing", False, argparse.BooleanOptionalAction, FREE, "recompute blocks: less memory"),
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
+        Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),
         Flag("attn_fp32", False, "store_true", FREE, "attention product in float32 also under autocast"),

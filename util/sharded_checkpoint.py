@@ -3,7 +3,7 @@
     checkpoint-last.dcp/
         shard-00001-model-00001-of-00005.safetensors    the first process's rows of the weights,
         ...                                             of both averages (2, 3) and of AdamW's moments (4, 5)
-        checkpoint.json                                 all that is no tensor; size and SHA-256 of the files above
+        checkpoint.json                                 all that is no tensor; SHA-256 of itself and of the files above
 
 Any number of processes reads what another number has written, and one alone merges it (util/merge.py). Nothing in it
 is a pickle: DCP's own format has one, so it is told to write safetensors.
@@ -178,12 +178,18 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], g
         dist.all_gather_object(everything, (problem, sums), group=group)
     if problem := next((problem for problem, _ in everything if problem), None):
         raise UserError(f"the checkpoint cannot be written to {path}: {problem}")
+    outcome: list[str | None] = [None]
     if rank == 0:
-        listed = {name: entry for _, sums in everything for name, entry in sorted(sums.items())}
-        _write_flushed(path / SETTINGS, json.dumps({**about, "files": listed}, indent=1))
-        flush_folder(path)
+        about = {**about, "files": {name: entry for _, sums in everything for name, entry in sorted(sums.items())}}
+        try:
+            _write_flushed(path / SETTINGS, json.dumps({**about, "sha256": _digest(about)}, indent=1))
+            flush_folder(path)
+        except OSError as error:
+            outcome = [str(error)]
     if group is not None:
-        dist.barrier(group)
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[0] is not None:
+        raise UserError(f"the checkpoint cannot be written to {path}: {outcome[0]}")
 
 
 def settings(path: Path) -> dict[str, Any]:
@@ -194,6 +200,8 @@ def settings(path: Path) -> dict[str, Any]:
     """
     try:
         about = json.loads((path / SETTINGS).read_text())
+        if about.pop("sha256") != _digest(about):
+            raise ValueError("its checksum is another one")
         if not isinstance(about["args"], dict) or not isinstance(about["epoch"], int):
             raise ValueError("args must be a dict and epoch a number")
         _ = about["weights"], about["optimizer"], about["run"], {entry["sha256"] for entry in about["files"].values()}
@@ -269,6 +277,10 @@ class _HashedFiles(FileSystem):
 
             yield Hashed()
             self.digests[Path(path).name] = digest.hexdigest()
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

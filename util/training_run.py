@@ -7,7 +7,7 @@ from typing import Any
 
 from engine_jit import Recipe
 from util import checkpoint as ckpt
-from util import config, provenance
+from util import config, provenance, watch
 from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME_SHARDED
 from util.checkpoint_writer import CheckpointWriter
@@ -17,6 +17,7 @@ from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
 from util.logger import RunLog, wandb_settings
+from util.preemption import Preempted
 from util.preparation import build_suite, open_dataset, warn
 from util.resume import init_notes, load_for_training, start_step
 from util.schedules import training_times
@@ -69,7 +70,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     whole_last = step if here and saved.path.name in (ckpt.NAME, NAME_SHARDED) else None
     source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
     folder = Path(args.output_dir)
-    with process_group(world, also_alone=args.parallel == "fsdp"):
+    with process_group(world, args.dist_timeout, also_alone=args.parallel == "fsdp"):
         agree("run", (config.run_name(args), step, len(dataset), held_out and len(held_out.images)), world)
         suite = build_suite(args, world, args.num_images) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
@@ -90,10 +91,14 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
                 training, dataset, loader, sampler, recipe, args, shape, world, log, writer, suite, held_out
             ).run(step)
             exit_code = 0
+        except Preempted:
+            exit_code = 0  # for Weights & Biases it has not failed
+            raise
         finally:
-            if writer is not None:
-                writer.close()
-            log.close(exit_code)
+            with watch.paused("the end of the log"):
+                if writer is not None:
+                    writer.close()
+                log.close(exit_code)
         del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
 
