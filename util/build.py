@@ -30,6 +30,8 @@ class DenoiserConfig:
     attn_dropout: float = 0.0
     proj_dropout: float = 0.0
     attn_fp32: bool = False
+    spectral_residual: str = "off"
+    spectral_residual_scale: float = 1.0
 
     @classmethod
     def from_args(cls, args: Namespace) -> "DenoiserConfig":
@@ -69,6 +71,8 @@ class DenoiserConfig:
             attn_drop=self.attn_dropout,
             proj_drop=self.proj_dropout,
             attn_fp32=self.attn_fp32,
+            spectral_residual=self.spectral_residual,
+            spectral_residual_scale=self.spectral_residual_scale,
         )
         operator = None
         if self.spectral_forcing:

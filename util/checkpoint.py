@@ -23,6 +23,7 @@ from util.errors import UserError
 __all__ = ["CHOICES", "NAME", "Checkpoint", "find", "load", "load_optimizer", "load_weights", "save"]
 
 PREFIX = "net."
+RESIDUAL = ".spectral_residual."  # in the names of the parameters that --spectral_residual adds
 PROJ1 = PREFIX + "x_embedder.proj1.weight"
 CHOICES = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # name in a flag -> name in the file
 WEIGHTS = tuple(CHOICES.values())
@@ -37,7 +38,7 @@ class Checkpoint:
         weights: "model", "model_ema1", "model_ema2" -> state dict with keys prefixed "net.".
         optimizer: AdamW's state dict, or None in a file without one.
         epoch: the last finished epoch, counted from 0.
-        args: the flags it was trained with; what decides Spectral Forcing is always there.
+        args: the flags it was trained with; what decides Spectral Forcing and the spectral residual is always there.
         sf_source: how that was known, as a phrase for a message.
         run: our additions, empty for a foreign file.
         notes: about newer files that are damaged, as warnings.
@@ -125,8 +126,11 @@ def _understand(path: Path, content: Any) -> Checkpoint:
 
 
 def _foreign_settings(args: dict[str, Any]) -> dict[str, Any]:
-    """Settings as ours say them: published runs leave the global batch to batch size and number of processes."""
-    args = dict(args)
+    """Settings as ours say them: published runs leave the global batch to batch size and number of processes.
+
+    A checkpoint that is silent on the spectral residual is older than it.
+    """
+    args = {"spectral_residual": "off", **args}
     if (
         "global_batch" not in args
         and isinstance(args.get("batch_size"), int)
@@ -150,22 +154,36 @@ def _to_convolution(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return state
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path, adds_residual: bool = False) -> int:
     """Fill `module` with `state`; every key and every shape must agree.
+
+    Args:
+        adds_residual: a `state` that knows nothing of the spectral residual may lack all of its parameters.
+
+    Returns: how many numbers `state` lacks, which are as they were in the module: 0 without `adds_residual`.
 
     Raises:
         UserError: naming what differs. The module is then unchanged.
     """
     own = module.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]
+    plain = adds_residual and not any(RESIDUAL in k for k in state)
+    lacking = {k: v for k, v in own.items() if plain and RESIDUAL in k}
+    wrong = [f"{k} is missing" for k in own if k not in state and k not in lacking]
+    wrong += [f"{k} is unknown" for k in state if k not in own]
     wrong += [
         f"{k} is {list(state[k].shape)} and the network's is {list(v.shape)}"
         for k, v in own.items()
         if k in state and state[k].shape != v.shape
     ]
     if wrong:
-        raise UserError(f"{path} does not fit the network: " + "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4))
-    module.load_state_dict(dict(state))
+        what = "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4)
+        has, wants = (any(RESIDUAL in k for k in names) for names in (state, own))
+        if has != wants:
+            with_, without = ("the file", "the network") if has else ("the network", "the file")
+            what += f" ({with_} has a spectral residual and {without} has none: --spectral_residual)"
+        raise UserError(f"{path} does not fit the network: {what}")
+    module.load_state_dict({**state, **lacking})
+    return sum(v.numel() for v in lacking.values())
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from denoiser import Denoiser, LogitNormal
+from model_jit import JiT
 from sampler import SOLVERS
 from spectral_forcing import SpectralForcing
+from spectral_residual import MODES
 from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
 from util.errors import UserError
@@ -59,6 +61,10 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("sf_c_min", _default(SpectralForcing, "c_min"), float, ALWAYS, "cutoff at t = 0"),
         Flag("sf_c_max", _default(SpectralForcing, "c_max"), float, ALWAYS, "cutoff at t = 1"),
         Flag("sf_kappa", _default(SpectralForcing, "kappa"), float, ALWAYS, "steepness of the mask"),
+    ],
+    "spectral residual (SpectralDiT)": [
+        Flag("spectral_residual", _default(JiT, "spectral_residual"), str, ALWAYS, "what its gates depend on", MODES),
+        Flag("spectral_residual_scale", _default(JiT, "spectral_residual_scale"), float, ALWAYS, "bound of its gates"),
     ],
     "path": [
         Flag("pred_param", _default(Denoiser, "pred_param"), str, ALWAYS, "what the network predicts", ("x", "v")),

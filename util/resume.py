@@ -11,6 +11,7 @@ from util.distributed import World
 from util.errors import UserError
 
 ARCHITECTURE = ("model", "img_size", "class_num")
+RESIDUAL = ("spectral_residual", "spectral_residual_scale")
 
 
 def load_for_inference(given: Mapping[str, Any], what: str) -> tuple[Namespace, Checkpoint]:
@@ -52,7 +53,9 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
     ):
         saved = checkpoint.load(resume)
     elif init is not None:
-        bound = config.resolve(given, checkpoint.load(init).args, training=False, only=ARCHITECTURE)
+        source = checkpoint.load(init).args
+        shape = ARCHITECTURE if source["spectral_residual"] == "off" else ARCHITECTURE + RESIDUAL  # it may be added
+        bound = config.resolve(given, source, training=False, only=shape)
     args = bound or config.resolve(given, saved.args if saved else None, training=True)
     config.split_global_batch(args, world.size)
     args.resume, args.output_dir = resume, output or str(Path("output") / config.run_name(args))

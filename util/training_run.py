@@ -47,7 +47,8 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     init = ckpt.load(args.init_from) if args.init_from and saved is None else None
     warn(init_notes(args, init) + seen_before(args, init.args) if init else [], world)
     if start := saved or init:
-        ckpt.load_weights(denoiser, start.weights[ckpt.CHOICES["model" if saved else args.init_weights]], start.path)
+        choice = ckpt.CHOICES["model" if saved else args.init_weights]
+        new = ckpt.load_weights(denoiser, start.weights[choice], start.path, adds_residual=start is init)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory=world.device.type == "cuda")
     recipe = Recipe(
@@ -83,6 +84,8 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     here = saved is not None and saved.path.parent.resolve() == Path(args.output_dir).resolve()
     whole_last = step if here and saved.path.name == ckpt.NAME else None
     source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
+    if init and new:
+        source += f"; {new:,} new parameters of --spectral_residual {args.spectral_residual}, whose gates start at zero"
     del saved, init  # the file's memory and, once it is replaced, its space on the disk
 
     folder = Path(args.output_dir)
