@@ -34,8 +34,8 @@ def blur_matrix(side: int) -> Tensor:
 def blur(r: Tensor, matrix: Tensor) -> Tensor:
     """The 5x5 filter outer(BINOMIAL, BINOMIAL) on each channel of r (B, N, D), one axis after the other.
 
-    Two products with `blur_matrix`, for which r stays in its layout. A depthwise convolution takes as long; but it
-    needs a padded copy, which the backward pass keeps, and whose gradient on CUDA is not deterministic.
+    Two products with `blur_matrix`, for which r stays in its layout. A depthwise convolution takes as long, but needs a
+    padded copy, which the backward pass keeps and whose gradient on CUDA is not deterministic.
     """
     b, n, d = r.shape
     side = len(matrix)
@@ -87,14 +87,16 @@ class SpectralResidual(nn.Module):
         """x + r with the correction on the last N tokens; x, r (B, K + N, D), c (B, D).
 
         The blur is in the type of r (bfloat16 under autocast, whose rounding is no coarser than that of r itself), the
-        gates and the sum in float32: rounded to bfloat16, 1 + g would lose every g below 1/512.
+        gates and what they scale in float32.
         """
-        n = self.side**2
+        context = r.shape[1] - self.side**2  # K
         g_lo, g_hi = (g[..., None, None] for g in self.gates(c))  # (B, 1, 1) each
-        grid = r[:, -n:]  # (B, N, D)
-        out = x + r
-        out[:, -n:] += g_hi * grid + (g_lo - g_hi) * blur(grid, self.matrix)
-        return out
+        grid = r[:, context:]  # (B, N, D)
+        change = g_hi * grid + (g_lo - g_hi) * blur(grid, self.matrix)
+        if context:
+            change = F.pad(change, (0, 0, context, 0))  # (B, K + N, D)
+        # Added to a part of x + r in place, the change would alter the layout of gradients, and so the order of sums.
+        return x + r + change.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"side={self.side}, mode={self.mode}, scale={self.scale}"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +88,7 @@ def plot_gates(gates: Gates, path: Path, title: str) -> Path:
         limit = max(float(tables.abs().max()), 1e-6)
         for axes, table, name in zip(row, tables, ("g_lo: low frequencies", "g_hi: high frequencies"), strict=True):
             image = axes.imshow(
-                table,
+                table.numpy(),
                 aspect="auto",
                 extent=extent,
                 interpolation="nearest",
@@ -98,7 +97,7 @@ def plot_gates(gates: Gates, path: Path, title: str) -> Path:
                 vmax=limit,
             )
             axes.set_title(name, fontsize="medium")
-        row[0].set(ylabel="block", yticks=np.unique(np.linspace(0, blocks - 1, min(blocks, 9)).round()))
+        row[0].set(ylabel="block", yticks=range(0, blocks, -(-blocks // 9)))
         figure.colorbar(image, ax=list(row), label=meaning)
     for axes in grid[-1]:
         axes.set_xlabel("t (0 noise, 1 data)")
