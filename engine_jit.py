@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from denoiser import Denoiser, LogitNormal, draw, random_flip
+from util import watch
 from util.data import to_float
 from util.distributed import World, all_reduce_mean
 from util.ema import EMA
@@ -173,6 +174,7 @@ def _forward_backward(
     total, images = torch.zeros((), device=world.device), 0
     for micro in range(recipe.accum_iter):
         x, y = (part.to(world.device, non_blocking=True) for part in next(batches))
+        watch.arrived(f"step {step}" if recipe.accum_iter == 1 else f"step {step}, pass {micro + 1}")
         where = positions(world.rank, world.size, micro, len(x))
         position = torch.arange(where.start, where.stop, device=world.device)
         x = to_float(x)

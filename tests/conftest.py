@@ -157,6 +157,12 @@ def smooth_images(n: int, seed: int, contrast: float, size: int = 32) -> torch.T
     return (((images - 0.5) * contrast + noise + 0.5) * 255).clamp(0, 255).round().to(torch.uint8)
 
 
+def as_torchrun(rank: int, size: int, port: int) -> None:
+    """The environment that torchrun gives a process; the store behind the port is its agent's."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
+
+
 class Payload:
     """Unpickling it makes a folder."""
 

@@ -60,6 +60,7 @@ INTERFACE = {
     "save_last_freq": 5,
     "log_freq": 100,
     "device": None,
+    "dist_timeout": 30.0,
     "wandb_project": "jit",
     "wandb_entity": None,
     "wandb_run_name": None,
@@ -172,6 +173,7 @@ OF_THIS_CALL = {
     "resume": "/x",
     "checkpoint": "x.pth",
     "device": "cuda",
+    "dist_timeout": 2.0,
 }
 
 
@@ -538,6 +540,7 @@ def test_runs_on_different_folders_of_images_have_different_names():
         *(({n: -0.1}, [f"--{n} -0.1", "between 0 and 1"]) for n in ("label_drop_prob", "ema_decay2")),
         ({"interval_min": 0.5, "interval_max": 0.4}, ["(0.5, 0.4)", "min <= max"]),
         ({"interval_min": -0.1}, ["interval", "-0.1"]),
+        *(({"dist_timeout": n}, [f"--dist_timeout {n}", "above 0"]) for n in (0.0, -1.0, float("nan"), float("inf"))),
         ({"interval_max": 1.1}, ["interval", "1.1"]),
         ({"num_images": 50001}, ["50001", "1000 classes"]),
         ({"lr_schedule": "linear"}, ["--lr_schedule linear", "constant, cosine"]),

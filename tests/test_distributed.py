@@ -15,8 +15,20 @@ from torch.distributed import TCPStore
 
 import engine_jit
 import main_jit
-from tests.conftest import STATE, arguments, differences, flags, raw, read_log, register, state_differences, train
-from tests.test_engine import Labelled, Recording, network, settings, state_of
+from tests.conftest import (
+    STATE,
+    arguments,
+    as_torchrun,
+    differences,
+    flags,
+    raw,
+    read_log,
+    register,
+    state_differences,
+    train,
+)
+from tests.test_engine import Labelled, Recording, network, settings
+from tests.test_nonfinite import state_of
 from util import training_loop, training_run
 from util.checkpoint import NAME
 from util.distributed import (
@@ -39,12 +51,6 @@ LABELS = [i // 3 for i in range(30)]
 ROWS = (0, 1, 2, 7, 8)
 
 
-def _as_torchrun(rank: int, port: int) -> None:
-    """The environment that torchrun gives a process; the store behind the port is its agent's."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
-
-
 def _work(rank: int, folder, ports: list[int]) -> None:
     """What each of the two processes does; results that are not a run's own files go to `folder`."""
     torch.set_num_threads(1)
@@ -54,7 +60,7 @@ def _work(rank: int, folder, ports: list[int]) -> None:
     alive = _watch_the_end()
 
     def call(name, argv):
-        _as_torchrun(rank, ports.pop())
+        as_torchrun(rank, 2, ports.pop())
         codes[name] = main_jit.main(argv)
 
     half = {"batch_size": 8}
@@ -67,7 +73,7 @@ def _work(rank: int, folder, ports: list[int]) -> None:
     call("evaluate", flags(resume=folder / "plain", evaluate_gen=True, num_images=30, gen_bsz=7, device="cpu"))
     call("refused", arguments(output_dir=folder / "refused", batch_size=21))
 
-    _as_torchrun(rank, ports.pop())
+    as_torchrun(rank, 2, ports.pop())
     world = find_world("cpu")
     results = {"world": (world.rank, world.size, world.main, launched_by_torchrun())}
     with process_group(world):

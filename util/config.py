@@ -17,11 +17,8 @@ from util.data import IN_MEMORY, KNOWN
 from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 
-NEWER = (
-    "val_split",
-    "spectral_residual",
-    "spectral_residual_scale",
-)  # newer than names of runs: at their defaults they are no part of one
+# Newer than names of runs: at their defaults they are no part of one.
+NEWER = ("val_split", "spectral_residual", "spectral_residual_scale")
 NEEDED_BY = {
     "sample": ("labels", "num_per_class"),
     "evaluate_gen": ("keep_features",),
@@ -82,6 +79,8 @@ def _complete(args: Namespace) -> Namespace:
             value = getattr(args, name)
             if value is not None and not value >= lowest:
                 raise UserError(f"--{name} {value} must be at least {lowest}")
+    if not 0 < args.dist_timeout < float("inf"):
+        raise UserError(f"--dist_timeout {args.dist_timeout} must be a number of minutes above 0")
     if args.seed >= 2**64:
         raise UserError(f"--seed {args.seed} must be below 2^64")
     args.flip = args.dataset != "digits" if args.flip is None else args.flip

@@ -2,18 +2,21 @@
 
 import json
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from util import preemption, watch
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -77,9 +80,23 @@ def find_world(device: str | None) -> World:
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, where)
 
 
+def _end_the_job(reason: str, text: str) -> NoReturn:
+    """End this process, whatever its main thread hangs in, so that torchrun ends the others."""
+    last_resort = threading.Timer(5, os._exit, [1])  # who reads the output may hang as well
+    last_resort.start()
+    tell_torchrun(reason)
+    preemption.record_exit(1, rank_from_environment())
+    sys.stdout.flush()
+    print(text, end="", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 @contextmanager
-def process_group(world: World, timeout_minutes: float = 30) -> Iterator[None]:
-    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process.
+def process_group(world: World, timeout_minutes: float = 30.0) -> Iterator[None]:
+    """The default process group (nccl on CUDA, gloo on a CPU), where there is more than one process, and its watch.
+
+    After `timeout_minutes` in which a process waits for another one, the watch (util/watch.py) names that one and ends
+    the job; a collective's own timeout comes later.
 
     An error within leaves the group as it is: ending it is a collective, and the others do not take part.
     """
@@ -90,8 +107,11 @@ def process_group(world: World, timeout_minutes: float = 30) -> Iterator[None]:
         yield
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = 60 * timeout_minutes
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout + watch.margin(timeout)))
+    watch.start(world.rank, world.size, timeout, _end_the_job)
     yield  # not in try: see above
+    watch.stop()
     _patient = None
     dist.destroy_process_group()
 

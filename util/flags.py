@@ -12,6 +12,7 @@ from spectral_forcing import SpectralForcing
 from spectral_residual import MODES
 from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
+from util.distributed import process_group
 from util.errors import UserError
 
 ALWAYS, TRAINING, FREE, OWN = "always", "training", "free", "own"
@@ -141,6 +142,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("keep_every_epochs", None, int, FREE, "keep a checkpoint for good, this often"),
         Flag("skip_nonfinite", 0, int, FREE, "steps in a row that may be not finite, and are skipped"),
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
+        Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),
         Flag("attn_fp32", False, "store_true", FREE, "attention product in float32 also under autocast"),

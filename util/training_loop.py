@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from denoiser import draw
 from engine_jit import Recipe, Training, stop_if_non_finite, train_one_epoch
-from util import bad_images, gates, preemption, provenance
+from util import bad_images, gates, preemption, provenance, replicas, watch
 from util import checkpoint as ckpt
 from util.build import DenoiserConfig
 from util.checkpoint_writer import CheckpointWriter
@@ -67,7 +68,8 @@ class Loop:
         length = self.recipe.steps_per_epoch
         if step % length == 0 and from_main(self.world, lambda: look_is_missing(self.args, step // length)):
             self.log.say(f"the look at samples after epoch {step // length} was due and is missing: it comes first")
-            self._look(step // length - 1)
+            with watch.paused(f"the look at samples after epoch {step // length}"):
+                self._look(step // length - 1)
         for epoch in range(step // length, self.recipe.epochs):
             start = time.perf_counter()
             self.sampler.set_epoch(epoch, self.step - epoch * length)
@@ -108,6 +110,7 @@ class Loop:
         last, looks = done == args.epochs, look_is_due(done, args)
         keeps = args.keep_every_epochs is not None and done % args.keep_every_epochs == 0
         if self.held_out and (last or done % args.val_freq == 0):
+            watch.arrived(f"the held-out loss of epoch {done}")
             self.held_out.record(self.training, epoch, self.recipe, self.world, self.log)
         # With a checkpoint, a look that is interrupted can be completed.
         if last or looks or keeps or self.stopping or self.save_is_due or done % args.save_last_freq == 0:
@@ -115,8 +118,9 @@ class Loop:
         if self.stopping:
             self._stop()
         if looks:
-            self._finish_writing()
-            self._look(epoch)
+            with watch.paused(f"the look at samples after epoch {done}"):
+                self._finish_writing()
+                self._look(epoch)
 
     def _report_bad_images(self) -> None:
         bad_images.report(self.loader.replaced, self.world, self.log, self.step)
@@ -127,9 +131,16 @@ class Loop:
         self._report_bad_images()
         stop_if_non_finite(self.training.window, self.recipe)
         self.save_is_due, self.saved_at = False, time.monotonic()
+        watch.arrived(f"the checkpoint of step {self.step}")
+        replicas.compare(self._replicas(), self.world)
         if self.writer is not None:
             content = checkpoint_content(self.training, self.step, self.recipe.steps_per_epoch, self.args)
             self.writer.save(content, self.step, keep_as_epoch)
+
+    def _replicas(self) -> dict[str, dict[str, Tensor]]:
+        ema1, ema2 = self.training.emas
+        weights = dict(self.training.denoiser.named_parameters())
+        return {"the weights": weights, "ema1": ema1.averages, "ema2": ema2.averages}
 
     def _tell_what_is_written(self) -> None:
         for written in self.writer.finished() if self.writer else ():
@@ -145,8 +156,9 @@ class Loop:
         self._tell_what_is_written()
 
     def _stop(self) -> None:
-        self._finish_writing()
-        wait_for_all(self.world)
+        with watch.paused(f"the checkpoint of step {self.step}"):
+            self._finish_writing()
+            wait_for_all(self.world)
         reason = from_main(self.world, preemption.requested) or "another process"
         raise Preempted(
             f"stopped by {reason} after step {self.step} of {self.recipe.epochs * self.recipe.steps_per_epoch}, which "

@@ -10,7 +10,7 @@ import torch
 from denoiser import LogitNormal
 from engine_jit import Recipe, Training, build_optimizer, wrap
 from util import checkpoint as ckpt
-from util import config, provenance
+from util import config, provenance, watch
 from util.build import DenoiserConfig
 from util.checkpoint_writer import CheckpointWriter
 from util.distributed import World, agree, process_group
@@ -89,7 +89,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     del saved, init  # the file's memory and, once it is replaced, its space on the disk
 
     folder = Path(args.output_dir)
-    with process_group(world):
+    with process_group(world, args.dist_timeout):
         agree("run", (config.run_name(args), step, len(dataset), held_out and len(held_out.images)), world)
         suite = build_suite(args, world, args.num_images) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
@@ -106,9 +106,10 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
             ).run(step)
             exit_code = 0
         finally:
-            if writer is not None:
-                writer.close()
-            log.close(exit_code)
+            with watch.paused("the end of the log"):
+                if writer is not None:
+                    writer.close()
+                log.close(exit_code)
         del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
 
