@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spectral_conditioning import ScheduleEmbedder
+from spectral_residual import GateLinear, SpectralResidual
 
 
 class RMSNorm(nn.RMSNorm):
@@ -144,28 +145,40 @@ class SwiGLU(nn.Module):
 class JiTBlock(nn.Module):
     """Pre-norm block; shift, scale and gate of both branches come from c (adaLN-Zero).
 
-    Where `recomputed` is set, the backward pass computes the block once more instead of keeping what is inside of it.
+    With a spectral residual, its gates come from c_t and correct the MLP branch (spectral_residual.py). Where
+    `recomputed` is set, the backward pass computes the block once more instead of keeping what is inside of it.
     """
 
     recomputed = False
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float, attn_fp32: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attn_drop: float,
+        proj_drop: float,
+        attn_fp32: bool,
+        spectral_residual: SpectralResidual | None = None,
+    ):
         super().__init__()
         self.norm1 = RMSNorm(dim)
         self.attn = Attention(dim, num_heads, attn_drop, proj_drop, attn_fp32)
         self.norm2 = RMSNorm(dim)
         self.mlp = SwiGLU(dim, mlp_ratio, proj_drop)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.spectral_residual = spectral_residual
 
-    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, c_t: Tensor | None = None) -> Tensor:
         if self.recomputed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, c, cos, sin, use_reentrant=False)
-        return self._forward(x, c, cos, sin)
+            return checkpoint(self._forward, x, c, cos, sin, c_t, use_reentrant=False)
+        return self._forward(x, c, cos, sin, c_t)
 
-    def _forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, c_t: Tensor | None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (B, D) each
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        r = gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        return x + r if self.spectral_residual is None else self.spectral_residual(x, r, c_t)
 
 
 class FinalLayer(nn.Module):
@@ -191,10 +204,14 @@ class JiT(nn.Module):
         attn_drop, proj_drop: dropout of attention weights and of projections, in the middle half of the blocks only.
         in_context_len: K class tokens, put in front of the sequence before block `in_context_start`; 0 for none.
         attn_fp32: compute the attention product in float32 also under autocast, as the published training code does.
+        spectral_residual: "off", or what the gates of SpectralDiT's correction depend on: one of
+            spectral_residual.MODES.
+        spectral_residual_scale: s, which none of these gates exceeds.
         told_schedule: condition on (lambda_0, lambda_1) of each sample's noise schedule; at first without effect.
 
     Raises:
-        ValueError: sizes that do not fit together; in `forward`, an image of another size.
+        ValueError: sizes that do not fit together, a spectral residual that there is not; in `forward`, an image of
+            another size.
     """
 
     def __init__(
@@ -214,6 +231,8 @@ class JiT(nn.Module):
         in_context_len: int = 32,
         in_context_start: int = 4,
         attn_fp32: bool = False,
+        spectral_residual: str = "off",
+        spectral_residual_scale: float = 1.0,
         told_schedule: bool = False,
     ):
         super().__init__()
@@ -225,6 +244,7 @@ class JiT(nn.Module):
             raise ValueError(f"in_context_start is {in_context_start}, and there are blocks 0 to {depth - 1}")
         self.input_size, self.patch_size, self.out_channels = input_size, patch_size, out_channels
         self.num_classes, self.in_context_len, self.in_context_start = num_classes, in_context_len, in_context_start
+        self.residual_mode = spectral_residual
         side = input_size // patch_size
 
         if in_context_len:
@@ -235,7 +255,10 @@ class JiT(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(depth):
             drops = (attn_drop, proj_drop) if depth // 4 <= i < depth // 4 * 3 else (0.0, 0.0)
-            self.blocks.append(JiTBlock(hidden_size, num_heads, mlp_ratio, *drops, attn_fp32))
+            residual = None
+            if spectral_residual != "off":
+                residual = SpectralResidual(hidden_size, side, spectral_residual, spectral_residual_scale)
+            self.blocks.append(JiTBlock(hidden_size, num_heads, mlp_ratio, *drops, attn_fp32, residual))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
         self.schedule_embedder = ScheduleEmbedder(hidden_size) if told_schedule else None
 
@@ -249,7 +272,7 @@ class JiT(nn.Module):
     def reset_parameters(self) -> None:
         """The only place where parameters get their initial values."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not isinstance(module, GateLinear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
@@ -265,6 +288,10 @@ class JiT(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].bias)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
+        for block in self.blocks:  # last, so that all other parameters are drawn as without them
+            if block.spectral_residual is not None:
+                for name, parameter in block.spectral_residual.named_parameters():
+                    (nn.init.xavier_uniform_ if name == "fc1.weight" else nn.init.zeros_)(parameter)
         if self.schedule_embedder is not None:
             nn.init.zeros_(self.schedule_embedder.weight)
 
@@ -280,9 +307,11 @@ class JiT(nn.Module):
                 f"the network was built for {self.input_size}x{self.input_size} images, got {x.shape[-2]}x{x.shape[-1]}"
             )
         y_emb = self.y_embedder(y)  # (B, D)
-        c = self.t_embedder(t) + y_emb  # (B, D)
+        t_emb = self.t_embedder(t)  # (B, D)
+        c = t_emb + y_emb  # (B, D)
         if self.schedule_embedder is not None:
             c = c + self.schedule_embedder(bounds)
+        c_t = c if self.residual_mode == "time_label" else t_emb
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         cos, sin = self.rope_cos, self.rope_sin
         for i, block in enumerate(self.blocks):
@@ -290,7 +319,7 @@ class JiT(nn.Module):
                 x = torch.cat([(y_emb[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)  # (B, K + N, D)
                 cos = F.pad(cos, (0, 0, self.in_context_len, 0), value=1.0)
                 sin = F.pad(sin, (0, 0, self.in_context_len, 0), value=0.0)
-            x = block(x, c, cos, sin)
+            x = block(x, c, cos, sin, c_t=c_t)
         if self.in_context_len:
             x = x[:, self.in_context_len :]
         return self.unpatchify(self.final_layer(x, c))

@@ -91,6 +91,8 @@ BOUND_ALWAYS = {
     "sf_c_min": 0.2,
     "sf_c_max": 0.9,
     "sf_kappa": 10.0,
+    "spectral_residual": "time",
+    "spectral_residual_scale": 0.5,
     "pred_param": "v",
     "noise_scale": 2.0,
     "t_eps": 0.01,

@@ -35,6 +35,7 @@ FACTORS = {  # option -> {choice: its flags}
         name: {"t_sampler": name} for name in ("logit_normal", "uniform", "spectral_global", "spectral_instance")
     },
     "grid": {name: {"sampling_grid": name} for name in ("uniform", "spectral_global", "spectral_instance")},
+    "residual": {name: {"spectral_residual": name} for name in ("off", "time", "time_label", "static")},
     "prediction": {
         "x": {"sampling_method": "heun"},
         "v": {"pred_param": "v", "t_eps": 0.0, "sampling_method": "euler"},

@@ -46,6 +46,8 @@ class DenoiserConfig:
     sf_power: list[float] | None = None
     schedule_delta: float | None = None
     schedule_level: list[float] | None = None
+    spectral_residual: str = "off"
+    spectral_residual_scale: float = 1.0
 
     @classmethod
     def from_args(cls, args: Namespace) -> "DenoiserConfig":
@@ -91,6 +93,8 @@ class DenoiserConfig:
             proj_drop=self.proj_dropout,
             attn_fp32=self.attn_fp32,
             told_schedule=self.schedule_delta is not None,
+            spectral_residual=self.spectral_residual,
+            spectral_residual_scale=self.spectral_residual_scale,
         )
         schedules = None
         if self.schedule_delta is not None:

@@ -26,6 +26,7 @@ from util.sharded_checkpoint import WEIGHTS, Lazy
 __all__ = ["CHOICES", "NAME", "Checkpoint", "find", "load", "load_optimizer", "load_weights", "save"]
 
 PREFIX = "net."
+RESIDUAL = ".spectral_residual."  # in the names of the parameters that --spectral_residual adds
 PROJ1 = PREFIX + "x_embedder.proj1.weight"
 CHOICES = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # name in a flag -> name in the file
 
@@ -39,7 +40,7 @@ class Checkpoint:
         weights: "model", "model_ema1", "model_ema2" -> state dict with keys prefixed "net.".
         optimizer: AdamW's state dict, or None in a file without one.
         epoch: the last finished epoch, counted from 0.
-        args: the flags it was trained with; what decides Spectral Forcing is always there.
+        args: the flags it was trained with; what decides Spectral Forcing and the spectral residual is always there.
         sf_source: how that was known, as a phrase for a message.
         run: our additions, empty for a foreign file.
         notes: about newer files that are damaged, as warnings.
@@ -147,8 +148,11 @@ def _understand(path: Path, content: Any) -> Checkpoint:
 
 
 def _foreign_settings(args: dict[str, Any]) -> dict[str, Any]:
-    """Settings as ours say them: published runs leave the global batch to batch size and number of processes."""
-    args = dict(args)
+    """Settings as ours say them: published runs leave the global batch to batch size and number of processes.
+
+    A checkpoint that is silent on the spectral residual is older than it.
+    """
+    args = {"spectral_residual": "off", **args}
     if (
         "global_batch" not in args
         and isinstance(args.get("batch_size"), int)
@@ -192,7 +196,12 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
         if k in state and state[k].shape != v.shape
     ]
     if wrong:
-        raise UserError(f"{path} does not fit the network: " + "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4))
+        what = "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4)
+        has, wants = (any(RESIDUAL in k for k in names) for names in (state, own))
+        if has != wants:
+            with_, without = ("the file", "the network") if has else ("the network", "the file")
+            what += f" ({with_} has a spectral residual and {without} has none: --spectral_residual)"
+        raise UserError(f"{path} does not fit the network: {what}")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:

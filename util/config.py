@@ -6,6 +6,7 @@ the two holds). The result is written to the run's folder as JSON.
 
 import hashlib
 import json
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
 NEWER = (  # newer than names of runs: at their defaults they are no part of one
     *("val_split", "t_sampler", "t_uniform_mix", "spectral_variant", "spectral_delta"),
     *("sf_schedule", "sf_alpha", "sf_snr_floor", "warmup_steps", "beta1", "beta2", "grad_clip"),
+    *("spectral_residual", "spectral_residual_scale"),
 )
 NEEDED_BY = {
     "sample": ("labels", "num_per_class"),
@@ -110,6 +112,8 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
         raise UserError(
             f"--window_size {args.window_size} must be at least 2 and divide the image size {args.img_size}"
         )
+    if not 0 < args.spectral_residual_scale < math.inf:
+        raise UserError(f"--spectral_residual_scale {args.spectral_residual_scale} must be a positive number")
     for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "ema_decay1", "ema_decay2", "beta1", "beta2"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must be between 0 and 1")
@@ -130,6 +134,8 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
         warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
     if sf and args.dct_fixed_scale != DEFAULTS["dct_fixed_scale"] and not args.disable_dct_scale_schedule:
         warnings.append("--dct_fixed_scale has no effect without --disable_dct_scale_schedule")
+    if args.spectral_residual == "off" and args.spectral_residual_scale != DEFAULTS["spectral_residual_scale"]:
+        warnings.append("--spectral_residual_scale has no effect without --spectral_residual")
     if args.on_bad_image != DEFAULTS["on_bad_image"] and args.dataset in IN_MEMORY:
         warnings.append(f"--on_bad_image has no effect on {args.dataset}, whose images are not read from files")
     return warnings

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from denoiser import Denoiser, LogitNormal
+from model_jit import JiT
 from sampler import SOLVERS
 from spectral_forcing import SCHEDULES, SpectralForcing
+from spectral_residual import MODES
 from spectral_schedule import GRIDS, T_SAMPLERS, VARIANTS, TightSchedule, TrainingTimes
 from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
 from util.distributed import process_group
 from util.errors import UserError
-from util.parallel import MODES
+from util.parallel import PARALLEL
 
 ALWAYS, TRAINING, FREE, OWN = "always", "training", "free", "own"
 
@@ -65,6 +67,10 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("sf_schedule", SCHEDULES[0], str, ALWAYS, "of the cutoff; snr: from --spectrum_file", SCHEDULES),
         Flag("sf_alpha", _default(SpectralForcing, "alpha"), float, ALWAYS, "exponent of the spectrum, for power"),
         Flag("sf_snr_floor", _default(SpectralForcing, "snr_floor"), float, ALWAYS, "data-to-noise ratio at it"),
+    ],
+    "spectral residual (SpectralDiT)": [
+        Flag("spectral_residual", _default(JiT, "spectral_residual"), str, ALWAYS, "what its gates depend on", MODES),
+        Flag("spectral_residual_scale", _default(JiT, "spectral_residual_scale"), float, ALWAYS, "bound of its gates"),
     ],
     "path": [
         Flag("pred_param", _default(Denoiser, "pred_param"), str, ALWAYS, "what the network predicts", ("x", "v")),
@@ -153,7 +159,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("keep_last", 2, int, FREE, "newest checkpoints that stay"),
         Flag("keep_every_epochs", None, int, FREE, "keep a checkpoint for good, this often (0: none)"),
         Flag("skip_nonfinite", 0, int, FREE, "steps in a row that may be not finite, and are skipped"),
-        Flag("parallel", "ddp", str, FREE, "a copy of the network on each process, or shards of it", MODES),
+        Flag("parallel", "ddp", str, FREE, "a copy of the network on each process, or shards of it", PARALLEL),
         Flag("activation_checkpointing", False, argparse.BooleanOptionalAction, FREE, "recompute blocks: less memory"),
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
         Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),

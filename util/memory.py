@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from denoiser import Denoiser
 from model_jit import JiT_models
 from spectral_forcing import SpectralForcing
-from util.parallel import MODES
+from util.parallel import PARALLEL
 
 RESERVE = 4e9
 SIZES = {"80 GB": 80e9, "141 GB": 141e9}
@@ -146,7 +146,7 @@ def table(models: list[str], gpus: list[int], img_size: int) -> str:
     rows = [head, ["---"] * len(head)]
     for model in models:
         needs = measure(model, img_size)
-        for parallel in MODES:
+        for parallel in PARALLEL:
             for w in gpus if parallel == "fsdp" else ["any"]:
                 for recompute in (False, True):
                     fixed, image = needs.for_batch(1 if w == "any" else w, parallel, recompute)

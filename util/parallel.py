@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from denoiser import Denoiser
 from util.distributed import World
 
-MODES = ("ddp", "fsdp")
+PARALLEL = ("ddp", "fsdp")
 
 
 def wrap(denoiser: Denoiser, world: World) -> nn.Module:

@@ -12,6 +12,7 @@ from util.distributed import World
 from util.errors import UserError
 
 ARCHITECTURE = ("model", "img_size", "class_num")
+RESIDUAL = ("spectral_residual", "spectral_residual_scale")
 
 
 def load_for_inference(given: Mapping[str, Any], what: str) -> tuple[Namespace, Checkpoint]:
@@ -53,7 +54,9 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
     ):
         saved = checkpoint.load(resume)
     elif init is not None:
-        bound = config.resolve(given, checkpoint.load(init).args, training=False, only=ARCHITECTURE)
+        source = checkpoint.load(init).args
+        shape = ARCHITECTURE if source["spectral_residual"] == "off" else ARCHITECTURE + RESIDUAL  # it may be added
+        bound = config.resolve(given, source, training=False, only=shape)
     args = bound or config.resolve(given, saved.args if saved else None, training=True)
     config.split_global_batch(args, world.size)
     schedules.record(args, saved.args if saved else None)
@@ -87,11 +90,8 @@ def start_step(saved: Checkpoint | None, start_epoch: int, steps_per_epoch: int)
 def init_notes(args: Namespace, init: Checkpoint) -> list[str]:
     """What a run that starts from another one's weights computes differently from that one, as warnings."""
     names = ("disable_dct_patchify", "window_size", "sf_schedule", "pred_param", "noise_scale")
-    notes = [
+    return [
         f"--init_from: those weights were trained with {name} {init.args[name]}, and this run has {getattr(args, name)}"
         for name in names
         if name in init.args and init.args[name] != getattr(args, name)
     ]
-    if getattr(args, "schedule_delta", None) is not None and init.args.get("schedule_delta") is None:
-        notes.append("--init_from: those weights were not told schedules; what tells the network of them is 0 at first")
-    return notes

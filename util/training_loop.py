@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from denoiser import draw
 from engine_jit import Recipe, Training, stop_if_non_finite, train_one_epoch
 from spectral_conditioning import InstanceTimes
-from util import bad_images, preemption, provenance, replicas, watch
+from util import bad_images, gates, preemption, provenance, replicas, watch
 from util import checkpoint as ckpt
 from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME_SHARDED
@@ -219,6 +219,7 @@ class Loop:
         with average.applied_to(denoiser) if average else gathered(denoiser):
             labels = spread_labels(args.wandb_num_vis, args.class_num)
             title = f"{args.model}  epoch {epoch + 1}  cfg {args.cfg:g}"
+            self.products |= gates.record(denoiser.net, args.ema, epoch, step, self.folder, args.model, world, log)
             draw_grid(denoiser, self.shape, args, labels, world, grid, title)
             log.image("samples", step, grid)
             if self.suite is None:

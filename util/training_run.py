@@ -74,7 +74,8 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         agree("run", (config.run_name(args), step, len(dataset), held_out and len(held_out.images)), world)
         suite = build_suite(args, world, args.num_images) if args.online_eval else None
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
-        training, shards = build_training(args, shape, saved, init, world)
+        training, shards, added = build_training(args, shape, saved, init, world)
+        source = "; ".join([source, *added])
         del saved, init  # the file's memory and, once it is replaced, its space on the disk
         log = open_log(folder, args, world, step)
         write_start(folder, args, shape, recipe, training.denoiser, world, log, source, step)
