@@ -215,7 +215,7 @@ def test_another_spectrum_file_is_refused(instance_run, settings, tmp_path, caps
 
 def test_weights_from_a_network_that_was_not_told(trained, settings, tmp_path, capsys):
     folder = train(tmp_path / "run", init_from=trained, epochs=1, **{**settings, **INSTANCE, "val_split": None})
-    assert "were not told schedules" in capsys.readouterr().err
+    assert "new parameters of --t_sampler spectral_instance, which starts without effect" in capsys.readouterr().out
     assert raw(folder)["args"].schedule_delta == 0.1
     argv = arguments(init_from=folder, output_dir=tmp_path / "back", **settings)
     assert "net.schedule_embedder.weight is unknown" in refused(capsys, *argv)

@@ -13,7 +13,16 @@ from spectral_forcing import SpectralForcing
 from util.errors import UserError
 
 # Newer than files that exist: at their defaults they are not written.
-NEWER = ("sf_schedule", "sf_alpha", "sf_snr_floor", "sf_power", "schedule_delta", "schedule_level")
+NEWER = (
+    "spectral_residual",
+    "spectral_residual_scale",
+    "sf_schedule",
+    "sf_alpha",
+    "sf_snr_floor",
+    "sf_power",
+    "schedule_delta",
+    "schedule_level",
+)
 
 
 @dataclass(frozen=True)
