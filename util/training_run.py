@@ -75,8 +75,8 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
         training, shards = build_training(args, shape, saved, init, world)
         del saved, init  # the file's memory and, once it is replaced, its space on the disk
-        from_main(world, lambda: recover(folder, args.keep_last, whole_last))
         log = open_log(folder, args, world, step)
+        from_main(world, lambda: recover(folder, args.keep_last, whole_last))
         write_start(folder, args, shape, recipe, training.denoiser, world, log, source, step)
         if suite is not None and not appears(config_file(folder, step)):
             raise UserError(f"{folder} must be a folder that all processes share, or set ONLINE_EVAL=0")
