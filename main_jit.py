@@ -54,20 +54,21 @@ def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World) -> tupl
     denoiser = shape.build(autocast_dtype(args, world))
     ckpt.load_weights(denoiser, saved.weights[ckpt.CHOICES[args.ema]], saved.path)
     if world.main:
-        print(f"{saved.path}: epoch {saved.epoch + 1}, {args.ema}, {args.model} at {args.img_size} px")
+        when = f"step {saved.run['step']}, in epoch {saved.epoch + 2}" if saved.at else f"epoch {saved.epoch + 1}"
+        print(f"{saved.path}: {when}, {args.ema}, {args.model} at {args.img_size} px")
         print(f"Spectral Forcing {shape.describe_operator()}: {saved.sf_source}")
     return denoiser.to(world.device).eval(), shape
 
 
 def run_sample(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_inference(given, "sample")
-    warn(config.check(args, evaluates=False), world)
+    warn([*saved.notes, *config.check(args, evaluates=False)], world)
     chosen = config.parse_labels(args.labels, args.class_num)
     labels = [label for label in chosen for _ in range(args.num_per_class)]
     denoiser, shape = load_denoiser(args, saved, world)
     sampling = Sampling.from_args(args)
     what = f"labels{args.labels or 'first'}x{args.num_per_class}".replace(",", "_")
-    name = f"{setting_name(saved.epoch, args.ema, sampling)}-seed{args.seed}-{what}"
+    name = f"{setting_name(saved.epoch, args.ema, sampling)}{saved.at}-seed{args.seed}-{what}"
     folder = Path(args.output_dir) / "samples" / name
     with process_group(world, args.dist_timeout):
         agree("checkpoint", (saved.path.name, saved.epoch, saved.run.get("step")), world)
@@ -87,7 +88,7 @@ def run_sample(given: Mapping[str, Any], world: World) -> str:
 
 def run_evaluate(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_inference(given, "evaluate_gen")
-    warn(config.check(args, evaluates=True), world)
+    warn([*saved.notes, *config.check(args, evaluates=True)], world)
     plan, sampling, folder = sweep.Plan.from_args(args), Sampling.from_args(args), Path(args.output_dir)
     save_images = Path(args.save_images) if args.save_images else None
     with process_group(world, args.dist_timeout):
@@ -100,14 +101,14 @@ def run_evaluate(given: Mapping[str, Any], world: World) -> str:
 
         def subject_of(ema: str) -> Subject:
             ckpt.load_weights(denoiser, saved.weights[ckpt.CHOICES[ema]], saved.path)
-            return Subject(denoiser, shape, ema, saved.epoch, saved.path)
+            return Subject(denoiser, shape, ema, saved.epoch, saved.path, saved.at)
 
         if plan:
             report, products = sweep.run_sweep(
                 plan, sampling, subject_of, suites, args.num_images, folder, world, save_images, args.keep_features
             )
         else:
-            subject = Subject(denoiser, shape, args.ema, saved.epoch, saved.path)
+            subject = Subject(denoiser, shape, args.ema, saved.epoch, saved.path, saved.at)
             report, path = evaluate_and_write(
                 subject, sampling, args.num_images, suites[0], folder / "eval", world, save_images, args.keep_features
             )

@@ -56,6 +56,12 @@ class Checkpoint:
     verified: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def at(self) -> str:
+        """Part of a file name for a checkpoint in the middle of an epoch, "-step000012345"; else empty."""
+        step, length = self.run.get("step"), self.run.get("steps_per_epoch")
+        return f"-step{step:09d}" if step and length and step % length else ""
+
 
 def load(folder: str | os.PathLike, name: str | None = None) -> Checkpoint:
     """Read the checkpoint of a run, ours or a published one, without executing anything in it.

@@ -209,11 +209,19 @@ def keep(folder: Path, epoch: int, newest: str = NAME) -> Path:
     return name
 
 
-def prune(folder: Path, keep_last: int, step: int) -> None:
-    """Leave `keep_last` - 1 checkpoints before the newest, which is of `step`."""
+def prune(folder: Path, keep_last: int, first_step: int | None = None) -> None:
+    """Leave `keep_last` - 1 checkpoints before the newest.
+
+    Args:
+        first_step: first remove those of later steps: of a course that was left to go on from `first_step`.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
     earlier = sorted(folder.glob("checkpoint-step*.*"), key=lambda path: path.stem, reverse=True)
-    past = [path for path in earlier if path.stem < _STEP.format(step)]
-    for path in set(earlier) - set(past[: keep_last - 1]):
+    left = [path for path in earlier if first_step is not None and path.stem > _STEP.format(first_step)]
+    kept = [path for path in earlier if path not in left]
+    for path in left + kept[keep_last - 1 :]:
         _remove(path)
 
 

@@ -54,6 +54,7 @@ class Subject:
     ema: str
     epoch: int
     checkpoint: Path
+    at: str = ""  # in the middle of an epoch: at which step (Checkpoint.at)
 
 
 def evaluate(
@@ -204,8 +205,8 @@ def tf32() -> dict[str, bool]:
     return {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
 
 
-def report_name(epoch: int, ema: str, sampling: Sampling, num_images: int) -> str:
-    return f"{setting_name(epoch, ema, sampling)}-seed{sampling.seed}-n{num_images}"
+def report_name(epoch: int, ema: str, sampling: Sampling, num_images: int, at: str = "") -> str:
+    return f"{setting_name(epoch, ema, sampling)}{at}-seed{sampling.seed}-n{num_images}"
 
 
 def decided_by_of(fingerprint: Mapping[str, Any], suite: MetricSuite) -> str:
@@ -263,7 +264,7 @@ def evaluate_and_write(
     shape = subject.shape
     fingerprint = from_main(world, lambda: fingerprint_of(subject, sampling, num_images, suite, world.device))
     mark = digest(fingerprint)
-    name = report_name(subject.epoch, subject.ema, sampling, num_images)
+    name = report_name(subject.epoch, subject.ema, sampling, num_images, subject.at)
     shards = Shards(folder / f"{name}-{mark}.features", fingerprint, num_images, suite.streams, save_images)
     report = evaluate(subject.denoiser, sampling, num_images, shape.image_shape, shape.class_num, suite, world, shards)
     described = report["measured_with"]

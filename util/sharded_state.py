@@ -116,8 +116,8 @@ def load_rows(denoiser: Denoiser, rows: Mapping[str, Tensor]) -> None:
 class ShardedCheckpointWriter(CheckpointWriter):
     """Writes checkpoints in shards beside training. All processes have one, and call it together."""
 
-    def __init__(self, folder: Path, keep_last: int, last_step: int | None, shards: HostShards):
-        super().__init__(folder, keep_last, last_step)
+    def __init__(self, folder: Path, keep_last: int, last_step: int | None, first_step: int, shards: HostShards):
+        super().__init__(folder, keep_last, last_step, first_step)
         self.shards = shards
 
     def _put(self, content: dict[str, Any], step: int, keep_as_epoch: int | None) -> Path:

@@ -82,9 +82,9 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
             raise UserError(f"{folder} must be a folder that all processes share, or set ONLINE_EVAL=0")
         writer = None
         if shards is not None:
-            writer = ShardedCheckpointWriter(folder, args.keep_last, whole_last, shards)
+            writer = ShardedCheckpointWriter(folder, args.keep_last, whole_last, step, shards)
         elif world.main:
-            writer = CheckpointWriter(folder, args.keep_last, whole_last)
+            writer = CheckpointWriter(folder, args.keep_last, whole_last, step)
         exit_code = 1
         try:
             products = Loop(
