@@ -22,6 +22,8 @@ from util import config, preemption, provenance, sweep, watch
 from util.build import DenoiserConfig
 from util.distributed import (
     World,
+    agree,
+    everywhere_or_nowhere,
     find_world,
     in_group,
     launched_by_torchrun,
@@ -68,6 +70,7 @@ def run_sample(given: Mapping[str, Any], world: World) -> str:
     name = f"{setting_name(saved.epoch, args.ema, sampling)}{saved.at}-seed{args.seed}-{what}"
     folder = Path(args.output_dir) / "samples" / name
     with process_group(world, args.dist_timeout):
+        agree("checkpoint", (saved.path.name, saved.epoch, saved.run.get("step")), world)
         title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
         images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title, may_stop=True)
     if world.main:
@@ -92,7 +95,8 @@ def run_evaluate(given: Mapping[str, Any], world: World) -> str:
         warn(list(dict.fromkeys(w for suite in suites for w in suite.warnings)), world)
         if plan:
             sweep.criterion(suites[0].names)  # refused before the weights are loaded
-        denoiser, shape = load_denoiser(args, saved, world)
+        agree("checkpoint", (saved.path.name, saved.epoch, saved.run.get("step")), world)
+        denoiser, shape = everywhere_or_nowhere(world, lambda: load_denoiser(args, saved, world))
 
         def subject_of(ema: str) -> Subject:
             ckpt.load_weights(denoiser, saved.weights[ckpt.CHOICES[ema]], saved.path)

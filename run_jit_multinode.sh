@@ -168,11 +168,18 @@ if [[ -n ${MAX_RESTARTS:-} ]] && ! [[ $MAX_RESTARTS =~ ^(0|[1-9][0-9]*)$ ]]; the
     die "MAX_RESTARTS is '$MAX_RESTARTS': it must be an integer, the number of restarts after a failure."
 fi
 
-if [[ -n ${RESUME:-} ]] && [[ -f $RESUME || $RESUME == *.pth ]]; then
-    die "RESUME is '$RESUME', a file: it must be the folder that holds the checkpoint."
+if [[ -n ${RESUME:-} ]] && [[ -f $RESUME || $RESUME == *.pth || $RESUME == *.dcp || -f $RESUME/checkpoint.json ]]; then
+    die "RESUME is '$RESUME', a checkpoint itself or a file: it must be the folder that holds the checkpoint."
 fi
 
-has_checkpoint() { [[ -f $1/checkpoint-last.pth || -d $1/checkpoint-last.dcp ]]; }
+# has_checkpoint FOLDER: whether there is one of the names of util/checkpoint_folder.py in it.
+has_checkpoint() {
+    local path
+    for path in "$1"/checkpoint-{last,step*,epoch*}.pth "$1"/checkpoint-{last,next,step*,epoch*}.dcp/checkpoint.json; do
+        if [[ -f $path ]]; then return 0; fi
+    done
+    return 1
+}
 
 dataset=${DATASET:-}  # here only to see whether data is needed
 needs_data=1

@@ -144,17 +144,25 @@ def test_evaluation_needs_no_data(launcher):
     assert launcher.settings(EVALUATE_GEN="1", RESUME="run") == ["--resume", "run", "--evaluate_gen"]
 
 
-@pytest.mark.parametrize("kind", ["pth", "dcp"])
-def test_run_that_goes_on_needs_no_data(launcher, tmp_path, kind):
-    path = tmp_path / f"checkpoint-last.{kind}"
+@pytest.mark.parametrize(
+    "name", ["last.pth", "last.dcp", "next.dcp", "step000000004.pth", "step000000004.dcp", "epoch0001.dcp"]
+)
+def test_run_that_goes_on_needs_no_data(launcher, tmp_path, name):
+    path = tmp_path / f"checkpoint-{name}"
+    if path.suffix == ".dcp":
+        path.mkdir()
+        path = path / "checkpoint.json"  # without it, it is not whole
     assert "DATA_PATH" in launcher.error(OUTPUT_DIR=str(tmp_path))
-    path.write_text("a file") if kind == "pth" else path.mkdir()
+    path.write_text("a file")
     assert launcher.settings(OUTPUT_DIR=str(tmp_path)) == ["--output_dir", str(tmp_path)]
 
 
 def test_resume_is_a_folder(launcher, tmp_path):
     (tmp_path / "weights").write_text("a file")
-    for value in ["run/checkpoint-last.pth", str(tmp_path / "weights")]:
+    shards = tmp_path / "mine"
+    shards.mkdir()
+    (shards / "checkpoint.json").write_text("{}")
+    for value in ["run/checkpoint-last.pth", "run/checkpoint-last.dcp", str(tmp_path / "weights"), str(shards)]:
         message = launcher.error(DATASET="digits", RESUME=value)
         assert "RESUME" in message and value in message and "folder" in message
     for value in [str(tmp_path), "not/there/yet"]:

@@ -175,7 +175,7 @@ def test_loading_processes_survive_what_the_whole_job_is_sent_and_end_when_told(
     assert len(list(batches)) == 1797 // 4 - 2
     worker = loader._iterator._workers[0]
     worker.terminate()
-    worker.join(5)
+    worker.join(60)
     assert worker.exitcode == 0
 
 

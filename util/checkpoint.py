@@ -43,6 +43,7 @@ class Checkpoint:
         args: the flags it was trained with; what decides Spectral Forcing and the spectral residual is always there.
         sf_source: how that was known, as a phrase for a message.
         run: our additions, empty for a foreign file.
+        verified: of one in shards, the settings that util/sharded_checkpoint.py reads it with.
         notes: about newer files that are damaged, as warnings.
     """
 
@@ -53,6 +54,7 @@ class Checkpoint:
     args: dict[str, Any]
     sf_source: str
     run: dict[str, Any]
+    verified: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,7 +76,7 @@ def load(folder: str | os.PathLike, name: str | None = None) -> Checkpoint:
         UserError: no checkpoint there, or none that is whole; a foreign file.
     """
     folder = Path(folder)
-    if find(folder) is None:
+    if find(folder) is None and not (name and (folder / name).exists()):
         why = f"there is no {NAME} in it" if folder.is_dir() else "there is no such folder"
         raise UserError(f"no checkpoint in {folder}: {why}")
     files = candidates(folder) if name is None else [folder / name]
@@ -95,7 +97,6 @@ def _read(path: Path) -> Checkpoint:
         there = ", ".join(other.name for other in candidates(path.parent))
         raise UserError(f"no checkpoint {path}: in that folder are {there}")
     if path.suffix == ".dcp":
-        verify(path)
         return _from_folder(path)
     try:
         verify(path)
@@ -114,13 +115,14 @@ def _read(path: Path) -> Checkpoint:
 
 def _from_folder(path: Path) -> Checkpoint:
     """A checkpoint in shards; its tensors are read, merged, where they are asked for."""
-    content = sharded_checkpoint.merged(path)
+    verified = sharded_checkpoint.verify(path)
+    content = sharded_checkpoint.merged(path, verified)
     args = vars(content["args"])
     if "disable_dct_patchify" not in args:
         raise UserError(f"{path} is not a JiT checkpoint: its settings do not say whether Spectral Forcing is on")
     weights = Lazy({name: partial(content.__getitem__, name) for name in WEIGHTS})
     source = "its settings say so"
-    return Checkpoint(path, weights, content["optimizer"], content["epoch"], args, source, content["run"])
+    return Checkpoint(path, weights, content["optimizer"], content["epoch"], args, source, content["run"], verified)
 
 
 def _understand(path: Path, content: Any) -> Checkpoint:

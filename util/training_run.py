@@ -9,9 +9,9 @@ from engine_jit import Recipe
 from util import checkpoint as ckpt
 from util import config, provenance, watch
 from util.build import DenoiserConfig
-from util.checkpoint_folder import NAME_SHARDED
+from util.checkpoint_folder import NAME_SHARDED, NEXT, recover
 from util.checkpoint_writer import CheckpointWriter
-from util.distributed import World, agree, process_group
+from util.distributed import World, agree, from_main, process_group
 from util.errors import UserError
 from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
@@ -67,7 +67,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     if saved and args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
         warn([f"the cosine now ends at epoch {args.epochs} instead of {saved.args['epochs']}"], world)
     here = saved is not None and saved.path.parent.resolve() == Path(args.output_dir).resolve()
-    whole_last = step if here and saved.path.name in (ckpt.NAME, NAME_SHARDED) else None
+    whole_last = step if here and saved.path.name in (ckpt.NAME, NAME_SHARDED, NEXT) else None
     source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
     folder = Path(args.output_dir)
     with process_group(world, args.dist_timeout, also_alone=args.parallel == "fsdp"):
@@ -78,6 +78,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         source = "; ".join([source, *added])
         del saved, init  # the file's memory and, once it is replaced, its space on the disk
         log = open_log(folder, args, world, step)
+        from_main(world, lambda: recover(folder, args.keep_last, whole_last))
         write_start(folder, args, shape, recipe, training.denoiser, world, log, source, step)
         if suite is not None and not appears(config_file(folder, step)):
             raise UserError(f"{folder} must be a folder that all processes share, or set ONLINE_EVAL=0")

@@ -12,7 +12,7 @@ from engine_jit import Training, build_optimizer, parameter_groups
 from util import checkpoint as ckpt
 from util.build import DenoiserConfig
 from util.checkpoint import Checkpoint
-from util.distributed import World
+from util.distributed import World, everywhere_or_nowhere
 from util.ema import EMA
 from util.errors import UserError
 from util.parallel import build_sharded, checkpoint_activations, initialise, wrap
@@ -36,38 +36,57 @@ def build_training(
     Raises:
         UserError: on all of them, for a checkpoint that does not fit.
     """
+    if saved is not None and saved.optimizer is None:
+        error = UserError(f"{saved.path} has no optimizer state to go on with; --init_from starts from its weights")
+        error.everywhere = True
+        raise error
     try:
-        return _build(args, shape, saved, init, world)
-    except UserError as error:
+        denoiser, shards = _build(args, shape, saved is None and init is None, world)
+    except UserError as error:  # about the flags, which are the same on all processes
         error.everywhere = True
         raise
+    # In between no process waits for another: one alone may fail to read.
+    emas, optimizer, window, added = everywhere_or_nowhere(
+        world, lambda: _load(args, shape, denoiser, shards, saved, init, world)
+    )
+    return Training(denoiser, wrap(denoiser, world), optimizer, emas, window), shards, added
 
 
-def _build(args, shape, saved, init, world) -> tuple[Training, HostShards | None, list[str]]:
+def _fresh(args: Namespace, shape: DenoiserConfig, world: World) -> Denoiser:
+    """The denoiser with the initial weights of the seed."""
+    torch.manual_seed(args.seed)
+    return shape.build(autocast_dtype(args, world))
+
+
+def _build(args: Namespace, shape: DenoiserConfig, fresh: bool, world: World) -> tuple[Denoiser, HostShards | None]:
+    """The denoiser, in shards where it is to be: their weights have values only if they are to be `fresh`."""
+
     def build() -> Denoiser:
-        torch.manual_seed(args.seed)
-        return shape.build(autocast_dtype(args, world))
+        return _fresh(args, shape, world)
 
-    if saved is not None and saved.optimizer is None:
-        raise UserError(f"{saved.path} has no optimizer state to go on with; --init_from starts from its weights")
+    if args.parallel != "fsdp":
+        return build(), None
+    denoiser = build_sharded(build, world)
+    shards = HostShards(denoiser, parameter_groups(denoiser))
+    if fresh:
+        initialise(denoiser, build, world)
+    return denoiser, shards
+
+
+def _load(
+    args, shape, denoiser, shards, saved, init, world
+) -> tuple[tuple[EMA, EMA], torch.optim.Optimizer, Window, list[str]]:
+    """Fill the denoiser from a checkpoint, if there is one, and make what belongs to it; no collective."""
     start, name = saved or init, ckpt.CHOICES["model" if saved else args.init_weights]
-    shards, notes = None, []
-    if args.parallel == "fsdp":
-        denoiser = build_sharded(build, world)
-        shards = HostShards(denoiser, parameter_groups(denoiser))
-        if start is None:
-            initialise(denoiser, build, world)
-        else:
-            if init is start:
-                start, notes = _with_added(start, name, denoiser, lambda: build().state_dict())
-            start = shards.own_part(start, denoiser)
-            load_rows(denoiser, start.weights[name])
-    else:
-        denoiser = build()
-        if start is not None:
-            if init is start:
-                start, notes = _with_added(start, name, denoiser, denoiser.state_dict)
-            ckpt.load_weights(denoiser, start.weights[name], start.path)
+    added: list[str] = []
+    if start is not None and start is init:
+        start, added = _with_added(start, name, denoiser, lambda: _fresh(args, shape, world).state_dict())
+    if start is not None and shards is not None:
+        start = shards.own_part(start, denoiser)
+        load_rows(denoiser, start.weights[name])
+    elif start is not None:
+        ckpt.load_weights(denoiser, start.weights[name], start.path)
+    if shards is None:
         denoiser.to(world.device)
     if args.activation_checkpointing:
         checkpoint_activations(denoiser)
@@ -79,20 +98,23 @@ def _build(args, shape, saved, init, world) -> tuple[Training, HostShards | None
         emas[1].copy_from(start.weights["model_ema2"])
         ckpt.load_optimizer(optimizer, start.optimizer, start.path)
         window.load_state_dict(saved.run.get("window", {}))
-    return Training(denoiser, wrap(denoiser, world), optimizer, emas, window), shards, notes
+    return emas, optimizer, window, added
 
 
 def _with_added(
     init: Checkpoint, name: str, denoiser: Denoiser, fresh: Callable[[], Mapping[str, Tensor]]
 ) -> tuple[Checkpoint, list[str]]:
-    """The weights `name` of `init`, with fresh values for the additions (ADDED) that it knows nothing of."""
-    state, values = init.weights[name], None
+    """The weights `name` of `init`, with fresh values for the additions (ADDED) that it knows nothing of.
+
+    Args:
+        fresh: gives them; called where there are any.
+    """
+    state, own, values = init.weights[name], list(denoiser.state_dict()), None
     added, notes = {}, []
     for mark, what in ADDED.items():
-        names = lacking(denoiser.state_dict(), state, mark)
-        if names:
+        if names := lacking(own, state, mark):
             values = values or fresh()
-            added |= {key: values[key].cpu().clone() for key in names}
+            added |= {key: values[key] for key in names}
             notes.append(f"{sum(values[key].numel() for key in names):,} new parameters of {what}")
     return (replace(init, weights={name: {**state, **added}}) if added else init), notes
 
