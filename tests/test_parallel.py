@@ -279,7 +279,7 @@ def test_recomputed_blocks_give_the_same_bits(drop):
         args = config.resolve({**SHAPE, "attn_dropout": drop, "proj_dropout": drop}, None, training=True)
         args.activation_checkpointing = recompute
         shape = DenoiserConfig.from_args(args)
-        training, _ = training_state.build_training(args, shape, None, None, World())
+        training, *_ = training_state.build_training(args, shape, None, None, World())
         x, y, t = torch.rand(3, 3, 16, 16), torch.arange(3), torch.tensor([0.1, 0.5, 0.9])
         torch.manual_seed(1)
         loss = training.forward(x, y, t, torch.randn(3, 3, 16, 16))
