@@ -86,7 +86,7 @@ def _begin(images: ImageFolderImages, folder: Path) -> Index:
     files: dict[str, list[str]] = {name: [] for name in images.class_names}
     for i, label in enumerate(images.labels):
         name = images.class_names[label]
-        files[name].append(os.path.relpath(images.path(i), images.folder)[len(name) + 1 :])
+        files[name].append(images.path(i)[len(str(images.folder)) + len(name) + 2 :])
     folder.mkdir(parents=True, exist_ok=True)
     ours = {INDEX, FILES}
     odd = [p.name for p in folder.iterdir() if p.name not in ours and p.suffix not in (".bin", ".tmp")]
