@@ -7,6 +7,7 @@ python main_jit.py --sample --resume DIR --labels 0,1,2 --num_per_class 8 --seed
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,16 +19,23 @@ from typing import Any
 
 from denoiser import Denoiser
 from util import checkpoint as ckpt
-from util import config, preemption, provenance, sweep
+from util import config, preemption, provenance, sweep, watch
 from util.build import DenoiserConfig
-from util.distributed import World, find_world, in_group, process_group, rank_from_environment, tell_torchrun
+from util.distributed import (
+    World,
+    find_world,
+    in_group,
+    launched_by_torchrun,
+    process_group,
+    rank_from_environment,
+    tell_torchrun,
+)
 from util.errors import UserError
 from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, precision_of
 from util.flags import build_parser
 from util.generation import Sampling, setting_name
 from util.images import save_png, to_pil
 from util.logger import WANDB_ID_NAME, RunLog, wandb_settings
-from util.preemption import Preempted
 from util.preparation import autocast_dtype, build_suite, draw_grid, warn
 from util.resume import load_for_inference
 from util.training_run import run_train
@@ -59,9 +67,9 @@ def run_sample(given: Mapping[str, Any], world: World) -> str:
     what = f"labels{args.labels or 'first'}x{args.num_per_class}".replace(",", "_")
     name = f"{setting_name(saved.epoch, args.ema, sampling)}-seed{args.seed}-{what}"
     folder = Path(args.output_dir) / "samples" / name
-    with process_group(world):
+    with process_group(world, args.dist_timeout):
         title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
-        images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title)
+        images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title, may_stop=True)
     if world.main:
         for i, image in enumerate(images):
             save_png(to_pil(image), folder / f"{i:06d}.png")
@@ -79,7 +87,7 @@ def run_evaluate(given: Mapping[str, Any], world: World) -> str:
     warn(config.check(args, evaluates=True), world)
     plan, sampling, folder = sweep.Plan.from_args(args), Sampling.from_args(args), Path(args.output_dir)
     save_images = Path(args.save_images) if args.save_images else None
-    with process_group(world):
+    with process_group(world, args.dist_timeout):
         suites = [build_suite(args, world, n) for n in ([plan.images] if plan else []) + [args.num_images]]
         warn(list(dict.fromkeys(w for suite in suites for w in suite.warnings)), world)
         if plan:
@@ -124,30 +132,46 @@ def run(argv: list[str] | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 for an error that a sentence explains, 1 for one that none explains, 130 after Ctrl-C."""
+    """The exit code for who has started this process: 0, 2 for an error that a sentence explains, 1 for one that none
+    explains, 130 after a second Ctrl-C, 75 when asked to stop (`util.preemption`, which tells the launcher).
+    """
     rank = rank_from_environment()
+    alone = not launched_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1
+    preemption.listen()
     try:
         line = run(argv)
-    except UserError as error:
-        if rank and (error.everywhere or not in_group()):
-            time.sleep(5)  # every process has this error: rank 0 says it, and torchrun ends the others
-        print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
-        tell_torchrun(str(error))
-        return 2
-    except Preempted as stop:
+        if rank == 0 and line:
+            print(line, flush=True)
+        return preemption.end_process(0, alike=True)
+    except preemption.Preempted as stop:
         if rank == 0:
-            print(stop, file=sys.stderr, flush=True)
-        return preemption.EXIT_CODE
+            print(f"main_jit.py: {stop}", file=sys.stderr, flush=True)
+        if code := preemption.end_process(preemption.EXIT_CODE, alike=True):
+            tell_torchrun(str(stop))
+        return code
+    except UserError as error:
+        watch.explain(error)
+        code = preemption.end_process(2, alike=error.everywhere or alone)
+        if code and rank and (error.everywhere or not in_group()):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)  # every process has this error: rank 0 says it, and torchrun ends the others
+        if code or rank == 0:
+            print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
+        if code:
+            tell_torchrun(str(error))
+        return code
     except Exception as error:
         traceback.print_exc()
-        tell_torchrun(f"process {rank}: {type(error).__name__}: {error}")
-        return 1
+        lost = watch.explain(error)  # which process, where the error says no more than that one is lost
+        if lost:
+            print(f"main_jit.py: process {rank} ends: {lost}", file=sys.stderr, flush=True)
+        tell_torchrun(lost or f"process {rank}: {type(error).__name__}: {error}")
+        return preemption.end_process(1, alike=False)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
-        return 130
-    if rank == 0 and line:
-        print(line, flush=True)
-    return 0
+        return preemption.end_process(130, alike=False)
+    finally:
+        preemption.stop_listening()
 
 
 if __name__ == "__main__":

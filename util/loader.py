@@ -8,6 +8,7 @@ Shapes: B images of a micro-batch; a batch is (B, 3, H, W) uint8 with labels (B,
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from util import preemption
 from util.bad_images import Replacing, collate
 from util.data import DataError, Images
 
@@ -84,9 +86,19 @@ def default_workers(images: Images) -> int:
 
 
 def _init_worker(worker_id: int) -> None:
-    """One thread per worker, and Ctrl-C in the terminal is left to the main process, which ends its workers."""
+    """One thread per worker; signals that ask to stop are left to the main process, which ends its workers."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in preemption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    """SIGTERM is for every process of a job that is to stop soon, and the main process's way to end a worker."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)  # what torch's own handler does, and any other code would be taken for a failure
 
 
 class ImageLoader(DataLoader):

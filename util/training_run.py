@@ -18,6 +18,7 @@ from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
 from util.logger import RunLog, wandb_settings
+from util.preemption import Preempted
 from util.preparation import build_suite, open_dataset, warn
 from util.resume import init_notes, load_for_training, start_step
 from util.sharded_state import ShardedCheckpointWriter
@@ -89,6 +90,9 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
                 training, dataset, loader, sampler, recipe, args, shape, world, log, writer, suite, held_out
             ).run(step)
             exit_code = 0
+        except Preempted:
+            exit_code = 0  # for Weights & Biases it has not failed
+            raise
         finally:
             with watch.paused("the end of the log"):
                 if writer is not None:
