@@ -90,7 +90,7 @@ of MODEL to WANDB_NUM_VIS below are main_jit.py's, and `python main_jit.py --hel
 flags. Flags after the script name are appended unchanged and win over variables.
 
 variable                    default                 meaning
-DATA_PATH, DATA_ROOT,       needed for ImageFolder  dataset root holding train/, or train/ itself;
+DATA_PATH, DATA_ROOT,       needed for ImageFolder  dataset root holding train/, train/ itself, or a cache;
   IMAGENET_ROOT             data                    the first one set wins (the last: ImageFolder only)
 MODEL, IMG_SIZE             JiT-B/16, 256
 NOISE_SCALE, PRED_PARAM     1.0, x                  PRED_PARAM: x or v

@@ -10,9 +10,9 @@ import pytest
 
 import main_jit
 from tests.conftest import TINY, listing
-from util import checkpoint, config, loader
+from util import checkpoint, config
 from util.config import check, parse_labels, resolve, run_name, split_global_batch
-from util.data import KNOWN
+from util.data import KNOWN, Images
 from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, FREE, OWN, TRAINING, build_parser
 from util.learning_rate import peak_lr
@@ -219,7 +219,7 @@ def test_flag_and_default(name):
 
 
 def test_workers_default_to_at_most_twelve():
-    assert DEFAULTS["num_workers"] is None and loader.MAX_WORKERS == 12
+    assert DEFAULTS["num_workers"] is None and Images.most_workers == 12
 
 
 def test_nothing_given_is_an_empty_namespace_and_names_are_not_abbreviated():

@@ -342,11 +342,11 @@ def test_workers_use_one_thread_and_ignore_sigint():
 
 
 @pytest.mark.parametrize("cores, local, expected", [(64, 8, 8), (4, 8, 1), (64, 1, 12), (2, 1, 2)])
-def test_default_workers(monkeypatch, cores, local, expected):
+def test_default_workers(monkeypatch, tmp_path, cores, local, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    assert loader.default_workers(in_memory=False) == expected
-    assert loader.default_workers(in_memory=True) == 0
+    assert loader.default_workers(ImageFolderImages(make_folder(tmp_path, {"a": 1}), 8)) == expected
+    assert loader.default_workers(Digits(8)) == 0
 
 
 def test_to_float():

@@ -11,7 +11,6 @@ Shapes: N images, 32 rows, 32 columns, 3 channels (red, green, blue).
 """
 
 import argparse
-import contextlib
 import datetime
 import hashlib
 import io
@@ -29,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from util.data import DEFAULT_DATA_PATH, DataError
+from util.files import replacing
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 COUNTS = {"train": 50000, "test": 10000}
@@ -188,26 +188,12 @@ def write(out: Path, arrays: dict[str, np.ndarray], source: str) -> None:
     files = {}
     for name, array in arrays.items():
         path = out / f"{name}.npy"
-        with _replacing(path) as f:
+        with replacing(path) as f:
             np.save(f, array, allow_pickle=False)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256_file(path)}
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    with _replacing(out / SOURCE) as f:
+    with replacing(out / SOURCE) as f:
         f.write((json.dumps({"source": source, "date": date, "files": files}, indent=2) + "\n").encode())
-
-
-@contextlib.contextmanager
-def _replacing(path: Path):
-    """A binary file to write that becomes `path` if the body ends, and vanishes if it raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def prepare(out: str | os.PathLike) -> bool:

@@ -3,16 +3,18 @@
 Nothing here is random. The order of an epoch is util/loader.py's; horizontal flips and the noise are drawn later, on
 the device (denoiser.py).
 
-    ImageFolderImages | Cifar10 | Digits  ->  util.loader  ->  to_float
+    ImageFolderImages | CachedImages | Cifar10 | Digits  ->  util.loader  ->  to_float
 
 Shapes: B images of a micro-batch, H = W = img_size, channels 3 (red, green, blue). A dataset gives an image as
 uint8 (3, H, W) in 0..255 with its label, an int in 0..num_classes-1; a loader gives (B, 3, H, W) uint8 and (B,) int64.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,6 +60,10 @@ class DataError(UserError):
     def __init__(self, message: str):
         kind = type(self)
         super().__init__(message.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
+
+
+class NoSplit(DataError):
+    """An image folder has no validation images."""
 
 
 class BadImage(DataError):
@@ -161,13 +167,16 @@ class Images(Dataset):
     """Map-style dataset: item i is (image uint8 (3, H, W), label int), always the same for the same i.
 
     name; img_size in pixels; class_names in label order; labels (N,) int64; in_memory: reading an item opens no file;
-    flip: a mirrored image is as good an example of its class; replaced: where a loader notes the bad images that it
-    replaces, None where a bad image is an error.
+    flip: a mirrored image is as good an example of its class; most_workers: more loader processes gain nothing;
+    bad: the images that are known to be bad before they are read, each with the reason; replaced: where a loader notes
+    the bad images that it replaces, None where a bad image is an error.
     """
 
     name: str
     in_memory: bool
     flip = True
+    most_workers = 12
+    bad: Mapping[int, str] = MappingProxyType({})
     replaced: "Replaced | None" = None
 
     def __init__(self, img_size: int, class_names: list[str], labels: np.ndarray):
@@ -195,7 +204,7 @@ def _split_folder(root: Path, split: str) -> Path:
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
-    raise DataError(
+    raise NoSplit(
         f"no validation images: neither {candidates[0]} nor {candidates[1]} exists. "
         "Create one of them with the class folders of the training set."
     )
@@ -302,10 +311,18 @@ class Digits(Images):
 
 
 def build_dataset(name: str, data_path: str | os.PathLike | None, img_size: int, split: str = "train") -> Images:
-    """The dataset with a name in DATASETS. data_path None is DEFAULT_DATA_PATH[name]; the digits need none."""
+    """The dataset with a name in DATASETS. data_path None is DEFAULT_DATA_PATH[name]; the digits need none.
+
+    An image folder may be a cache of one (util/image_cache.py).
+    """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}.")
     data_path = data_path or DEFAULT_DATA_PATH[name]
     if name == "imagefolder":
+        from util import image_cache  # it imports from this file
+
+        cache = image_cache.find(data_path, split)
+        if cache is not None:
+            return image_cache.CachedImages(cache, img_size)
         return ImageFolderImages(data_path, img_size, split)
     return Cifar10(data_path, img_size, split) if name == "cifar10" else Digits(img_size, split)

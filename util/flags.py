@@ -90,7 +90,7 @@ SECTIONS: dict[str, list[Flag]] = {
     ],
     "data": [
         Flag("dataset", "imagefolder", str, TRAINING, "what to learn", DATASETS),
-        Flag("data_path", None, str, FREE, "folder with train/, or train/ itself (cifar10: data/cifar10)"),
+        Flag("data_path", None, str, FREE, "folder with train/, train/ itself, or a cache (prepare_data.py)"),
         Flag("flip", None, argparse.BooleanOptionalAction, TRAINING, "mirror at random (default: but for digits)"),
         Flag("on_bad_image", "error", str, FREE, "skip: another image of its class, and a log line", ON_BAD_IMAGE),
         Flag("num_workers", None, int, OWN, "loader processes (default: up to 12; none for data in memory)"),

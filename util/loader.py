@@ -1,4 +1,4 @@
-"""The order in which images are read, and the loader that reads them.
+"""The order in which images are read, the loader that reads them, and how long training waits for it.
 
 The order of an epoch is a function of (seed, epoch), and a step's global batch does not depend on how many processes
 and accumulated passes share it.
@@ -9,6 +9,7 @@ Shapes: B images of a micro-batch; a batch is (B, 3, H, W) uint8 with labels (B,
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,8 +19,6 @@ from torch.utils.data import DataLoader, Sampler
 from util import preemption
 from util.bad_images import Replacing, collate
 from util.data import DataError, Images
-
-MAX_WORKERS = 12
 
 
 def positions(rank: int, world_size: int, micro: int, batch_size: int) -> range:
@@ -78,12 +77,12 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 yield batch[mine.start : mine.stop].tolist()
 
 
-def default_workers(in_memory: bool) -> int:
-    """Worker processes for one training process: 0 for data in memory, else its share of the cores, 1..MAX_WORKERS."""
-    if in_memory:
+def default_workers(images: Images) -> int:
+    """Worker processes for one training process: 0 for data in memory, else its share of the cores, 1..most_workers."""
+    if images.in_memory:
         return 0
     share = len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(MAX_WORKERS, share))
+    return max(1, min(images.most_workers, share))
 
 
 def _init_worker(worker_id: int) -> None:
@@ -141,7 +140,7 @@ def build_loader(
     num_workers None: `default_workers`. Call the sampler's set_epoch before each iteration over the loader. The loader
     has its own generator, so that iterating over it leaves torch's global random state alone.
     """
-    workers = default_workers(dataset.in_memory) if num_workers is None else num_workers
+    workers = default_workers(dataset) if num_workers is None else num_workers
     return ImageLoader(
         dataset,
         batch_sampler=sampler,
@@ -152,3 +151,34 @@ def build_loader(
         prefetch_factor=2 if workers else None,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+class Waiting:
+    """The batches of a loader, and the share of the time that is spent waiting for them.
+
+    That is the host's time. Where it runs ahead of a device, the device may still be busy meanwhile: the share is an
+    upper bound of the time that the device is idle for want of data.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.batches = iter(loader)
+        self._restart()
+
+    def _restart(self) -> None:
+        self.waited, self.start = 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def share(self) -> float:
+        """Of the time since the last call (at first since the start), the part that went into waiting; 0..1."""
+        share = self.waited / (time.perf_counter() - self.start)
+        self._restart()
+        return share

@@ -33,6 +33,8 @@ def open_dataset(args: Namespace) -> Images:
         )
     skips = args.on_bad_image == "skip" and not dataset.in_memory
     dataset.replaced = Replaced(len(dataset)) if skips else None
+    if dataset.bad and not skips:
+        dataset[min(dataset.bad)]  # raises BadImage, now rather than when training meets it
     return dataset
 
 
