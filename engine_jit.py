@@ -21,7 +21,7 @@ from util.evaluation import evaluate
 from util.flags import DEFAULTS
 from util.generation import Sampling, generate, generate_all
 from util.learning_rate import learning_rate
-from util.loader import positions
+from util.loader import Waiting, positions
 from util.logger import RunLog, progress
 from util.parallel import accumulating, local_parameters, total_norm
 from util.window import Window, finite_or_none
@@ -122,7 +122,7 @@ def train_one_epoch(
     """
     training.denoiser.train()
     window = training.window
-    batches = iter(loader)
+    batches = Waiting(loader)
     steps = range(first_step, (epoch + 1) * recipe.steps_per_epoch)
     bar = progress(steps, world, len(steps), f"epoch {epoch + 1}/{recipe.epochs}", "step")
     for step in bar:
@@ -147,7 +147,13 @@ def train_one_epoch(
         if logs or world.device.type == "cpu":
             stop_if_non_finite(window, recipe)
         if logs:
-            values = {"epoch": epoch, **window.read(), "lr": lr, "grad_norm": finite_or_none(float(norm))}
+            values = {
+                "epoch": epoch,
+                **window.read(),
+                "data_wait": round(batches.share(), 4),
+                "lr": lr,
+                "grad_norm": finite_or_none(float(norm)),
+            }
             _report(values, step, bar, recipe, log)
             window.reset()
         after_step(step + 1)
@@ -199,10 +205,11 @@ def _report(values: dict[str, float | None], step: int, bar, recipe: Recipe, log
     lr, rate = values["lr"], values["images_per_s"]
     loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
     skipped = f"  {values['skipped']} steps not finite, skipped" if "skipped" in values else ""
+    waits = f"  {values['data_wait']:.0%} of it waiting for data" if values["data_wait"] >= 0.1 else ""
     if hasattr(bar, "set_postfix_str"):
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:.0f} images/s{skipped}")
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:.0f} images/s{waits}{skipped}")
     else:
         log.say(
             f"epoch {values['epoch'] + 1}/{recipe.epochs}  step {step + 1}/{recipe.epochs * recipe.steps_per_epoch}  "
-            f"loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.3g}  {rate:.0f} images/s{skipped}"
+            f"loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.3g}  {rate:.0f} images/s{waits}{skipped}"
         )

@@ -103,12 +103,13 @@ def train(folder: Path, code: int = 0, **changes) -> Path:
     return folder
 
 
+CLOCK = ("time", "images_per_s", "data_wait")
+
+
 def read_log(folder: Path, event: str = "train") -> list[dict]:
     """The lines of one kind in a run's log, without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("time", "images_per_s")} for line in lines if line["event"] == event
-    ]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines if line["event"] == event]
 
 
 def raw(folder: Path) -> dict:
