@@ -309,9 +309,9 @@ class JiT(nn.Module):
         y_emb = self.y_embedder(y)  # (B, D)
         t_emb = self.t_embedder(t)  # (B, D)
         c = t_emb + y_emb  # (B, D)
+        c_t = c if self.residual_mode == "time_label" else t_emb
         if self.schedule_embedder is not None:
             c = c + self.schedule_embedder(bounds)
-        c_t = c if self.residual_mode == "time_label" else t_emb
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         cos, sin = self.rope_cos, self.rope_sin
         for i, block in enumerate(self.blocks):

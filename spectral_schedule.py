@@ -51,7 +51,8 @@ class _Gain:
 
     The inverse is a table of NODES equidistant lambda and Newton's steps. A sum of sigmoids has |Q''| <= Q', so where
     nodes are h apart the linear interpolation is off by at most h^2 / 8 e^(2h), and a Newton step takes an error r to
-    at most r^2 / 2 e^h: below 1e-8 for any range up to 60, which no image reaches.
+    at most r^2 / 2 e^h: below 1e-8 in u for any range up to 60, which no image
+    reaches; where Q is flat, that is more in lambda.
     """
 
     def __init__(self, log_power: Tensor, weight: Tensor, low: Tensor, high: Tensor):

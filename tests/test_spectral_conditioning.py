@@ -221,7 +221,7 @@ def test_grids_and_bounds_depend_on_seed_index_and_label_alone(spectrum, grid, t
     assert (bounds is None) == (told_delta is None)
     if bounds is not None:
         assert torch.equal(other, bounds[[4, 1]]) and bounds.shape == (6, 2)
-        assert (bounds == bounds[0]).all() == (grid == "spectral_global")
+        assert len(bounds.unique(dim=0)) == 6
 
 
 def test_bounds_are_those_of_the_grid(spectrum):
@@ -230,6 +230,16 @@ def test_bounds_are_those_of_the_grid(spectrum):
     torch.testing.assert_close(torch.sigmoid(bounds[:, 1] / 2), grid[-2])
     other, same = of(spectrum, "spectral_instance", told_delta=0.1, delta=0.3).times(5, 0, range(4), torch.arange(4))
     assert torch.equal(same, bounds) and not torch.equal(other, grid)  # the network is told what it was trained with
+
+
+def test_a_told_network_draws_what_it_is_told_on_every_grid(spectrum):
+    """It has learned p(x | bounds): one pair for all images would be a slice of the images."""
+    told = [
+        of(spectrum, grid, told_delta=0.1).times(5, 0, range(6), torch.arange(6))[1]
+        for grid in ("uniform", "spectral_global", "spectral_instance")
+    ]
+    assert torch.equal(told[0], told[1]) and torch.equal(told[0], told[2])
+    assert len(told[0].unique(dim=0)) == 6
 
 
 def test_without_a_spectrum_nothing_changes():

@@ -23,6 +23,7 @@ from tests.golden_inputs import SMALL, fill, normals
 from tests.test_export import start_weights
 from util import checkpoint, gates, overhead
 from util.checkpoint import NAME
+from util.config import resolve
 from util.errors import UserError
 from util.export import export, load_denoiser
 from util.spectrum import rings
@@ -379,7 +380,9 @@ def test_a_checkpoint_that_does_not_say_is_plain(plain_run, tmp_path):
     content = raw(plain_run)
     del content["args"].spectral_residual, content["args"].spectral_residual_scale
     torch.save(content, tmp_path / NAME)
-    assert checkpoint.load(tmp_path).args["spectral_residual"] == "off"
+    assert resolve({}, checkpoint.load(tmp_path).args, training=True).spectral_residual == "off"
+    with pytest.raises(UserError, match="--spectral_residual time"):
+        resolve({"spectral_residual": "time"}, checkpoint.load(tmp_path).args, training=False)
 
 
 def test_weights_and_network_that_do_not_fit(run, plain_run):
@@ -502,3 +505,17 @@ def test_command(run, tmp_path, monkeypatch, capsys):
     assert gates.main([str(copy)]) == 0
     assert json.loads((copy / "log.jsonl").read_text().splitlines()[-1])["low"] == last["low"]
     assert gates.main([str(tmp_path / "nowhere")]) == 2
+
+
+@torch.no_grad()
+def test_gates_of_a_network_that_is_told_schedules_depend_on_time_and_label_alone():
+    """They are those of gates.png."""
+    net = REAL_MODEL(input_size=16, num_classes=10, spectral_residual="time_label", told_schedule=True)
+    for parameter in net.parameters():
+        parameter += 0.3 * torch.randn(parameter.shape)
+    seen = []
+    net.blocks[1].spectral_residual.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    t, y = torch.tensor([0.5]), torch.tensor([3])
+    for bounds in ([[-4.0, 8.0]], [[-1.0, 2.0]]):
+        net(torch.randn(1, 3, 16, 16), t, y, bounds=torch.tensor(bounds))
+    assert torch.equal(*seen) and torch.equal(seen[0], net.t_embedder(t) + net.y_embedder(y))

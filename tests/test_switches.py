@@ -17,9 +17,11 @@ import main_jit
 from tests.conftest import arguments, few_digits, flags, raw, read_log, register, state_differences, train
 from util import checkpoint, config
 from util.build import DenoiserConfig
+from util.errors import UserError
 from util.export import export, load_denoiser
 from util.measure_spectrum import measure
 from util.report import row_of
+from util.spectrum import num_rings
 from util.spectrum_file import load_spectrum, save_spectrum
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -230,11 +232,13 @@ def test_names_of_runs():
     plain = name()
     assert plain == "digits_JiT-B-16_32_sf_x_162b5e"  # the name it had before there were spectral options
     assert plain == name(sampling_grid="spectral_global", spectrum_file="/x", sample_t_eps=0.01)
-    values = {"t_sampler": "uniform", "t_uniform_mix": 0.2, "spectral_variant": "power", "spectral_delta": 0.2}
+    values = {"t_sampler": "uniform", "t_uniform_mix": 0.2}
     values |= {"sf_schedule": "power", "sf_alpha": 2.0, "sf_snr_floor": 0.5, "warmup_steps": 10}
     values |= {"beta1": 0.8, "beta2": 0.99, "grad_clip": 1.0}
     names = [name(**{flag: value}) for flag, value in values.items()]
-    assert len({plain, *names}) == len(values) + 1
+    variants = ({}, {"spectral_variant": "power"}, {"spectral_delta": 0.2})
+    names += [name(t_sampler="spectral_global", **variant) for variant in variants]
+    assert len({plain, *names}) == len(values) + len(variants) + 1
 
 
 # --- what is refused, and what has no effect ------------------------------------------------------------------------
@@ -258,7 +262,7 @@ SPECTRAL = {"sampling_grid": "spectral_global"}
         ({"sf_schedule": "power"}, "needs the exponent of the spectrum"),
         ({"sf_snr_floor": 0.0}, "--sf_snr_floor 0.0 must be above 0"),
         ({"grad_clip": 0.0}, "--grad_clip 0.0 must be above 0"),
-        ({"beta2": 1.5}, "--beta2 1.5 must be between 0 and 1"),
+        ({"beta2": 1.5}, "--beta2 1.5 must be at least 0 and below 1"),
         ({"warmup_steps": 3}, "--warmup_epochs (WARMUP_EPOCHS) and --warmup_steps: give one of the two"),
     ],
 )
@@ -339,3 +343,46 @@ def test_clipping(trained, tmp_path):
     one = train(tmp_path / "one", grad_clip=1e-3, epochs=1, global_batch=32, batch_size=32)
     norm = torch.stack([s["exp_avg"].norm() for s in raw(one)["optimizer"]["state"].values()]).norm() / 0.1
     assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_checkpoint_that_is_silent_on_an_option_was_trained_without_it(trained, tmp_path, capsys):
+    """An older one, or a published one."""
+    content = raw(trained)
+    for name in config.NEWER:  # but for the one that has a refusal of its own
+        delattr(content["args"], name)
+    torch.save(content, tmp_path / "checkpoint-last.pth")
+    argv = ["--sample", *flags(resume=tmp_path, labels="0", sf_schedule="power", sf_alpha=2.5, device="cpu")]
+    assert "--sf_schedule power (the checkpoint was trained with linear)" in refused(capsys, *argv)
+    for changes in ({"t_sampler": "uniform"}, {"beta2": 0.5}, {"spectral_residual": "time"}, {"grad_clip": 1.0}):
+        (name, value), *_ = changes.items()
+        error = refused(capsys, *arguments(output_dir=tmp_path, epochs=4, **changes))
+        assert f"--{name} {value} (the checkpoint was trained with" in error
+
+
+def test_the_variant_of_a_grid_is_no_matter_of_training(trained, settings, tmp_path):
+    args = config.resolve({"dataset": "digits"}, None, training=True)
+    given = {"sampling_grid": "spectral_global", "spectral_variant": "logsnr", "spectral_delta": 0.2}
+    on = config.resolve(given, vars(raw(trained)["args"]), training=True)
+    assert on.spectral_variant == "logsnr"
+    assert config.run_name(args) == config.run_name(config.resolve({"dataset": "digits", **given}, None, training=True))
+
+
+def test_power_counts_the_scale_of_the_noise():
+    """The contour of P = A k^-alpha is that of snr with the same P, at any scale of the noise."""
+    rings = num_rings(32)
+    k = np.arange(rings) + 0.5
+    k[0] = 1
+    shared = {"dataset": "digits", "noise_scale": 2.0, "sf_alpha": 2.5, "sf_c_min": 0.0, "sf_c_max": 2.0}
+    power = config.resolve({**shared, "sf_schedule": "power"}, None, training=True)
+    snr = config.resolve({**shared, "sf_schedule": "snr"}, None, training=True)
+    snr.sf_power = (k**-2.5).tolist()
+    t = torch.linspace(0.85, 0.97, 9)
+    a, b = (DenoiserConfig.from_args(args).build().spectral_forcing.cutoff(t) for args in (power, snr))
+    torch.testing.assert_close(a, b, rtol=0.03, atol=0.01)
+
+
+def test_betas_are_below_one():
+    for name in ("beta1", "beta2"):
+        args = config.resolve({"dataset": "digits", name: 1.0}, None, training=True)
+        with pytest.raises(UserError, match=f"--{name} 1.0"):
+            config.check(args, evaluates=False)

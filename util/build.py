@@ -121,7 +121,7 @@ class DenoiserConfig:
             self.sf_fixed_scale,
             self.sf_schedule,
             self.sf_alpha,
-            self.sf_snr_floor,
+            self.sf_snr_floor * (self.noise_scale**2 if self.sf_schedule == "power" else 1),
             None if self.sf_power is None else [power / self.noise_scale**2 for power in self.sf_power],
         )
 

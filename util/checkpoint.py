@@ -26,7 +26,10 @@ from util.sharded_checkpoint import WEIGHTS, Lazy
 __all__ = ["CHOICES", "NAME", "Checkpoint", "find", "load", "load_optimizer", "load_weights", "save"]
 
 PREFIX = "net."
-RESIDUAL = ".spectral_residual."  # in the names of the parameters that --spectral_residual adds
+OPTIONAL = {  # what marks the names of parameters that not every network has -> what they are, and which flag adds them
+    ".spectral_residual.": ("a spectral residual", "--spectral_residual"),
+    ".schedule_embedder.": ("an embedding of schedules", "--t_sampler spectral_instance"),
+}
 PROJ1 = PREFIX + "x_embedder.proj1.weight"
 CHOICES = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # name in a flag -> name in the file
 
@@ -150,11 +153,8 @@ def _understand(path: Path, content: Any) -> Checkpoint:
 
 
 def _foreign_settings(args: dict[str, Any]) -> dict[str, Any]:
-    """Settings as ours say them: published runs leave the global batch to batch size and number of processes.
-
-    A checkpoint that is silent on the spectral residual is older than it.
-    """
-    args = {"spectral_residual": "off", **args}
+    """Settings as ours say them: published runs leave the global batch to batch size and number of processes."""
+    args = dict(args)
     if (
         "global_batch" not in args
         and isinstance(args.get("batch_size"), int)
@@ -199,10 +199,11 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
     ]
     if wrong:
         what = "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4)
-        has, wants = (any(RESIDUAL in k for k in names) for names in (state, own))
-        if has != wants:
-            with_, without = ("the file", "the network") if has else ("the network", "the file")
-            what += f" ({with_} has a spectral residual and {without} has none: --spectral_residual)"
+        for mark, (thing, flag) in OPTIONAL.items():
+            has, wants = (any(mark in k for k in names) for names in (state, own))
+            if has != wants:
+                with_, without = ("the file", "the network") if has else ("the network", "the file")
+                what += f" ({with_} has {thing} and {without} has none: {flag})"
         raise UserError(f"{path} does not fit the network: {what}")
 
 

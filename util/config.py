@@ -57,6 +57,9 @@ def resolve(
         UserError: flags that contradict the checkpoint, all of them named; or each other.
     """
     values, contradictions = {**DEFAULTS, **given}, []
+    if saved is not None:  # one that is silent on an option is older than it, and was trained without it
+        silent = {name: DEFAULTS[name] for name in NEWER if name != "val_split"}  # that is util/held_out.py's to refuse
+        saved = {**silent, **saved}
     recorded = saved if saved is not None and only is None else {}
     values |= {name: recorded.get(name) for name in schedules.RECORDED}
     for name, value in (saved or {}).items():
@@ -65,13 +68,20 @@ def resolve(
             continue
         if name not in given:
             values[name] = value
-        elif given[name] != value and (flag.bound == ALWAYS or (flag.bound == TRAINING and training)):
+        elif given[name] != value and (
+            flag.bound == ALWAYS or (flag.bound == TRAINING and training and _trains(name, saved["t_sampler"]))
+        ):
             contradictions.append(f"--{name} {given[name]} (the checkpoint was trained with {value})")
     if contradictions:
         raise UserError("flags that contradict the checkpoint: " + ", ".join(contradictions) + "; leave them out")
     if "warmup_epochs" in given and "warmup_steps" in given:
         raise UserError("--warmup_epochs (WARMUP_EPOCHS) and --warmup_steps: give one of the two")
     return _complete(Namespace(**values))
+
+
+def _trains(name: str, t_sampler: str) -> bool:
+    """Whether a flag has a part in training: the spectral ones may be about the grid of samples alone."""
+    return name not in ("spectral_variant", "spectral_delta") or schedules.spectral(t_sampler)
 
 
 def _complete(args: Namespace) -> Namespace:
@@ -114,9 +124,12 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
         )
     if not 0 < args.spectral_residual_scale < math.inf:
         raise UserError(f"--spectral_residual_scale {args.spectral_residual_scale} must be a positive number")
-    for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "ema_decay1", "ema_decay2", "beta1", "beta2"):
+    for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "ema_decay1", "ema_decay2"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} {getattr(args, name)} must be between 0 and 1")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 0 and below 1")
     if not 0 <= args.interval_min <= args.interval_max <= 1:
         raise UserError(
             f"the guidance interval ({args.interval_min}, {args.interval_max}) must satisfy 0 <= min <= max <= 1"
@@ -190,7 +203,7 @@ def split_global_batch(args: Namespace, world_size: int) -> None:
 def run_name(args: Namespace) -> str:
     """A name that differs wherever two experiments differ: readable parts, and a digest of all that is bound."""
     bound = {n: getattr(args, n) for n, flag in FLAGS.items() if flag.bound in (ALWAYS, TRAINING)}
-    bound = {n: value for n, value in bound.items() if n not in NEWER or value != DEFAULTS[n]}
+    bound = {n: v for n, v in bound.items() if (n not in NEWER or v != DEFAULTS[n]) and _trains(n, args.t_sampler)}
     bound |= {n: getattr(args, n) for n in schedules.RECORDED if getattr(args, n, None) is not None}
     bound["data_path"] = str(Path(args.data_path).resolve()) if args.data_path else None
     bound |= {"init_from": args.init_from, "init_weights": args.init_weights if args.init_from else None}

@@ -55,7 +55,8 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
         saved = checkpoint.load(resume)
     elif init is not None:
         source = checkpoint.load(init).args
-        shape = ARCHITECTURE if source["spectral_residual"] == "off" else ARCHITECTURE + RESIDUAL  # it may be added
+        plain = source.get("spectral_residual", "off") == "off"  # the correction may be added to it
+        shape = ARCHITECTURE if plain else ARCHITECTURE + RESIDUAL
         bound = config.resolve(given, source, training=False, only=shape)
     args = bound or config.resolve(given, saved.args if saved else None, training=True)
     config.split_global_batch(args, world.size)
@@ -89,7 +90,8 @@ def start_step(saved: Checkpoint | None, start_epoch: int, steps_per_epoch: int)
 
 def init_notes(args: Namespace, init: Checkpoint) -> list[str]:
     """What a run that starts from another one's weights computes differently from that one, as warnings."""
-    names = ("disable_dct_patchify", "window_size", "sf_schedule", "pred_param", "noise_scale")
+    names = ("disable_dct_patchify", "window_size", "sf_schedule", "sf_alpha", "sf_snr_floor")
+    names += ("pred_param", "noise_scale")
     return [
         f"--init_from: those weights were trained with {name} {init.args[name]}, and this run has {getattr(args, name)}"
         for name in names

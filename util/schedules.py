@@ -91,7 +91,8 @@ class GeneratedSchedules:
     """The schedules of generated images: on which grid each is sampled, and what the network is told of it.
 
     Without a spectrum the grid is uniform and nothing is told. An image draws its own schedule from the distribution of
-    its class, where the grid or what is told needs one; both guidance branches have the same.
+    its class, where the grid or what is told needs one; both guidance branches have the same. What a network is told is
+    always drawn, on every grid: it has learned p(x | lambda_0, lambda_1), of which one pair for all is a slice.
 
     told_delta: delta of the schedules that the network was trained on; None for a network that is not told.
     """
@@ -118,9 +119,7 @@ class GeneratedSchedules:
         grid, bounds = uniform_grid(steps), None
         if self.grid == "spectral_global":
             grid = self._of_data_set(self.variant, self.delta).sampling_grid(steps)
-            if self.told_delta is not None:
-                bounds = self._of_data_set("logsnr", self.told_delta).bounds.expand(len(index), -1)
-        elif self.spectrum is not None:
+        if self.grid == "spectral_instance" or self.told_delta is not None:
             fits = self.spectrum.distribution().draw(seed, index, y)  # (B, 4)
             if self.grid == "spectral_instance":
                 grid = self._of_fits(fits, self.variant, self.delta).sampling_grid(steps)
@@ -187,7 +186,18 @@ def check(args: Namespace) -> list[str]:
         )
     if not args.sf_snr_floor > 0:
         raise UserError(f"--sf_snr_floor {args.sf_snr_floor} must be above 0")
-    return _idle(args)
+    return _idle(args) + _of_another(args)
+
+
+def _of_another(args: Namespace) -> list[str]:
+    """A warning where a network that is told schedules will be told those of other images than it was trained with."""
+    trained_with = getattr(args, "spectrum_sha256", None)
+    if getattr(args, "schedule_delta", None) is None or trained_with is None:
+        return []
+    spectrum = open_spectrum(args)
+    if spectrum.sha256 == trained_with:
+        return []
+    return [f"{spectrum.path} is not the spectrum file that the network was trained with, and schedules come from it"]
 
 
 def _idle(args: Namespace) -> list[str]:
