@@ -45,22 +45,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     warn(init_notes(args, init) + seen_before(args, init.args) if init else [], world)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory=world.device.type == "cuda")
-    recipe = Recipe(
-        epochs=args.epochs,
-        steps_per_epoch=sampler.steps_per_epoch,
-        accum_iter=args.accum_iter,
-        peak_lr=peak_lr(args.lr, args.blr, args.global_batch),
-        min_lr=args.min_lr,
-        warmup_epochs=args.warmup_epochs,
-        lr_schedule=args.lr_schedule,
-        density=LogitNormal(args.P_mean, args.P_std),
-        label_drop_prob=args.label_drop_prob,
-        null_class=shape.null_class,
-        flip=args.flip,
-        dropout=args.attn_dropout > 0 or args.proj_dropout > 0,
-        seed=args.seed,
-        log_freq=args.log_freq,
-    )
+    recipe = build_recipe(args, sampler.steps_per_epoch, shape)
     step = start_step(saved, args.start_epoch, recipe.steps_per_epoch)
     if saved and args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
         warn([f"the cosine now ends at epoch {args.epochs} instead of {saved.args['epochs']}"], world)
@@ -96,6 +81,25 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
                 log.close(exit_code)
         del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
+
+
+def build_recipe(args: Namespace, steps_per_epoch: int, shape: DenoiserConfig) -> Recipe:
+    return Recipe(
+        epochs=args.epochs,
+        steps_per_epoch=steps_per_epoch,
+        accum_iter=args.accum_iter,
+        peak_lr=peak_lr(args.lr, args.blr, args.global_batch),
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs,
+        lr_schedule=args.lr_schedule,
+        density=LogitNormal(args.P_mean, args.P_std),
+        label_drop_prob=args.label_drop_prob,
+        null_class=shape.null_class,
+        flip=args.flip,
+        dropout=args.attn_dropout > 0 or args.proj_dropout > 0,
+        seed=args.seed,
+        log_freq=args.log_freq,
+    )
 
 
 def open_log(folder: Path, args: Namespace, world: World, step: int) -> RunLog:
