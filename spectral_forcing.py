@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from util.cpu_layers import sandwich
+
 
 def dct_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Orthonormal DCT-II matrix D (n, n): D @ x transforms a column x, and D.T @ D = I.
@@ -111,8 +113,7 @@ class SpectralForcing(nn.Module):
             mask = self.mask(t)[:, None]  # (B, 1, n, n)
             if g > 1:
                 z = z.view(b, c, g, n, g, n).transpose(3, 4).reshape(b, c * g * g, n, n)  # (B, C G G, n, n)
-            coefficients = self.dct @ z @ self.dct.T
-            z = self.dct.T @ (coefficients * mask) @ self.dct
+            z = sandwich(self.dct.T, sandwich(self.dct, z) * mask)
             if g > 1:
                 z = z.view(b, c, g, g, n, n).transpose(3, 4).reshape(b, c, h, w)  # (B, C, H, W)
             return z

@@ -1,8 +1,9 @@
 """What the benchmarks share: variants that take turns, the ceiling of the same run, one JSON line.
 
 A machine that others use is slow for one variant and fast for the next. So the variants take turns (A B C, A B C, ...),
-a ratio is that of two neighbours, and what is reported is the median with the range. The ceiling is a product of two large
-matrices, which takes its turn as well: "of_ceiling" is the share of it that useful arithmetic reaches (util/flops.py).
+a ratio is that of two neighbours, and what is reported is the median with the range. The ceiling is a product of two
+large matrices, which takes its turn as well: "of_ceiling" is the share of it that useful arithmetic reaches
+(util/flops.py).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from util import provenance
+from util.cpu_layers import from_onednn, product
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # name of a precision -> type of the autocast
@@ -34,7 +36,7 @@ def parser(doc: str, repeats: int) -> argparse.ArgumentParser:
         "--clock",
         default="wall",
         choices=CLOCKS,
-        help="process: the processor time of this process, which on a busy CPU and one thread is what an idle one takes",
+        help="process: the processor time of this process, with one thread what an idle machine would take",
     )
     return found
 
@@ -101,13 +103,14 @@ class Ceiling:
     def __init__(self, device: torch.device, dtype: torch.dtype | None):
         side, self.calls = (8192, 20) if device.type == "cuda" else (1024, 10)
         self.a, self.b = torch.randn(2, side, side, device=device, dtype=dtype or torch.float32)
-        self.out = torch.empty_like(self.a)
+        self.product = product if from_onednn(self.a, self.b) else torch.mm  # the faster one
         self.flop = 2 * side**3 * self.calls
         self.about = {"matrices": side, "dtype": str(self.a.dtype).removeprefix("torch.")}
+        self.about["library"] = "oneDNN" if self.product is product else "torch.mm"
 
     def __call__(self) -> None:
         for _ in range(self.calls):
-            torch.mm(self.a, self.b, out=self.out)
+            self.product(self.a, self.b)
 
     def report(self, seconds: float) -> dict[str, Any]:
         return {**self.about, "gflop_per_s": short(self.flop / seconds / 1e9)}

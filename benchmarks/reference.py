@@ -1,11 +1,11 @@
 """Another checkout of the JiT family, imported from its folder, behind the two functions that are timed.
 
-It needs `model_jit.py` with JiT_models, and `denoiser.py` with Denoiser(args), whose forward(x, labels) is the loss, with
-generate(labels) and update_ema(). Nothing is copied from it. What those files do not hold is written here as such
-checkouts have it: the loss is read and the device waited for at each step, AdamW is torch's default, a float32 attention
-product or decorators of torch.compile are theirs. On a CPU the decorators are taken off while the files are imported, and
-autocast("cuda") in them does nothing; bf16 is then an autocast around the whole, which their autocast(enabled=False) for
-CUDA does not switch off.
+It needs `model_jit.py` with JiT_models, and `denoiser.py` with Denoiser(args), whose forward(x, labels) is the loss,
+with generate(labels) and update_ema(). Nothing is copied from it. What those files do not hold is written here as such
+checkouts have it: the loss is read and the device waited for at each step, AdamW is torch's default. A float32
+attention product or decorators of torch.compile are theirs. On a CPU the decorators are taken off while the files are
+imported, and autocast("cuda") in them does nothing; bf16 is then an autocast around the whole, which their
+autocast(enabled=False) for CUDA does not switch off.
 """
 
 import argparse

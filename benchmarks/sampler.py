@@ -1,11 +1,11 @@
 """Images per second of sampling, with guidance on an interval: one JSON line.
 
     python -m benchmarks.sampler                                                      in small, on a CPU
-    python -m benchmarks.sampler --model JiT-B/16 --img_size 256 --batch_size 64 --num_sampling_steps 50 --precision bf16
+    python -m benchmarks.sampler --model JiT-B/16 --img_size 256 --batch_size 64 --num_sampling_steps 50
     python -m benchmarks.sampler --reference DIR                                      beside another checkout
 
-What runs is util.generation.generate, from the starting noise on the CPU to 8-bit images. The arithmetic of a turn counts
-the forward passes that the interval leaves: two for each image within it, one outside.
+What runs is util.generation.generate, from the starting noise on the CPU to 8-bit images. The arithmetic of a turn
+counts the forward passes that the interval leaves: two for each image within it, one outside.
 """
 
 from pathlib import Path
@@ -56,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             denoiser.eval().generate(torch.tensor(labels, device=device))
 
-    settings = {cfg: Sampling("heun", options.num_sampling_steps, cfg, tuple(options.interval), 0, len(labels)) for cfg in options.cfg}
+    settings = {
+        cfg: Sampling("heun", options.num_sampling_steps, cfg, tuple(options.interval), 0, len(labels))
+        for cfg in options.cfg
+    }
     for compiled in options.compile:
         denoiser = shape.build().to(device)
         compile_network(denoiser, compiled)
@@ -69,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
         for cfg in options.cfg:
             flags = {"num_sampling_steps": options.num_sampling_steps, "cfg": cfg}
             flags |= {"interval_min": options.interval[0], "interval_max": options.interval[1]}
-            other = reference.load(options.reference, options.model, options.img_size, options.class_num, device, **flags)
+            other = reference.load(
+                options.reference, options.model, options.img_size, options.class_num, device, **flags
+            )
             for name in options.precision:
                 key = f"{name} cfg {cfg:g} reference"
                 variants[key] = lambda d=other, name=name: theirs(d, DTYPES[name])

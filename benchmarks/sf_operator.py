@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> None:
         results[key]["of_ceiling"] = turns.share(key, flop, "ceiling fp32", ceiling.flop)
     for name in options.precision:
         share = turns.ratio("t each", f"step {name}")
-        share = {"median": short(share["median"] / options.calls), "range": [short(v / options.calls) for v in share["range"]]}
+        share = {
+            "median": short(share["median"] / options.calls),
+            "range": [short(v / options.calls) for v in share["range"]],
+        }
         results[f"step {name}"] = turns.of(f"step {name}") | {"share_of_operator": share}
     content = {"gflop_operator_per_image": short(operator_flop(operator) / 1e9)}
     emit("operator", options, {**content, "results": results, **peak_memory(device)})

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step                                                          in small, on a CPU
     python -m benchmarks.step --model JiT-B/32 --img_size 256 --batch_size 4 --precision fp32 bf16
-    python -m benchmarks.step --model JiT-B/16 --img_size 256 --batch_size 128 --precision bf16 --compile off block model
+    python -m benchmarks.step --model JiT-B/16 --img_size 256 --batch_size 128 --precision bf16 --compile off block
     python -m benchmarks.step --reference DIR                                          beside another checkout
 
 What runs is the loop of training itself (engine_jit.train_one_epoch) on images in memory: random numbers, forward and
@@ -104,7 +104,10 @@ def main(argv: list[str] | None = None) -> None:
         results[key]["of_ceiling"] = turns.share(key, flop, f"ceiling {name}", about[f"ceiling {name}"].flop)
         if options.reference and "reference" not in key:
             results[key]["speed_up"] = turns.ratio(f"{name} reference", key)
-    content = {"gflop_per_image": short(training_flop(net) / 1e9), "gflop_operator": short(operator_flop(ours.operator) / 1e9)}
+    content = {
+        "gflop_per_image": short(training_flop(net) / 1e9),
+        "gflop_operator": short(operator_flop(ours.operator) / 1e9),
+    }
     emit("step", options, {**content, "results": results, **peak_memory(device)})
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model_jit import JiT, JiT_models
 from spectral_forcing import SpectralForcing
 from tests.golden_inputs import SMALL
+from util import cpu_layers
 from util.flops import forward_flop, operator_flop, training_flop
 
 
@@ -22,7 +23,7 @@ def test_published_figures(model, gflop):
 @pytest.mark.parametrize("in_context", [{}, {"in_context_len": 0}])
 def test_network_against_a_count(in_context):
     net = JiT(**{**SMALL, **in_context})
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with cpu_layers.switched_off(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net(torch.zeros(2, 3, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
     assert counter.get_total_flops() == 2 * forward_flop(net)
 
@@ -30,7 +31,7 @@ def test_network_against_a_count(in_context):
 @pytest.mark.parametrize("window", [None, 8])
 def test_operator_against_a_count(window):
     operator = SpectralForcing(32, window)
-    with FlopCounterMode(display=False) as counter:
+    with cpu_layers.switched_off(), FlopCounterMode(display=False) as counter:
         operator(torch.zeros(2, 3, 32, 32), torch.zeros(2))
     assert counter.get_total_flops() == 2 * operator_flop(operator)
     assert operator_flop(SpectralForcing(256)) / 1e9 == pytest.approx(0.40, abs=0.005)

@@ -1,4 +1,4 @@
-"""Loss, averages and sampler of the stand-in, in the plain way: a loop over tensors, two forward passes for guidance."""
+"""Loss, averages and sampler of the stand-in, the plain way: loops over tensors, two forward passes for guidance."""
 
 import torch
 from model_jit import JiT_models

@@ -86,9 +86,7 @@ class Block(nn.Module):
 
 
 class JiT(nn.Module):
-    def __init__(
-        self, size, input_size, in_channels, num_classes, attn_drop=0.0, proj_drop=0.0
-    ):
+    def __init__(self, size, input_size, in_channels, num_classes, attn_drop=0.0, proj_drop=0.0):
         super().__init__()
         depth, dim, heads, bottleneck, context, start, patch = size
         self.patch, self.side, self.context, self.start = patch, input_size // patch, context, start
