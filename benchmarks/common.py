@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from util import provenance
+from util.acceleration import use_tf32
 from util.cpu_layers import from_onednn, product
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -76,6 +77,7 @@ class Turns:
 
 def take_turns(variants: Mapping[str, Call], repeats: int, device: torch.device, clock: str = "wall") -> Turns:
     """Call the variants in turns, `repeats` times each, after one call each that does not count."""
+    use_tf32(device)
     if clock != "wall" and device.type != "cpu":
         raise SystemExit("--clock process says nothing about a GPU")
     now, seconds = CLOCKS[clock], {name: [] for name in variants}

@@ -16,8 +16,8 @@ from benchmarks import reference
 from benchmarks.common import DTYPES, Ceiling, add_model, emit, parser, peak_memory, short, take_turns
 from benchmarks.step import setting
 from sampler import guidance_scale, uniform_grid
+from util.acceleration import compile_network
 from util.build import DenoiserConfig
-from util.compiling import compile_network
 from util.distributed import World
 from util.flops import forward_flop
 from util.generation import Sampling, generate

@@ -19,8 +19,8 @@ from benchmarks import reference
 from benchmarks.common import DTYPES, Ceiling, add_model, emit, parser, peak_memory, short, take_turns
 from engine_jit import Training, train_one_epoch
 from util import config
+from util.acceleration import compile_network
 from util.build import DenoiserConfig
-from util.compiling import compile_network
 from util.distributed import World
 from util.flops import operator_flop, training_flop
 from util.training_run import build_recipe

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from denoiser import Denoiser, LogitNormal
 from sampler import SOLVERS
 from spectral_forcing import SpectralForcing
+from util.acceleration import MODES as MODES_OF_COMPILE
 from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
 from util.distributed import process_group
@@ -142,6 +143,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),
+        Flag("compile", "auto", str, FREE, "torch.compile; auto: block on CUDA, off on CPU", MODES_OF_COMPILE),
         Flag("attn_fp32", False, "store_true", FREE, "attention product in float32 also under autocast"),
         Flag("wandb_project", "jit", str, OWN, "Weights & Biases project"),
         Flag("wandb_entity", None, str, OWN, "its user or team"),
