@@ -44,6 +44,9 @@ SECTIONS: dict[str, list[Flag]] = {
     "what to do (training, if none is given)": [
         Flag("evaluate_gen", False, "store_true", OWN, "evaluate the checkpoint in --resume"),
         Flag("sample", False, "store_true", OWN, "sample --labels from the checkpoint in --resume"),
+        Flag(
+            "dry_run", False, "store_true", OWN, "time a few steps of training, say what the run takes, write nothing"
+        ),
         Flag("labels", None, str, OWN, "classes to sample, as in 0,1,2 or 0-9 (default: the first ten)"),
         Flag("num_per_class", 8, int, OWN, "images for each of --labels"),
     ],

@@ -13,6 +13,7 @@ from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME_SHARDED
 from util.checkpoint_writer import CheckpointWriter
 from util.distributed import World, agree, process_group
+from util.dry_run import dry_run
 from util.errors import UserError
 from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
@@ -59,6 +60,9 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         warn((suite.warnings if suite else []) + ema_warnings(args, recipe), world)
         training, shards = build_training(args, shape, saved, init, world)
         del saved, init  # the file's memory and, once it is replaced, its space on the disk
+        if args.dry_run:
+            sampler.set_epoch(step // recipe.steps_per_epoch, step % recipe.steps_per_epoch)
+            return dry_run(args, training, loader, recipe, world, step)
         log = open_log(folder, args, world, step)
         write_start(folder, args, shape, recipe, training.denoiser, world, log, source, step)
         if suite is not None and not appears(config_file(folder, step)):
