@@ -3,6 +3,7 @@
 #   make demo      a first run: trains on handwritten digits, samples and measures, in a few minutes on a CPU
 #   make setup     the environment alone; returns at once when it is there
 #   make test      the tests          make lint      ruff and shellcheck
+#   make test-cluster                 two hosts and a SLURM on this machine; as root on Debian or Ubuntu
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
 #   make evaluate-cifar10 RUN=DIR     reference statistics and a small sweep of a CIFAR-10 run
 
@@ -14,7 +15,7 @@ READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 UV     := uv==0.13.8
 
-.PHONY: help setup demo test test-slow test-gpu lint cifar10 evaluate-cifar10 clean
+.PHONY: help setup demo test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +51,17 @@ test-slow: $(READY_DEV)
 
 test-gpu: $(READY_DEV)
 	$(BIN)/python -m pytest -m gpu
+
+# What is missing is installed, which leaves no service of Debian's running where there is no systemd.
+test-cluster: $(READY_DEV)
+	@if ! type -P ip munged slurmctld slurmd >/dev/null; then \
+	  if [[ $$(id -u) == 0 ]] && type -P apt-get >/dev/null; then \
+	    apt-get update -q && apt-get install -qy --no-install-recommends iproute2 slurm-wlm munge; \
+	  else \
+	    echo "make test-cluster needs root and the packages iproute2, slurm-wlm and munge (Debian's names)" >&2; exit 1; \
+	  fi; \
+	fi
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m cluster
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ python main_jit.py --sample --resume DIR --labels 0,1,2 --num_per_class 8 --seed
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,17 +19,26 @@ from typing import Any
 
 from denoiser import Denoiser
 from util import checkpoint as ckpt
-from util import config, preemption, provenance, sweep
+from util import config, preemption, provenance, sweep, watch
 from util.acceleration import compile_network, resolve, use_tf32
 from util.build import DenoiserConfig
-from util.distributed import World, find_world, in_group, process_group, rank_from_environment, tell_torchrun
+from util.distributed import (
+    World,
+    agree,
+    everywhere_or_nowhere,
+    find_world,
+    in_group,
+    launched_by_torchrun,
+    process_group,
+    rank_from_environment,
+    tell_torchrun,
+)
 from util.errors import UserError
 from util.evaluation import Subject, evaluate_and_write, loggable, metric_line, precision_of
 from util.flags import build_parser
 from util.generation import Sampling, setting_name
 from util.images import save_png, to_pil
 from util.logger import WANDB_ID_NAME, RunLog, wandb_settings
-from util.preemption import Preempted
 from util.preparation import autocast_dtype, build_suite, draw_grid, warn
 from util.resume import load_for_inference
 from util.training_run import run_train
@@ -45,7 +55,8 @@ def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World) -> tupl
     denoiser = shape.build(autocast_dtype(args, world))
     ckpt.load_weights(denoiser, saved.weights[ckpt.CHOICES[args.ema]], saved.path)
     if world.main:
-        print(f"{saved.path}: epoch {saved.epoch + 1}, {args.ema}, {args.model} at {args.img_size} px")
+        when = f"step {saved.run['step']}, in epoch {saved.epoch + 2}" if saved.at else f"epoch {saved.epoch + 1}"
+        print(f"{saved.path}: {when}, {args.ema}, {args.model} at {args.img_size} px")
         print(f"Spectral Forcing {shape.describe_operator()}: {saved.sf_source}")
     if args.evaluate_gen:  # a few samples are there before a compiler is
         compile_network(denoiser, resolve(args.compile, world.device))
@@ -54,17 +65,18 @@ def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World) -> tupl
 
 def run_sample(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_inference(given, "sample")
-    warn(config.check(args, evaluates=False), world)
+    warn([*saved.notes, *config.check(args, evaluates=False)], world)
     chosen = config.parse_labels(args.labels, args.class_num)
     labels = [label for label in chosen for _ in range(args.num_per_class)]
     denoiser, shape = load_denoiser(args, saved, world)
     sampling = Sampling.from_args(args)
     what = f"labels{args.labels or 'first'}x{args.num_per_class}".replace(",", "_")
-    name = f"{setting_name(saved.epoch, args.ema, sampling)}-seed{args.seed}-{what}"
+    name = f"{setting_name(saved.epoch, args.ema, sampling)}{saved.at}-seed{args.seed}-{what}"
     folder = Path(args.output_dir) / "samples" / name
-    with process_group(world):
+    with process_group(world, args.dist_timeout):
+        agree("checkpoint", (saved.path.name, saved.epoch, saved.run.get("step")), world)
         title = f"{args.model}  cfg {args.cfg:g}  {args.sampling_method} {args.num_sampling_steps}  seed {args.seed}"
-        images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title)
+        images = draw_grid(denoiser, shape, args, labels, world, folder / "grid.png", title, may_stop=True)
     if world.main:
         for i, image in enumerate(images):
             save_png(to_pil(image), folder / f"{i:06d}.png")
@@ -79,26 +91,27 @@ def run_sample(given: Mapping[str, Any], world: World) -> str:
 
 def run_evaluate(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_inference(given, "evaluate_gen")
-    warn(config.check(args, evaluates=True), world)
+    warn([*saved.notes, *config.check(args, evaluates=True)], world)
     plan, sampling, folder = sweep.Plan.from_args(args), Sampling.from_args(args), Path(args.output_dir)
     save_images = Path(args.save_images) if args.save_images else None
-    with process_group(world):
+    with process_group(world, args.dist_timeout):
         suites = [build_suite(args, world, n) for n in ([plan.images] if plan else []) + [args.num_images]]
         warn(list(dict.fromkeys(w for suite in suites for w in suite.warnings)), world)
         if plan:
             sweep.criterion(suites[0].names)  # refused before the weights are loaded
-        denoiser, shape = load_denoiser(args, saved, world)
+        agree("checkpoint", (saved.path.name, saved.epoch, saved.run.get("step")), world)
+        denoiser, shape = everywhere_or_nowhere(world, lambda: load_denoiser(args, saved, world))
 
         def subject_of(ema: str) -> Subject:
             ckpt.load_weights(denoiser, saved.weights[ckpt.CHOICES[ema]], saved.path)
-            return Subject(denoiser, shape, ema, saved.epoch, saved.path)
+            return Subject(denoiser, shape, ema, saved.epoch, saved.path, saved.at)
 
         if plan:
             report, products = sweep.run_sweep(
                 plan, sampling, subject_of, suites, args.num_images, folder, world, save_images, args.keep_features
             )
         else:
-            subject = Subject(denoiser, shape, args.ema, saved.epoch, saved.path)
+            subject = Subject(denoiser, shape, args.ema, saved.epoch, saved.path, saved.at)
             report, path = evaluate_and_write(
                 subject, sampling, args.num_images, suites[0], folder / "eval", world, save_images, args.keep_features
             )
@@ -128,30 +141,46 @@ def run(argv: list[str] | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 for an error that a sentence explains, 1 for one that none explains, 130 after Ctrl-C."""
+    """The exit code for who has started this process: 0, 2 for an error that a sentence explains, 1 for one that none
+    explains, 130 after a second Ctrl-C, 75 when asked to stop (`util.preemption`, which tells the launcher).
+    """
     rank = rank_from_environment()
+    alone = not launched_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1
+    preemption.listen()
     try:
         line = run(argv)
-    except UserError as error:
-        if rank and (error.everywhere or not in_group()):
-            time.sleep(5)  # every process has this error: rank 0 says it, and torchrun ends the others
-        print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
-        tell_torchrun(str(error))
-        return 2
-    except Preempted as stop:
+        if rank == 0 and line:
+            print(line, flush=True)
+        return preemption.end_process(0, alike=True)
+    except preemption.Preempted as stop:
         if rank == 0:
-            print(stop, file=sys.stderr, flush=True)
-        return preemption.EXIT_CODE
+            print(f"main_jit.py: {stop}", file=sys.stderr, flush=True)
+        if code := preemption.end_process(preemption.EXIT_CODE, alike=True):
+            tell_torchrun(str(stop))
+        return code
+    except UserError as error:
+        watch.explain(error)
+        code = preemption.end_process(2, alike=error.everywhere or alone)
+        if code and rank and (error.everywhere or not in_group()):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)  # every process has this error: rank 0 says it, and torchrun ends the others
+        if code or rank == 0:
+            print(f"main_jit.py: error: {error}", file=sys.stderr, flush=True)
+        if code:
+            tell_torchrun(str(error))
+        return code
     except Exception as error:
         traceback.print_exc()
-        tell_torchrun(f"process {rank}: {type(error).__name__}: {error}")
-        return 1
+        lost = watch.explain(error)  # which process, where the error says no more than that one is lost
+        if lost:
+            print(f"main_jit.py: process {rank} ends: {lost}", file=sys.stderr, flush=True)
+        tell_torchrun(lost or f"process {rank}: {type(error).__name__}: {error}")
+        return preemption.end_process(1, alike=False)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
-        return 130
-    if rank == 0 and line:
-        print(line, flush=True)
-    return 0
+        return preemption.end_process(130, alike=False)
+    finally:
+        preemption.stop_listening()
 
 
 if __name__ == "__main__":

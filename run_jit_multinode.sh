@@ -9,7 +9,8 @@
 #   DRY_RUN=1 bash run_jit_multinode.sh   print the command, start nothing
 #
 # In this order: check what was asked, find main_jit.py, place the nodes (srun, once), choose
-# interpreter and number of processes, build the command, replace this shell by it.
+# interpreter and number of processes, build the command, run it, hand signals to it (util/preemption.py)
+# and tell its exit code.
 set -euo pipefail
 
 die() {
@@ -17,18 +18,67 @@ die() {
     exit 2
 }
 
-# start WHAT COMMAND...: prints the command, quoted so that it can be pasted, and becomes it. By
-# exec, signals reach it directly and its exit code is the one seen outside.
+say() {
+    printf 'run_jit_multinode.sh: %s\n' "$*" >&2
+}
+
+# start WHAT COMMAND...: prints the command, quoted so that it can be pasted, and runs it until it ends. Sets `code`.
 start() {
-    local what=$1 line
+    local what=$1 line status
     shift
     line=$(printf '%q ' "$@")
     if [[ ${DRY_RUN:-0} == 1 ]]; then
         printf '%s\n' "${line% }"
         exit 0
     fi
-    printf 'run_jit_multinode.sh: %s: %s\n' "$what" "${line% }" >&2
-    exec "$@"
+    say "$what: ${line% }"
+    asked='' at_once=0 code=127
+    trap 'stop TERM' TERM
+    trap 'stop HUP' HUP
+    trap 'stop INT' INT
+    trap 'stop USR1' USR1
+    trap 'stop QUIT' QUIT
+    # It ignores them itself: a scheduler sends them to every process of a job.
+    (trap '' TERM HUP INT USR1; exec "$@") <&0 &
+    while true; do
+        caught=0
+        wait "$!" 2>/dev/null && status=0 || status=$?
+        if ((status != 127)); then code=$status; fi
+        if ((!caught || status == 127)); then break; fi  # else a signal ended the wait, not the child
+    done
+    if ((at_once)); then code=130; fi
+}
+
+# stop SIGNAL: asks what `start` runs to stop when it has saved; a second Ctrl-C does not wait for that.
+# shellcheck disable=SC2329  # the traps call it
+stop() {
+    caught=1
+    if [[ -z ${!:-} ]]; then exit 75; fi  # nothing is started yet
+    if [[ $1 == QUIT || ($1 == INT && -n $asked) ]]; then
+        say "stopping at once"
+        at_once=1
+        kill -s "$ends_it" "$!"
+    elif [[ -n ${JIT_STATE_DIR:-} ]]; then  # see util/preemption.py
+        printf 'SIG%s\n' "$1" >"$JIT_STATE_DIR/new"
+        mv -- "$JIT_STATE_DIR/new" "$JIT_STATE_DIR/stop"
+    else
+        kill -s USR1 "$!"  # the only one that srun just forwards, to all processes of the step
+    fi
+    asked=$1
+}
+
+# requeue: once a job, whichever of its launchers is outermost.
+requeue() {
+    local state
+    if [[ ${REQUEUE:-0} != 1 || $code != 75 ]]; then return; fi
+    state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' JobState=[A-Z_]*') || true
+    state=${state#*=}
+    if [[ $state != RUNNING ]]; then  # it was cancelled, its time is over, or SLURM itself requeues it
+        say "job $SLURM_JOB_ID is not requeued: its state is ${state:-unknown}"
+        return
+    fi
+    say "job $SLURM_JOB_ID is requeued and goes on from its checkpoint"
+    scontrol requeue "$SLURM_JOB_ID" || say "scontrol refused: submit the job with sbatch --requeue"
 }
 
 help() {
@@ -70,13 +120,25 @@ MASTER_PORT                 29500                   on a single node, when not s
                                                     so that two runs on one machine do not collide
 AUTO_SRUN                   1                       inside a SLURM allocation of more than one
                                                     node, start once per node with srun
+REQUEUE                     0                       1, in a SLURM job that was asked to stop: put it
+                                                    back into the queue (sbatch --requeue)
+MAX_RESTARTS                -                       so often torchrun starts all processes again
+                                                    when one has failed, from the last checkpoint
+LOCAL_ADDR                  this host's name        address of this node for the others, with
+                                                    MAX_RESTARTS, where they do not know its name
 CONDA_ENV_PATH              -                       environment to use, conda or venv
 PYTHON                      active environment,     interpreter, where CONDA_ENV_PATH is not set
                             .venv here, python3
 OMP_NUM_THREADS, NCCL_*     -                       passed through when set, never forced
 JIT_DIR                     SLURM_SUBMIT_DIR        folder of main_jit.py, for sbatch from elsewhere
 DRY_RUN                     0                       1 prints the command and starts nothing
-ONLINE_EVAL, EVALUATE_GEN, ENABLE_WANDB, AUTO_SRUN and DRY_RUN are 0 or 1.
+ONLINE_EVAL, EVALUATE_GEN, ENABLE_WANDB, AUTO_SRUN, REQUEUE and DRY_RUN are 0 or 1.
+
+TERM, HUP, USR1 and Ctrl-C: training stops after the current step and writes a checkpoint, an evaluation
+keeps what it has; a second Ctrl-C stops at once. Exit code: 75 when asked to stop (the same command goes
+on), 2 for what a sentence explains, 130 when stopped at once, else torchrun's.
+MAX_RESTARTS heals a process that died (a GPU's error, lack of memory), on all nodes together. It does not
+heal node 0 or its launcher, a node that does not come back, or an error that comes again, as a refusal does.
 
 examples
   DATASET=digits MODEL=JiT-Demo/8 EPOCHS=32 NUM_IMAGES=500 bash run_jit_multinode.sh --lr 5e-4 --ema_decay1 0.99
@@ -92,18 +154,32 @@ fi
 
 # ---- check what was asked: once, before anything is started on any node ----------------------
 
-for name in DRY_RUN AUTO_SRUN ONLINE_EVAL EVALUATE_GEN ENABLE_WANDB; do
+for name in DRY_RUN AUTO_SRUN REQUEUE ONLINE_EVAL EVALUATE_GEN ENABLE_WANDB; do
     case "${!name:-}" in
         '' | 0 | 1) ;;
         *) die "$name is '${!name}': it must be 0 or 1." ;;
     esac
 done
 
-if [[ -n ${RESUME:-} ]] && [[ -f $RESUME || $RESUME == *.pth ]]; then
-    die "RESUME is '$RESUME', a file: it must be the folder that holds the checkpoint."
+if [[ ${REQUEUE:-0} == 1 && -z ${SLURM_JOB_ID:-} ]]; then
+    die "REQUEUE=1 puts a SLURM job back into the queue, and this is none: submit it with sbatch or unset REQUEUE."
+fi
+if [[ -n ${MAX_RESTARTS:-} ]] && ! [[ $MAX_RESTARTS =~ ^(0|[1-9][0-9]*)$ ]]; then
+    die "MAX_RESTARTS is '$MAX_RESTARTS': it must be an integer, the number of restarts after a failure."
 fi
 
-has_checkpoint() { [[ -f $1/checkpoint-last.pth || -d $1/checkpoint-last.dcp ]]; }
+if [[ -n ${RESUME:-} ]] && [[ -f $RESUME || $RESUME == *.pth || $RESUME == *.dcp || -f $RESUME/checkpoint.json ]]; then
+    die "RESUME is '$RESUME', a checkpoint itself or a file: it must be the folder that holds the checkpoint."
+fi
+
+# has_checkpoint FOLDER: whether there is one of the names of util/checkpoint_folder.py in it.
+has_checkpoint() {
+    local path
+    for path in "$1"/checkpoint-{last,step*,epoch*}.pth "$1"/checkpoint-{last,next,step*,epoch*}.dcp/checkpoint.json; do
+        if [[ -f $path ]]; then return 0; fi
+    done
+    return 1
+}
 
 dataset=${DATASET:-}  # here only to see whether data is needed
 needs_data=1
@@ -182,14 +258,19 @@ if [[ ${AUTO_SRUN:-1} == 1 && -n ${SLURM_JOB_ID:-} && ${JIT_SRUN_JOB:-} != "${SL
     script=$root/run_jit_multinode.sh  # the other nodes do not have the spool copy
     if [[ ! -f $script ]]; then die "$script is missing: srun needs it on every node."; fi
     # --export=ALL: after `sbatch --export=NONE` srun would start the step without these variables.
-    # --kill-on-bad-exit: a node that fails at once would leave the others waiting for it. And srun takes the
-    # number of processors from nowhere but its own command line.
-    command=(srun --nodes="$nnodes" --ntasks="$nnodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1
+    # --wait: a node that fails at once would leave the others waiting for it; but the nodes of a job that was asked
+    # to stop end a moment apart, each with exit code 75, and --kill-on-bad-exit would not give them that moment. And
+    # srun takes the number of processors from nowhere but its own command line.
+    command=(srun --nodes="$nnodes" --ntasks="$nnodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=60
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "$script" "$@")
     # One rank cannot be right for every node: there it comes from SLURM.
     if [[ -n ${NODE_RANK:-} ]]; then command=(env -u NODE_RANK "${command[@]}"); fi
     export JIT_SRUN_JOB=$SLURM_JOB_ID
+    unset JIT_STATE_DIR
+    ends_it=TERM
     start "$nnodes nodes" "${command[@]}"
+    requeue
+    exit "$code"
 fi
 
 if ((in_step)) && [[ ${SLURM_LOCALID:-0} != 0 ]]; then
@@ -224,6 +305,16 @@ else
     fi
     rendezvous=(--nnodes="$nnodes" --node_rank="$node_rank"
         --master_addr="$master_addr" --master_port="${MASTER_PORT:-29500}")
+    if [[ -n ${MAX_RESTARTS:-} ]]; then  # the static rendezvous takes place once
+        rendezvous=(--nnodes="$nnodes" --rdzv_backend=c10d --rdzv_endpoint="$master_addr:${MASTER_PORT:-29500}"
+            --rdzv_id="${SLURM_JOB_ID:-jit}" --rdzv_conf="is_host=$((node_rank == 0))"
+            ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"})
+    fi
+fi
+if [[ -n ${MAX_RESTARTS:-} ]]; then
+    rendezvous+=(--max_restarts="$MAX_RESTARTS")
+    # torch 2.11 otherwise gives the processes of a restart the store of those before, with their addresses in it.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 
 # ---- interpreter: torchrun is run as a module of it, so never another environment's ----------
@@ -285,6 +376,28 @@ if [[ ${ONLINE_EVAL:-} == 1 ]]; then settings+=(--online_eval); fi
 if [[ ${ONLINE_EVAL:-} == 0 ]]; then settings+=(--no-online_eval); fi
 if [[ ${EVALUATE_GEN:-} == 1 ]]; then settings+=(--evaluate_gen); fi
 
+# ---- run it ----------------------------------------------------------------------------------
+
+if [[ ${DRY_RUN:-0} != 1 ]]; then
+    JIT_STATE_DIR=$(mktemp -d "${TMPDIR:-/tmp}/jit-XXXXXX")
+    export JIT_STATE_DIR
+    trap 'rm -rf -- "$JIT_STATE_DIR"' EXIT
+fi
+# torchrun answers the signals that it handles by ending its workers. USR2, which ends them in whatever call they
+# are, is kept for that.
+export PET_SIGNALS_TO_HANDLE=SIGUSR2
+ends_it=USR2
 start "node $node_rank of $nnodes, $num_gpus process(es)" \
     "$python" -m torch.distributed.run --nproc_per_node="$num_gpus" "${rendezvous[@]}" \
     "$root/main_jit.py" ${settings[@]+"${settings[@]}"} "$@"
+
+# torchrun says no more than that a process failed; what they recorded says why. A failure outweighs a 75.
+failure=$code preempted=0
+for file in "$JIT_STATE_DIR"/exit-*; do
+    if [[ ! -f $file ]]; then continue; fi
+    read -r recorded <"$file"
+    if ((recorded == 75)); then preempted=1; elif ((recorded > failure)); then failure=$recorded; fi
+done
+code=$((failure == 0 && preempted ? 75 : failure))
+if ((node_rank == 0)) && [[ ${JIT_SRUN_JOB:-} != "${SLURM_JOB_ID:-none}" ]]; then requeue; fi
+exit "$code"

@@ -39,9 +39,9 @@ def test_the_previous_one_is_kept_and_the_newest_comes_first(tmp_path):
     assert names(tmp_path) == [
         "checkpoint-epoch0001.pth", NAME, "checkpoint-step000000001.pth", "checkpoint-step000000002.pth"
     ]  # fmt: skip
-    prune(tmp_path, keep_last=2, step=3)
+    prune(tmp_path, keep_last=2)
     assert [step_of(path) for path in candidates(tmp_path)] == [3, 2, 3]
-    prune(tmp_path, keep_last=1, step=3)
+    prune(tmp_path, keep_last=1)
     assert names(tmp_path) == ["checkpoint-epoch0001.pth", NAME]
 
 
@@ -49,14 +49,35 @@ def test_going_back_to_an_earlier_one_takes_the_later_ones_out_of_the_way(tmp_pa
     for step in range(1, 5):
         save(tmp_path, content(step), previous_step=step - 1 or None)
     os.replace(tmp_path / "checkpoint-step000000002.pth", tmp_path / NAME)
-    writer = CheckpointWriter(tmp_path, keep_last=2, last_step=2)
-    writer.save(content(20), 20)
-    writer.wait()
-    assert [step_of(path) for path in candidates(tmp_path)] == [20, 3]
-    writer.save(content(3), 3)
-    writer.wait()
+    writer = CheckpointWriter(tmp_path, keep_last=2, last_step=2, first_step=2)
+    for step in (20, 21):
+        writer.save(content(step), step)
+        writer.wait()
+        assert [step_of(path) for path in candidates(tmp_path)] == [step, 2 if step == 20 else 20]
     writer.close()
-    assert [step_of(path) for path in candidates(tmp_path)] == [3]
+
+
+def test_an_old_one_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch, capsys):
+    def busy(*args, **kwargs):
+        raise OSError(39, "Directory not empty")
+
+    writer = CheckpointWriter(tmp_path, keep_last=1, last_step=None)
+    for step in (1, 2):
+        save(tmp_path, content(step), previous_step=step - 1 or None)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, "_remove", busy)
+        writer.save(content(3), 3)
+        writer.wait()
+    assert "an old checkpoint could not be removed" in capsys.readouterr().err
+    assert [w.step for w in writer.finished()] == [3] and step_of(tmp_path / NAME) == 3
+    writer.close()
+
+
+def test_an_error_that_nobody_waited_for_is_said(tmp_path, monkeypatch, capsys):
+    writer = CheckpointWriter(tmp_path / "missing", keep_last=1, last_step=None)
+    writer.save(content(1), 1)
+    writer.close()
+    assert "warning: the checkpoint cannot be written" in capsys.readouterr().err
 
 
 def test_every_changed_byte_of_content_is_noticed(tmp_path):
@@ -252,3 +273,18 @@ def test_the_system_refuses_to_write_more(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == [NAME] and step_of(tmp_path / NAME) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_epoch_that_an_interruption_left_unkept_is_kept_by_the_next_start(tmp_path, monkeypatch):
+    settings = {"epochs": 4, "keep_every_epochs": 2, "save_last_freq": 2}
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, "keep", killed)
+        train(tmp_path, code=130, **settings)
+    assert "checkpoint-epoch0002.pth" not in names(tmp_path) and raw(tmp_path)["epoch"] == 1
+    train(tmp_path, **settings)
+    assert raw_step(tmp_path / "checkpoint-epoch0002.pth") == 4 and raw_step(tmp_path / "checkpoint-epoch0004.pth") == 8

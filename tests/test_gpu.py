@@ -3,14 +3,17 @@
 import pytest
 import torch
 
+import engine_jit
 import main_jit
 from engine_jit import build_optimizer
 from sampler import guided, sample, uniform_grid
 from tests.conftest import arguments, flags, read_log, train
 from tests.golden_inputs import GOLDEN, normals, small_denoiser
-from util import rng, training_loop
+from util import rng
+from util.checkpoint_writer import HostCopy
 from util.ema import EMA
 from util.rng import Stream
+from util.window import Window
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,18 +53,34 @@ def test_a_step_that_is_not_finite_touches_nothing():
 
 
 def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatch):
-    """Synchronising calls are errors while the forward and backward pass of a step is issued."""
-    forward_backward = training_loop.train_one_epoch.__globals__["_forward_backward"]
+    """Synchronising calls are errors from the forward pass of a step to the sums for the log: all of a step."""
+    steps = []
 
-    def watched(*args):
+    def begin(*args, real=engine_jit._forward_backward):
         torch.cuda.set_sync_debug_mode("error")
-        try:
-            return forward_backward(*args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        return real(*args)
 
-    monkeypatch.setitem(training_loop.train_one_epoch.__globals__, "_forward_backward", watched)
-    train(tmp_path / "run", device="cuda", log_freq=100)
+    def end(*args, real=Window.add):
+        real(*args)
+        torch.cuda.set_sync_debug_mode("default")
+        steps.append(args[1])
+
+    monkeypatch.setattr(engine_jit, "_forward_backward", begin)
+    monkeypatch.setattr(Window, "add", end)
+    try:
+        train(tmp_path / "run", device="cuda", log_freq=100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == [0, 1, 2, 3]
+
+
+def test_host_copy_is_done_when_it_returns():
+    copy = HostCopy()
+    for value in (1.0, 2.0):
+        there = torch.full((1 << 22,), value, device="cuda")
+        here = copy({"x": there})["x"]
+        there.zero_()
+        assert here.is_pinned() and here.unique().tolist() == [value]
 
 
 def test_train_resume_and_sample(tmp_path):

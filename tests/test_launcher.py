@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "run_jit_multinode.sh"
+from tests.launcher_stand_ins import SCRIPT, STEP, TWO_NODES, Launcher, program
 
 VALUES = {  # variable -> flag that carries its value
     "DATA_PATH": "--data_path",
@@ -52,60 +52,8 @@ SWITCHES = {  # variable and value -> flags
     ("ENABLE_WANDB", "1"): [],
     ("ENABLE_WANDB", "0"): ["--wandb_mode", "disabled"],
 }
-OWN = """NUM_GPUS NNODES WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT AUTO_SRUN CONDA_ENV_PATH PYTHON JIT_DIR DRY_RUN
-    OMP_NUM_THREADS NCCL_* WANDB_API_KEY"""  # variables that never become a flag of main_jit.py
-TWO_NODES = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_NODEID": "0"}
-STEP = {**TWO_NODES, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0"}
-
-
-def program(path, body):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
-    return path
-
-
-class Launcher:
-    def __init__(self, folder):
-        self.root = folder / "my checkout"  # the space is meant: quoting must survive it
-        self.root.mkdir()
-        self.script = Path(shutil.copy(SCRIPT, self.root))
-        self.main = self.root / "main_jit.py"
-        self.main.touch()
-        self.bin = folder / "bin"
-        self.fake("nvidia-smi", "exit 9")  # no driver, whatever this machine has
-
-    def fake(self, name, body):
-        return program(self.bin / name, body)
-
-    def run(self, *flags, cwd=None, script=None, **variables):
-        env = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/"), **variables}
-        command = ["bash", str(script or self.script), *flags]
-        return subprocess.run(command, env=env, cwd=cwd or self.root, capture_output=True, text=True, timeout=30)
-
-    def command(self, *flags, **kwargs):
-        """The words of the command that DRY_RUN=1 prints."""
-        done = self.run(*flags, DRY_RUN="1", **kwargs)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("\n") == 1
-        return shlex.split(done.stdout)
-
-    def settings(self, *flags, **kwargs):
-        """What follows main_jit.py in it."""
-        words = self.command(*flags, **kwargs)
-        return words[words.index(str(self.main)) + 1 :]
-
-    def torchrun(self, *flags, **kwargs):
-        """What precedes main_jit.py in it."""
-        words = self.command(*flags, DATASET="digits", **kwargs)
-        return words[: words.index(str(self.main))]
-
-    def error(self, *flags, **variables):
-        """The message with which it refuses; nothing on stdout, where the command would be."""
-        done = self.run(*flags, **{"DRY_RUN": "1", **variables})
-        assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-        assert done.stdout == ""
-        return done.stderr
+OWN = """NUM_GPUS NNODES WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT AUTO_SRUN REQUEUE MAX_RESTARTS LOCAL_ADDR
+    CONDA_ENV_PATH PYTHON JIT_DIR DRY_RUN OMP_NUM_THREADS NCCL_* WANDB_API_KEY"""  # never a flag of main_jit.py
 
 
 @pytest.fixture
@@ -155,7 +103,7 @@ def test_wandb_switched_off_overrides_mode(launcher):
     assert settings == ["--dataset", "digits", "--wandb_mode", "disabled"]
 
 
-@pytest.mark.parametrize("variable", ["ONLINE_EVAL", "EVALUATE_GEN", "ENABLE_WANDB", "AUTO_SRUN", "DRY_RUN"])
+@pytest.mark.parametrize("variable", ["ONLINE_EVAL", "EVALUATE_GEN", "ENABLE_WANDB", "AUTO_SRUN", "REQUEUE", "DRY_RUN"])
 @pytest.mark.parametrize("value", ["true", "2", "01"])
 def test_switch_takes_only_0_and_1(launcher, variable, value):
     assert variable in launcher.error(DATASET="digits", **{variable: value})
@@ -196,17 +144,25 @@ def test_evaluation_needs_no_data(launcher):
     assert launcher.settings(EVALUATE_GEN="1", RESUME="run") == ["--resume", "run", "--evaluate_gen"]
 
 
-@pytest.mark.parametrize("kind", ["pth", "dcp"])
-def test_run_that_goes_on_needs_no_data(launcher, tmp_path, kind):
-    path = tmp_path / f"checkpoint-last.{kind}"
+@pytest.mark.parametrize(
+    "name", ["last.pth", "last.dcp", "next.dcp", "step000000004.pth", "step000000004.dcp", "epoch0001.dcp"]
+)
+def test_run_that_goes_on_needs_no_data(launcher, tmp_path, name):
+    path = tmp_path / f"checkpoint-{name}"
+    if path.suffix == ".dcp":
+        path.mkdir()
+        path = path / "checkpoint.json"  # without it, it is not whole
     assert "DATA_PATH" in launcher.error(OUTPUT_DIR=str(tmp_path))
-    path.write_text("a file") if kind == "pth" else path.mkdir()
+    path.write_text("a file")
     assert launcher.settings(OUTPUT_DIR=str(tmp_path)) == ["--output_dir", str(tmp_path)]
 
 
 def test_resume_is_a_folder(launcher, tmp_path):
     (tmp_path / "weights").write_text("a file")
-    for value in ["run/checkpoint-last.pth", str(tmp_path / "weights")]:
+    shards = tmp_path / "mine"
+    shards.mkdir()
+    (shards / "checkpoint.json").write_text("{}")
+    for value in ["run/checkpoint-last.pth", "run/checkpoint-last.dcp", str(tmp_path / "weights"), str(shards)]:
         message = launcher.error(DATASET="digits", RESUME=value)
         assert "RESUME" in message and value in message and "folder" in message
     for value in [str(tmp_path), "not/there/yet"]:
@@ -280,12 +236,32 @@ def test_node_rank_out_of_range(launcher, nodes):
     assert "NODE_RANK" in launcher.error(DATASET="digits", MASTER_ADDR="head", **nodes)
 
 
+def test_restarts(launcher):
+    """torchrun restarts with its c10d rendezvous; --standalone is one, and says so itself."""
+    assert launcher.torchrun(MAX_RESTARTS="3")[4:] == ["--standalone", "--local_addr=127.0.0.1", "--max_restarts=3"]
+    two = {"NNODES": "2", "MASTER_ADDR": "head", "MAX_RESTARTS": "0"}
+    common = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=head:29500"]
+    first = launcher.torchrun(**two)[4:]
+    assert first == [*common, "--rdzv_id=jit", "--rdzv_conf=is_host=1", "--max_restarts=0"]
+    second = launcher.torchrun(**two, NODE_RANK="1", LOCAL_ADDR="10.0.0.2", SLURM_JOB_ID="7")[4:]
+    assert second[2:] == [
+        common[2],
+        "--rdzv_id=7",
+        "--rdzv_conf=is_host=0",
+        "--local_addr=10.0.0.2",
+        "--max_restarts=0",
+    ]
+    for value in ("-1", "two", "01"):
+        assert f"MAX_RESTARTS is '{value}'" in launcher.error(DATASET="digits", MAX_RESTARTS=value)
+
+
 # ---- SLURM -----------------------------------------------------------------------------------
 
 
 def srun_words(launcher, *flags):
     """The command that fans out over two nodes."""
-    step = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--export=ALL", "--kill-on-bad-exit=1"]
+    step = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--export=ALL", "--kill-on-bad-exit=0",
+            "--wait=60"]  # fmt: skip
     return ["srun", *step, "bash", str(launcher.script), *flags]
 
 
@@ -440,19 +416,15 @@ def test_conda_env_comes_first_on_path(launcher, tmp_path):
 # ---- running ---------------------------------------------------------------------------------
 
 
-def test_exit_code_process_and_arguments(launcher, tmp_path):
-    """exec: the process started is the one that the caller sees, with its exit code and its signals."""
-    python = program(tmp_path / "python", f'printf "%s\\0" $$ "$@" > "{tmp_path}/argv"; exit 7')
-    env = {"PATH": f"{launcher.bin}:{os.environ['PATH']}", "DATASET": "digits", "PYTHON": str(python)}
-    process = subprocess.Popen(["bash", launcher.script, "--note", "a  b"], env=env, stderr=subprocess.PIPE, text=True)
-    message = process.communicate(timeout=30)[1]
-    assert process.returncode == 7
-    pid, *argv = (tmp_path / "argv").read_text().split("\0")[:-1]
-    assert int(pid) == process.pid
+def test_exit_code_and_arguments(launcher, tmp_path):
+    python = program(tmp_path / "python", f'printf "%s\\0" "$@" > "{tmp_path}/argv"; exit 7')
+    done = launcher.run("--note", "a  b", DATASET="digits", PYTHON=str(python))
+    assert done.returncode == 7
+    argv = (tmp_path / "argv").read_text().split("\0")[:-1]
     assert argv[:2] == ["-m", "torch.distributed.run"]
     assert argv[-5:] == [str(launcher.main), "--dataset", "digits", "--note", "a  b"]
-    assert message.count("\n") == 1  # one line, with the command
-    assert shlex.split(message)[-len(argv) :] == argv
+    assert done.stderr.count("\n") == 1  # one line, with the command
+    assert shlex.split(done.stderr)[-len(argv) :] == argv
 
 
 def test_dry_run_starts_nothing(launcher, tmp_path):

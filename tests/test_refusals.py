@@ -173,10 +173,6 @@ def test_contradictions_are_all_named(run, refuses):
     refuses(argv, *(f"--{name} " for name in also))
 
 
-def test_start_epoch_that_is_not_the_checkpoints(run, refuses):
-    refuses(arguments(output_dir=run, epochs=3, start_epoch=1), "--start_epoch 1", "epoch 2")
-
-
 # --- settings -------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import torch
 
 import engine_jit
 import main_jit
-from tests.conftest import FEW, arguments, raw, read_log, register, state_differences, train
+from tests.conftest import FEW, arguments, flags, raw, read_log, register, state_differences, train
 from util import preemption, training_loop
 from util.checkpoint import NAME
 from util.logger import LOG_NAME, _cut
@@ -108,6 +108,42 @@ def test_minutes_save_as_well(tmp_path):
     assert [line["step"] for line in read_log(tmp_path, "save")] == list(range(1, 13))
     for line in read_log(tmp_path, "save"):
         assert 0 <= line["blocked_s"] <= line["seconds"] and line["bytes"] > 1000
+
+
+def test_a_wish_that_is_answered_late_is_not_granted_twice(tmp_path, monkeypatch):
+    """As on GPUs, where a process reads two steps later what all have asked for: one save, not three."""
+
+    class Late(training_loop.Votes):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.lag, self.asked = 2, [set(), set()]
+
+        def __call__(self, asked):
+            self.asked.append(super().__call__(asked))
+            return self.asked.pop(0)
+
+    monkeypatch.setattr(training_loop, "Votes", Late)
+    train(tmp_path, **{**RUN, "save_every_minutes": 0, "save_last_freq": 100, "eval_freq": 100})
+    assert [line["step"] for line in read_log(tmp_path, "save")] == [3, 6, 9, 12]
+
+
+def test_the_first_epoch_of_a_run_is_of_no_account_when_it_goes_on(tmp_path, capsys):
+    """The same command goes on, also one with --start_epoch."""
+    train(tmp_path, **{**RUN, "epochs": 3, "start_epoch": 1})
+    train(tmp_path, **{**RUN, "epochs": 4, "start_epoch": 1})
+    assert "--start_epoch has no effect" in capsys.readouterr().err and raw(tmp_path)["epoch"] == 3
+
+
+def test_what_is_made_from_the_middle_of_an_epoch_says_so(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 6)
+        train(tmp_path, **RUN, save_every_steps=1)
+    capsys.readouterr()
+    argv = flags(resume=tmp_path, sample=True, labels="0", num_per_class=1, device="cpu")
+    assert main_jit.main(argv) == 0
+    assert "step 6, in epoch 2" in capsys.readouterr().out
+    (folder,) = (path for path in (tmp_path / "samples").iterdir() if path.is_dir())
+    assert "epoch0001-" in folder.name and "-step000000006-" in folder.name
 
 
 def test_a_data_set_of_another_size_is_refused(tmp_path, capsys):

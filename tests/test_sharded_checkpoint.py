@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,8 +80,7 @@ def _write_and_read(rank: int, folder, ports: list[int]) -> None:
     sharded_checkpoint.write(folder / f"{ranks}.dcp", tensors, ABOUT, group)
     for path in folder.glob("*.dcp"):
         empty = {name: torch.zeros_like(value) for name, value in tensors.items()}
-        sharded_checkpoint.verify(path)
-        sharded_checkpoint.read(path, empty)
+        sharded_checkpoint.read(path, empty, sharded_checkpoint.verify(path))
         for name, value in empty.items():
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             assert torch.equal(whole, SOME[name]), (path, name)
@@ -93,7 +93,7 @@ def test_any_number_of_processes_reads_what_another_wrote(tmp_path):
         (tmp_path / "ranks").write_text(str(ranks))
         run_on(ranks, _write_and_read, tmp_path, calls=1)
     for path in tmp_path.glob("*.dcp"):
-        merged = sharded_checkpoint.merged(path)["model"]
+        merged = sharded_checkpoint.merged(path, sharded_checkpoint.verify(path))["model"]
         assert differences(merged, {n: SOME[f"model.{n}"] for n in ABOUT["weights"]}) == []
     assert len(files(tmp_path / "3.dcp")) == 6
 
@@ -102,8 +102,8 @@ def test_any_number_of_processes_reads_what_another_wrote(tmp_path):
 
 
 def test_merged_file_is_the_published_form(run):
-    assert merge.run([str(run)]) == str(run / NAME)
-    content = raw(run)
+    assert merge.run([str(run)]) == str(run / "merged" / NAME)
+    content = raw(run / "merged")
     assert set(content) == {"model", "model_ema1", "model_ema2", "optimizer", "epoch", "args", "run"}
     assert type(content["args"]) is argparse.Namespace and content["args"].parallel == "fsdp"
     denoiser = published()[1]
@@ -113,11 +113,12 @@ def test_merged_file_is_the_published_form(run):
 
 
 def test_both_directions_are_exact(run, tmp_path):
+    merged = run / "merged"
     merge.run([str(run)])
-    merge.run([str(run), "--split", "--out", str(tmp_path / "split")])
-    merge.run([str(tmp_path / "split"), "--out", str(tmp_path / "again")])
-    assert differences(vars(raw(run)["args"]), vars(raw(tmp_path / "again")["args"])) == []
-    assert differences(*({k: v for k, v in raw(f).items() if k != "args"} for f in (run, tmp_path / "again"))) == []
+    assert merge.run([str(merged), "--split"]) == str(merged / "split" / NAME_SHARDED)
+    merge.run([str(merged / "split"), "--out", str(tmp_path / "again")])
+    assert differences(vars(raw(merged)["args"]), vars(raw(tmp_path / "again")["args"])) == []
+    assert differences(*({k: v for k, v in raw(f).items() if k != "args"} for f in (merged, tmp_path / "again"))) == []
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -142,12 +143,13 @@ def test_merging_refuses(run, capsys):
     merge.run([str(run)])
     before = listing(run)
     assert merge.main([str(run)]) == 2 and "there already" in capsys.readouterr().err
-    assert merge.main([str(run), "--split"]) == 2 and "there already" in capsys.readouterr().err
+    split = [str(run / "merged"), "--split", "--out", str(run)]
+    assert merge.main(split) == 2 and "there already" in capsys.readouterr().err
     assert listing(run) == before
-    (run / NAME).unlink()
+    (run / "merged" / NAME).unlink()
     flip_a_bit(files(run / NAME_SHARDED)[0])
     assert merge.main([str(run)]) == 2 and "checksum" in capsys.readouterr().err
-    assert not (run / NAME).exists()
+    assert listing(run / "merged") == {}
 
 
 # --- what else reads them --------------------------------------------------------------------------------------------
@@ -156,8 +158,7 @@ def test_merging_refuses(run, capsys):
 def test_sampling_and_export_read_shards(run, tmp_path):
     for kind in ("shards", "file"):
         if kind == "file":
-            merge.run([str(run)])
-            shutil.rmtree(run / NAME_SHARDED)
+            run = Path(merge.run([str(run)])).parent
         out = tmp_path / kind
         argv = flags(resume=run, sample=True, labels="0-2", num_per_class=1, output_dir=out, device="cpu", cfg=1.5)
         assert main_jit.main(argv) == 0
@@ -179,7 +180,9 @@ def test_new_run_starts_from_the_weights_of_shards(run, tmp_path):
 
 def test_weights_are_read_where_they_are_asked_for(run, monkeypatch):
     asked, real = [], sharded_checkpoint.read
-    monkeypatch.setattr(sharded_checkpoint, "read", lambda path, t: asked.append(next(iter(t))) or real(path, t))
+    monkeypatch.setattr(
+        sharded_checkpoint, "read", lambda path, t, about: asked.append(next(iter(t))) or real(path, t, about)
+    )
     saved = checkpoint.load(run)
     assert asked == []
     saved.weights["model_ema1"]
@@ -318,5 +321,5 @@ def test_written_checkpoint_is_of_the_step_it_was_asked_for_at(tmp_path, monkeyp
     whole = train(tmp_path / "whole", epochs=2, **FSDP)
     for folder, name in ((delayed, "checkpoint-step000000004.dcp"), (whole, NAME_SHARDED)):
         merge.run([str(folder), "--checkpoint", name])
-    (delayed / "checkpoint-step000000004.pth").rename(delayed / NAME)
-    assert state_differences(delayed, whole) == []
+    (delayed / "merged" / "checkpoint-step000000004.pth").rename(delayed / "merged" / NAME)
+    assert state_differences(delayed / "merged", whole / "merged") == []

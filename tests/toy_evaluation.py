@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import util.evaluation
 from denoiser import Denoiser
 from tests.golden_inputs import small_denoiser
+from util import preemption
 from util.build import DenoiserConfig
 from util.distributed import World, find_world, process_group
 from util.evaluation import Subject, evaluate_and_write
@@ -148,7 +150,8 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 def main(folder: str, text: str) -> None:
     """One process. `die_after`: killed when it has written so many blocks. `slow`: seconds that rank 0's metrics and
     rank 1's features take, in a default group whose collectives end after a fifth of that. `refused`: a folder for
-    images that rank 0 refuses afterwards."""
+    images that rank 0 refuses afterwards. `asked`: the rank that gets SIGUSR1 when it has written a block; a batch then
+    takes `batch_seconds`."""
     settings = json.loads(text)
     torch.set_num_threads(1)
     world = find_world("cpu")
@@ -157,6 +160,11 @@ def main(folder: str, text: str) -> None:
         settings["denoiser"] = small_denoiser()
     if "save_images" in settings:
         settings["save_images"] = Path(settings["save_images"])
+    asked, batch_seconds = settings.pop("asked", None), settings.pop("batch_seconds", 0)
+    number = signal.SIGUSR1 if asked == world.rank else signal.SIGKILL
+    if asked is not None:
+        preemption.listen()
+        die_after = 1 if asked == world.rank else None
     if die_after is not None:
         write, written = Shards.write, []
 
@@ -164,14 +172,15 @@ def main(folder: str, text: str) -> None:
             write(self, b, *rest)
             written.append(b)
             if len(written) == die_after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
         Shards.write = fatal
     suite = settings["suite"] = ToySuite()
+    if batch_seconds:
+        extract = suite.extract
+        suite.extract = lambda images: (time.sleep(batch_seconds), extract(images))[1]
     with process_group(world):
         if slow:
-            import time
-
             dist.barrier()
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=slow / 5))
             method = "compute" if world.main else "extract"

@@ -42,6 +42,7 @@ class Checkpoint:
         args: the flags it was trained with; what decides Spectral Forcing is always there.
         sf_source: how that was known, as a phrase for a message.
         run: our additions, empty for a foreign file.
+        verified: of one in shards, the settings that util/sharded_checkpoint.py reads it with.
         notes: about newer files that are damaged, as warnings.
     """
 
@@ -52,7 +53,14 @@ class Checkpoint:
     args: dict[str, Any]
     sf_source: str
     run: dict[str, Any]
+    verified: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def at(self) -> str:
+        """Part of a file name for a checkpoint in the middle of an epoch, "-step000012345"; else empty."""
+        step, length = self.run.get("step"), self.run.get("steps_per_epoch")
+        return f"-step{step:09d}" if step and length and step % length else ""
 
 
 def load(folder: str | os.PathLike, name: str | None = None) -> Checkpoint:
@@ -67,7 +75,7 @@ def load(folder: str | os.PathLike, name: str | None = None) -> Checkpoint:
         UserError: no checkpoint there, or none that is whole; a foreign file.
     """
     folder = Path(folder)
-    if find(folder) is None:
+    if find(folder) is None and not (name and (folder / name).exists()):
         why = f"there is no {NAME} in it" if folder.is_dir() else "there is no such folder"
         raise UserError(f"no checkpoint in {folder}: {why}")
     files = candidates(folder) if name is None else [folder / name]
@@ -88,7 +96,6 @@ def _read(path: Path) -> Checkpoint:
         there = ", ".join(other.name for other in candidates(path.parent))
         raise UserError(f"no checkpoint {path}: in that folder are {there}")
     if path.suffix == ".dcp":
-        verify(path)
         return _from_folder(path)
     try:
         verify(path)
@@ -107,13 +114,14 @@ def _read(path: Path) -> Checkpoint:
 
 def _from_folder(path: Path) -> Checkpoint:
     """A checkpoint in shards; its tensors are read, merged, where they are asked for."""
-    content = sharded_checkpoint.merged(path)
+    verified = sharded_checkpoint.verify(path)
+    content = sharded_checkpoint.merged(path, verified)
     args = vars(content["args"])
     if "disable_dct_patchify" not in args:
         raise UserError(f"{path} is not a JiT checkpoint: its settings do not say whether Spectral Forcing is on")
     weights = Lazy({name: partial(content.__getitem__, name) for name in WEIGHTS})
     source = "its settings say so"
-    return Checkpoint(path, weights, content["optimizer"], content["epoch"], args, source, content["run"])
+    return Checkpoint(path, weights, content["optimizer"], content["epoch"], args, source, content["run"], verified)
 
 
 def _understand(path: Path, content: Any) -> Checkpoint:

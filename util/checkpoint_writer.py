@@ -1,5 +1,6 @@
 """Checkpoints beside training: it waits for the copy to host memory, a thread does the rest."""
 
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,10 +64,11 @@ class CheckpointWriter:
         folder: of the run.
         keep_last: how many of the newest stay, at least 1.
         last_step: the step of the whole checkpoint that is the newest in the folder now; None if none is.
+        first_step: the step at which training goes on: what the folder has of later ones is of another course.
     """
 
-    def __init__(self, folder: Path, keep_last: int, last_step: int | None):
-        self.folder, self.keep_last, self.last_step = folder, keep_last, last_step
+    def __init__(self, folder: Path, keep_last: int, last_step: int | None, first_step: int | None = None):
+        self.folder, self.keep_last, self.last_step, self.first_step = folder, keep_last, last_step, first_step
         self._copy = HostCopy()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Written] | None = None
@@ -104,7 +106,21 @@ class CheckpointWriter:
         self.last_step = step
         if keep_as_epoch is not None:
             checkpoint_folder.keep(self.folder, keep_as_epoch, path.name)
-        checkpoint_folder.prune(self.folder, self.keep_last, step)
+        try:
+            checkpoint_folder.prune(self.folder, self.keep_last, self.first_step)
+            self.first_step = None
+        except OSError as error:  # the new one is whole all the same
+            print(f"warning: an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
+
+    def keep(self, epoch: int) -> None:
+        """Keep the newest checkpoint for good, as the one after `epoch` (counted from 0), if it is of this run.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        newest = checkpoint_folder.find(self.folder)
+        if self.last_step is not None and newest is not None:
+            checkpoint_folder.keep(self.folder, epoch, newest.name)
 
     def finished(self) -> list[Written]:
         """Those that came to be on the disk since the last call; does not wait.
@@ -128,8 +144,12 @@ class CheckpointWriter:
             self._done.append(writing.result())
 
     def close(self) -> None:
-        """Wait for what is being written, whatever becomes of it, and end the thread."""
+        """Wait for what is being written, and end the thread. That it could not be written is said, and not raised:
+        where nobody has waited for it, another error is on its way.
+        """
         self._thread.shutdown()
+        if self._writing is not None and (error := self._writing.exception()) is not None:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def num_bytes(path: Path) -> int:

@@ -25,13 +25,13 @@ NEEDED_BY = {
 AT_LEAST = {
     0: (
         *("seed", "start_epoch", "num_workers", "warmup_epochs", "weight_decay", "min_lr", "lr", "blr"),
-        *("save_every_minutes", "skip_nonfinite"),
+        *("save_every_steps", "save_every_minutes", "keep_every_epochs", "skip_nonfinite"),
     ),
     1: (
         *("epochs", "batch_size", "global_batch", "accum_iter", "class_num", "img_size"),
         *("num_sampling_steps", "num_images", "gen_bsz", "num_per_class", "wandb_num_vis"),
         *("eval_freq", "save_last_freq", "log_freq", "val_images", "val_freq"),
-        *("save_every_steps", "keep_last", "keep_every_epochs"),
+        "keep_last",
     ),
 }
 

@@ -85,7 +85,7 @@ def _end_the_job(reason: str, text: str) -> NoReturn:
     last_resort = threading.Timer(5, os._exit, [1])  # who reads the output may hang as well
     last_resort.start()
     tell_torchrun(reason)
-    preemption.record_exit(1, rank_from_environment())
+    preemption.end_process(1, alike=False)
     sys.stdout.flush()
     print(text, end="", file=sys.stderr, flush=True)
     os._exit(1)
@@ -166,6 +166,30 @@ def wait_for_all(world: World) -> None:
     """A barrier for processes that may be hours apart."""
     if world.size > 1:
         dist.barrier(group=_patient_group())
+
+
+def requested_of_any(world: World) -> str | None:
+    """The signal that asked this process to stop or, as far as it is known here, another one; waits for none of them.
+
+    A process that was asked tells the others in the store of the process group.
+    """
+    reason = preemption.requested()
+    if world.size > 1:
+        store = dist.distributed_c10d._get_default_store()  # torch has no public name for it
+        if reason:
+            store.set("preemption", reason)
+        elif store.check(["preemption"]):
+            reason = store.get("preemption").decode()
+    return reason
+
+
+def any_of(world: World, flag: bool) -> bool:
+    """Whether `flag` is set on any process, the same answer on all; they may come to it hours apart."""
+    if world.size == 1:
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_patient_group())
+    return bool(flags)
 
 
 def from_main(world: World, function: Callable[[], T]) -> T:

@@ -21,11 +21,12 @@ from torch import Tensor
 from denoiser import Denoiser
 from util import provenance
 from util.build import DenoiserConfig
-from util.distributed import World, from_main, wait_for_all
+from util.distributed import World, any_of, from_main, requested_of_any
 from util.errors import UserError
 from util.generation import Sampling, evaluation_mode, make_images, setting_name
 from util.images import QUANTISATION
 from util.metrics import MetricSuite
+from util.preemption import Preempted
 from util.progress import ImageProgress
 from util.shards import Shards, digest, weights_identity
 
@@ -53,6 +54,7 @@ class Subject:
     ema: str
     epoch: int
     checkpoint: Path
+    at: str = ""  # in the middle of an epoch: at which step (Checkpoint.at)
 
 
 def evaluate(
@@ -74,6 +76,7 @@ def evaluate(
         The metrics, settings and times of rank 0, on all processes.
     Raises:
         UserError: images that are not finite; features that cannot be written or read; metrics that are not defined.
+        Preempted: on all processes, where any was asked to stop before all features were there.
     """
     if shards is None:
         folder = Path(from_main(world, lambda: tempfile.mkdtemp(prefix="features-")))
@@ -93,7 +96,8 @@ def evaluate(
     start = time.perf_counter()
     _make_blocks(denoiser, sampling, labels, image_shape, class_num, suite, world, shards, missing, times)
     made = time.perf_counter()
-    wait_for_all(world)
+    if any_of(world, requested_of_any(world) is not None):
+        raise Preempted(f"stopped; the features so far are in {shards.folder}, and the same command goes on")
     waited = time.perf_counter()
     images_made = sum(len(shards.block(b)) for b in missing)
 
@@ -131,7 +135,10 @@ def _make_blocks(
     missing: list[int],
     times: dict[str, float],
 ) -> None:
-    """This process's part of the `missing` blocks, every world.size-th. Batches go on from one block into the next."""
+    """This process's part of the `missing` blocks, every world.size-th. Batches go on from one block into the next.
+
+    Between two batches it ends early where a process was asked to stop.
+    """
     blocks = missing[world.rank :: world.size]
     index = [i for b in blocks for i in shards.block(b)]
     left = sum(len(shards.block(b)) for b in missing)
@@ -142,6 +149,8 @@ def _make_blocks(
     try:
         with evaluation_mode(denoiser):
             for at in range(0, len(index), sampling.batch_size):
+                if requested_of_any(world):
+                    break
                 before = time.perf_counter()
                 batch = index[at : at + sampling.batch_size]
                 images = make_images(denoiser, sampling, batch, labels, image_shape, null_class, world.device)
@@ -196,8 +205,8 @@ def tf32() -> dict[str, bool]:
     return {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
 
 
-def report_name(epoch: int, ema: str, sampling: Sampling, num_images: int) -> str:
-    return f"{setting_name(epoch, ema, sampling)}-seed{sampling.seed}-n{num_images}"
+def report_name(epoch: int, ema: str, sampling: Sampling, num_images: int, at: str = "") -> str:
+    return f"{setting_name(epoch, ema, sampling)}{at}-seed{sampling.seed}-n{num_images}"
 
 
 def decided_by_of(fingerprint: Mapping[str, Any], suite: MetricSuite) -> str:
@@ -255,7 +264,7 @@ def evaluate_and_write(
     shape = subject.shape
     fingerprint = from_main(world, lambda: fingerprint_of(subject, sampling, num_images, suite, world.device))
     mark = digest(fingerprint)
-    name = report_name(subject.epoch, subject.ema, sampling, num_images)
+    name = report_name(subject.epoch, subject.ema, sampling, num_images, subject.at)
     shards = Shards(folder / f"{name}-{mark}.features", fingerprint, num_images, suite.streams, save_images)
     report = evaluate(subject.denoiser, sampling, num_images, shape.image_shape, shape.class_num, suite, world, shards)
     described = report["measured_with"]

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from denoiser import Denoiser
 from sampler import Velocity, guided, sample, start_noise, uniform_grid
-from util.distributed import World, gather_by_index, share
+from util.distributed import World, any_of, gather_by_index, requested_of_any, share
 from util.flags import DEFAULTS
 from util.images import quantise
 from util.logger import progress
+from util.preemption import Preempted
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,11 @@ def generate(
     image_shape: tuple[int, int, int],
     null_class: int,
     world: World,
+    may_stop: bool = False,
 ) -> Iterator[Tensor]:
     """This process's share of the images 0 .. len(labels) - 1, in index order, as batches uint8 (B, 3, H, W).
+
+    With `may_stop` it ends between two batches where a process was asked to stop.
 
     Raises:
         UserError: an image with values that are not finite.
@@ -137,6 +141,8 @@ def generate(
     starts = range(mine.start, mine.stop, sampling.batch_size)
     with evaluation_mode(denoiser):
         for start in progress(starts, world, len(starts), "sampling", "batch"):
+            if may_stop and requested_of_any(world):
+                break
             index = range(start, min(start + sampling.batch_size, mine.stop))
             yield make_images(denoiser, sampling, index, labels, image_shape, null_class, world.device)
 
@@ -148,8 +154,15 @@ def generate_all(
     image_shape: tuple[int, int, int],
     null_class: int,
     world: World,
+    may_stop: bool = False,
 ) -> Tensor | None:
-    """All images uint8 (len(labels), 3, H, W) on rank 0's host, None elsewhere."""
+    """All images uint8 (len(labels), 3, H, W) on rank 0's host, None elsewhere.
+
+    Raises:
+        Preempted: on all processes, with `may_stop`, where any was asked to stop.
+    """
     empty = torch.empty((0, *image_shape), dtype=torch.uint8)
-    batches = [b.cpu() for b in generate(denoiser, sampling, labels, image_shape, null_class, world)]
+    batches = [b.cpu() for b in generate(denoiser, sampling, labels, image_shape, null_class, world, may_stop)]
+    if may_stop and any_of(world, requested_of_any(world) is not None):
+        raise Preempted("stopped before all images were there, of which none is kept; the same command makes them")
     return gather_by_index(torch.cat([empty, *batches]), len(labels), world)

@@ -8,12 +8,14 @@ Shapes: B images of a micro-batch; a batch is (B, 3, H, W) uint8 with labels (B,
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from util import preemption
 from util.bad_images import Replacing, collate
 from util.data import DataError, Images
 
@@ -85,9 +87,19 @@ def default_workers(in_memory: bool) -> int:
 
 
 def _init_worker(worker_id: int) -> None:
-    """One thread per worker, and Ctrl-C in the terminal is left to the main process, which ends its workers."""
+    """One thread per worker; signals that ask to stop are left to the main process, which ends its workers."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in preemption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    """SIGTERM is for every process of a job that is to stop soon, and the main process's way to end a worker."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)  # what torch's own handler does, and any other code would be taken for a failure
 
 
 class ImageLoader(DataLoader):

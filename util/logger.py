@@ -104,7 +104,10 @@ class RunLog:
         if not self.main:
             return
         line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"the log {self.path} cannot be written: {error}") from error
         if self.wandb_run is not None:
             numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
             self.wandb_run.log({**numbers, "step": step})

@@ -1,13 +1,15 @@
 """A checkpoint in shards as the single file that others read, and back; both to the bit, and without a GPU.
 
-    python -m util.merge output/7b                     checkpoint-last.dcp -> checkpoint-last.pth
-    python -m util.merge output/7b --split             checkpoint-last.pth -> checkpoint-last.dcp
+    python -m util.merge output/7b                checkpoint-last.dcp -> merged/checkpoint-last.pth
+    python -m util.merge output/7b --split        checkpoint-last.pth -> split/checkpoint-last.dcp
 
-The first holds the whole checkpoint in memory (146 GB for JiT-7B), the second a fifth of it.
+The result is not put among the run's own checkpoints, which the run goes on from, and replaces. The first holds the
+whole checkpoint in memory (146 GB for JiT-7B), the second a fifth of it.
 """
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from engine_jit import parameter_groups
 from util import checkpoint, checkpoint_folder, config, sharded_checkpoint
 from util.build import DenoiserConfig
-from util.checkpoint_folder import NAME, NAME_SHARDED, NEXT
+from util.checkpoint_folder import NAME, NAME_SHARDED
 from util.errors import UserError
 
 
@@ -26,8 +28,7 @@ def merge(source: Path, out: Path) -> None:
     Raises:
         UserError: it is damaged, or cannot be written.
     """
-    sharded_checkpoint.verify(source)
-    content = dict(sharded_checkpoint.merged(source))
+    content = dict(sharded_checkpoint.merged(source, sharded_checkpoint.verify(source)))
     if content["optimizer"] is not None:
         content["optimizer"] = dict(content["optimizer"])
     aside = out.with_suffix(".tmp")
@@ -37,8 +38,9 @@ def merge(source: Path, out: Path) -> None:
         os.replace(aside, out)
         sharded_checkpoint.flush_folder(out.parent)
     except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"the checkpoint cannot be written to {out}: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def split(source: Path, out: Path) -> None:
@@ -61,13 +63,16 @@ def split(source: Path, out: Path) -> None:
         optimizer = {**optimizer, "state": state}
     content |= {"optimizer": optimizer, "epoch": saved.epoch, "args": argparse.Namespace(**saved.args)}
     tensors, about = sharded_checkpoint.flatten(content | {"run": saved.run}, groups)
+    aside = out.with_suffix(".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        sharded_checkpoint.write(out.parent / NEXT, tensors, about, group=None)
-        os.rename(out.parent / NEXT, out)
+        sharded_checkpoint.write(aside, tensors, about, group=None)
+        os.rename(aside, out)
         sharded_checkpoint.flush_folder(out.parent)
     except OSError as error:
         raise UserError(f"the checkpoint cannot be written to {out}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run(argv: list[str] | None) -> str:
@@ -75,10 +80,14 @@ def run(argv: list[str] | None) -> str:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--split", action="store_true", help="from the file to shards")
     parser.add_argument("--checkpoint", help=f"which in the folder (default: {NAME_SHARDED}; --split: {NAME})")
-    parser.add_argument("--out", type=Path, help="folder for the result (default: the same)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the result (default: merged, with --split split, in that of the run)"
+    )
     args = parser.parse_args(argv)
     source = args.run / (args.checkpoint or (NAME if args.split else NAME_SHARDED))
-    out = (args.out or args.run) / f"{source.stem}{'.dcp' if args.split else '.pth'}"
+    out = (
+        args.out or args.run / ("split" if args.split else "merged")
+    ) / f"{source.stem}{'.dcp' if args.split else '.pth'}"
     if not source.exists() or source.suffix == out.suffix:
         raise UserError(f"{source} is not there, or not of the kind that becomes {out.name}")
     if out.exists():

@@ -78,10 +78,22 @@ def grid_columns(labels: list[int]) -> int:
 
 
 def draw_grid(
-    denoiser: Denoiser, shape: DenoiserConfig, args: Namespace, labels: list[int], world: World, path: Path, title: str
+    denoiser: Denoiser,
+    shape: DenoiserConfig,
+    args: Namespace,
+    labels: list[int],
+    world: World,
+    path: Path,
+    title: str,
+    may_stop: bool = False,
 ) -> Tensor | None:
-    """Generate images of `labels` and write a labelled grid; returns the images on rank 0, None elsewhere."""
-    images = generate_all(denoiser, Sampling.from_args(args), labels, shape.image_shape, shape.null_class, world)
+    """Generate images of `labels` and write a labelled grid; returns the images on rank 0, None elsewhere.
+
+    Raises:
+        Preempted: with `may_stop`, where any process was asked to stop.
+    """
+    sampling = Sampling.from_args(args)
+    images = generate_all(denoiser, sampling, labels, shape.image_shape, shape.null_class, world, may_stop)
     if world.main:
         names = class_names(args)
         grid = labelled_grid(images, [names[label] for label in labels], grid_columns(labels), title)

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
     args.resume, args.output_dir = resume, output or str(Path("output") / config.run_name(args))
     if output is None and checkpoint.find(args.output_dir):
         return load_for_training({**given, "output_dir": args.output_dir}, world)
-    if saved and "start_epoch" in given and given["start_epoch"] != saved.epoch + 1:
-        raise UserError(f"--start_epoch {given['start_epoch']}, but {saved.path} goes on at epoch {saved.epoch + 1}")
+    if saved and given.get("start_epoch", saved.epoch + 1) != saved.epoch + 1:
+        note = f"--start_epoch has no effect on a run that goes on: {saved.path} is of {saved.epoch + 1} epochs"
+        saved = replace(saved, notes=(*saved.notes, note))
     args.start_epoch = saved.epoch + 1 if saved else args.start_epoch
     return args, saved
 

@@ -8,6 +8,9 @@
 Any number of processes reads what another number has written, and one alone merges it (util/merge.py). Nothing in it
 is a pickle: DCP's own format has one, so it is told to write safetensors.
 
+A run that goes on puts another folder in the place of this one at any time. So what reads it names the settings of the
+one that was verified, which hold every checksum, and is refused where they are no longer there.
+
 Tensors are called <section>.<name>, as in "exp_avg.net.blocks.0.attn.qkv.weight", with the published names.
 """
 
@@ -28,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
@@ -96,14 +100,19 @@ class Lazy(Mapping):
         return len(self._make)
 
 
-def merged(path: Path) -> Lazy:
-    """The content of a checkpoint as util/checkpoint.py describes it; tensors are read, whole, when asked for."""
-    about, shapes = settings(path), _shapes(path)
+def merged(path: Path, about: dict[str, Any]) -> Lazy:
+    """The content of a checkpoint as util/checkpoint.py describes it; tensors are read, whole, when asked for.
+
+    Args:
+        about: its settings, from `verify`.
+    """
+    with _unchanged(path, about):
+        shapes = _shapes(path)
     content: dict[str, Callable[[], Any]] = {
-        "model": lambda: _section(path, "model", about["weights"], shapes),
-        "model_ema1": lambda: _section(path, "model_ema1", about["weights"], shapes),
-        "model_ema2": lambda: _section(path, "model_ema2", about["weights"], shapes),
-        "optimizer": lambda: _optimizer(path, about["optimizer"], shapes),
+        "model": lambda: _section(path, about, "model", about["weights"], shapes),
+        "model_ema1": lambda: _section(path, about, "model_ema1", about["weights"], shapes),
+        "model_ema2": lambda: _section(path, about, "model_ema2", about["weights"], shapes),
+        "optimizer": lambda: _optimizer(path, about, shapes),
         "epoch": lambda: about["epoch"],
         "args": lambda: argparse.Namespace(**about["args"]),
         "run": lambda: about["run"],
@@ -111,13 +120,14 @@ def merged(path: Path) -> Lazy:
     return Lazy(content)
 
 
-def _section(path: Path, section: str, names: list[str], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _section(path: Path, about, section: str, names: list[str], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {f"{section}.{name}": _like(path, f"{section}.{name}", shapes) for name in names}
-    read(path, tensors)
+    read(path, tensors, about)
     return {name: tensors[f"{section}.{name}"] for name in names}
 
 
-def _optimizer(path: Path, groups: list[dict[str, Any]] | None, shapes: Mapping[str, Tensor]) -> Lazy | None:
+def _optimizer(path: Path, about: dict[str, Any], shapes: Mapping[str, Tensor]) -> Lazy | None:
+    groups = about["optimizer"]
     if groups is None:
         return None
     names = [name for group in groups for name in group["params"]]
@@ -128,8 +138,8 @@ def _optimizer(path: Path, groups: list[dict[str, Any]] | None, shapes: Mapping[
 
     def state() -> dict[int, dict[str, Tensor]]:
         step = {STEP: _like(path, STEP, shapes)}
-        read(path, step)
-        moments = {moment: _section(path, moment, names, shapes) for moment in MOMENTS}
+        read(path, step, about)
+        moments = {moment: _section(path, about, moment, names, shapes) for moment in MOMENTS}
         return {
             slot: {"step": step[STEP][slot].clone(), **{moment: moments[moment][name] for moment in MOMENTS}}
             for slot, name in enumerate(names)
@@ -170,8 +180,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], g
             sums[name] = {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)}
             if sums[name]["sha256"] != digest:
                 raise OSError(f"{name} is not what was written to it")
-    except Exception as error:  # of DCP's many kinds; all processes must get to the next line
-        problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (Exception, CheckpointException) as error:  # of many kinds; all processes must get to the next line
+        problem = _reason(_cause(error))
     everything = [(problem, sums)]
     if group is not None:
         everything = [None] * dist.get_world_size(group)
@@ -210,34 +220,72 @@ def settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no whole checkpoint: {SETTINGS} cannot be read: {error}") from error
 
 
-def verify(path: Path) -> None:
-    """Read all files and compare them with their checksums.
+def verify(path: Path) -> dict[str, Any]:
+    """Read all files and compare them with their checksums. Returns the settings, which say what was verified.
 
     Raises:
-        UserError: the folder is not what was written.
+        UserError: the folder is not what was written, or cannot be read.
     """
-    files = settings(path)["files"]
-    there = {file.name for file in path.glob("*.safetensors")}
-    if there != set(files):
-        raise UserError(f"{path} is damaged: {sorted(there ^ set(files))[0]} is missing, or too much")
-    with ThreadPoolExecutor(READERS) as pool:
-        sums = dict(zip(files, pool.map(lambda name: _sha256(path / name), files), strict=True))
-    if damaged := [name for name in files if sums[name] != files[name]["sha256"]]:
-        raise UserError(f"{path} is damaged: the checksum of {damaged[0]} is another one")
+    about = settings(path)
+    files = about["files"]
+    with _unchanged(path, about):
+        there = {file.name for file in path.glob("*.safetensors")}
+        if there != set(files):
+            raise UserError(f"{path} is damaged: {sorted(there ^ set(files))[0]} is missing, or too much")
+        try:
+            with ThreadPoolExecutor(READERS) as pool:
+                sums = dict(zip(files, pool.map(lambda name: _sha256(path / name), files), strict=True))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        if damaged := [name for name in files if sums[name] != files[name]["sha256"]]:
+            raise UserError(f"{path} is damaged: the checksum of {damaged[0]} is another one")
+    return about
 
 
-def read(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def read(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
     """Fill `tensors`, by name, with those of a checkpoint. Of a DTensor this process's rows are read, by it alone.
 
+    Args:
+        about: the settings of the checkpoint that was verified.
+
     Raises:
-        UserError: a tensor that is not there, or has another shape.
+        UserError: another checkpoint in its place, a tensor that is not there or has another shape, a disk's error.
     """
+    with _unchanged(path, about):
+        try:
+            with _quiet():
+                dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        except (Exception, CheckpointException) as error:
+            cause = _cause(error)
+            what = "cannot be read" if isinstance(cause, OSError) else "does not fit the network"
+            raise UserError(f"{path} {what}: {_reason(cause)}") from error
+
+
+@contextmanager
+def _unchanged(path: Path, about: dict[str, Any]) -> Iterator[None]:
+    """Refuse what is done within, and its errors, where the folder at `path` is no longer the one of `about`."""
     try:
-        with _quiet():
-            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    except Exception as error:  # of DCP's many kinds, and each means the same
-        reason = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"{path} does not fit the network: {reason[-1].strip()}") from error
+        yield
+    finally:
+        try:
+            now = settings(path)
+        except UserError:
+            now = None
+        if now != about:
+            raise UserError(
+                f"{path} was replaced while it was read: a run goes on in that folder. Try again, or name a checkpoint "
+                "that stays with --checkpoint"
+            )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What is inside of DCP's own error, which is no Exception: what went wrong on the first process that failed."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _shapes(path: Path) -> dict[str, Tensor]:

@@ -76,14 +76,14 @@ class HostShards:
     # From shards: DCP finds out which files hold the rows.
 
     def _rows_of_shards(self, saved: Checkpoint, denoiser: Denoiser, section: str) -> dict[str, Tensor]:
-        theirs, ours = sharded_checkpoint.settings(saved.path)["weights"], list(denoiser.state_dict())
+        theirs, ours = saved.verified["weights"], list(denoiser.state_dict())
         if different := set(theirs) ^ set(ours):
             raise UserError(f"{saved.path} does not fit the network: {sorted(different)[0]} is in one of them alone")
         own = local_parameters(denoiser)
         rows = {
             name: torch.empty_like(own.get(name, value), device="cpu") for name, value in denoiser.state_dict().items()
         }
-        self._read(saved.path, {f"{section}.{name}": value for name, value in rows.items()})
+        self._read(saved, {f"{section}.{name}": value for name, value in rows.items()})
         return rows
 
     def _state_of_shards(self, saved: Checkpoint) -> dict[int, dict[str, Tensor]]:
@@ -94,14 +94,15 @@ class HostShards:
             for moment in MOMENTS
             for name in names
         }
-        self._read(saved.path, step | rows)
+        self._read(saved, step | rows)
         return {
             slot: {"step": step[STEP][slot], **{moment: rows[f"{moment}.{name}"] for moment in MOMENTS}}
             for slot, name in enumerate(names)
         }
 
-    def _read(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        sharded_checkpoint.read(path, {name: self.with_shape(name, value) for name, value in tensors.items()})
+    def _read(self, saved: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+        tensors = {name: self.with_shape(name, value) for name, value in tensors.items()}
+        sharded_checkpoint.read(saved.path, tensors, saved.verified)
 
 
 @torch.no_grad()
@@ -115,22 +116,27 @@ def load_rows(denoiser: Denoiser, rows: Mapping[str, Tensor]) -> None:
 class ShardedCheckpointWriter(CheckpointWriter):
     """Writes checkpoints in shards beside training. All processes have one, and call it together."""
 
-    def __init__(self, folder: Path, keep_last: int, last_step: int | None, shards: HostShards):
-        super().__init__(folder, keep_last, last_step)
+    def __init__(self, folder: Path, keep_last: int, last_step: int | None, first_step: int, shards: HostShards):
+        super().__init__(folder, keep_last, last_step, first_step)
         self.shards = shards
 
     def _put(self, content: dict[str, Any], step: int, keep_as_epoch: int | None) -> Path:
         tensors, about = sharded_checkpoint.flatten(content, self.shards.groups)
         tensors = {name: self.shards.with_shape(name, value) for name, value in tensors.items()}
         sharded_checkpoint.write(self.folder / NEXT, tensors, about, self.shards.group)
-        outcome: list[UserError | None] = [None]
+        problem: Exception | None = None
         if dist.get_rank() == 0:
             try:
                 path = checkpoint_folder.put_in_place(self.folder, self._previous())
                 self._arrange(path, step, keep_as_epoch)
-            except UserError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0, group=self.shards.group)
-        if outcome[0] is not None:
-            raise outcome[0]
+            except OSError as error:
+                problem = UserError(f"the checkpoints in {self.folder} cannot be put in order: {error}")
+            except Exception as error:  # whatever it is, the others wait to hear of it
+                problem = error
+        said = [str(problem) or type(problem).__name__ if problem else None]
+        dist.broadcast_object_list(said, src=0, group=self.shards.group)
+        if problem is not None:
+            raise problem
+        if said[0] is not None:
+            raise UserError(said[0])
         return self.folder / checkpoint_folder.NAME_SHARDED

@@ -221,7 +221,7 @@ def run_sweep(
         for point in plan.points:
             about = replace(subject, ema=point.ema)
             mark = decided_by_of(fingerprint_of(about, settings[point], plan.images, few, world.device), few)
-            file = report_name(subject.epoch, point.ema, settings[point], plan.images)
+            file = report_name(subject.epoch, point.ema, settings[point], plan.images, subject.at)
             if finished := finished_report(output_dir / "sweep" / name, file, mark):
                 found[point] = finished[0]
         return name, found
@@ -255,7 +255,7 @@ def run_sweep(
 
     def look_at_full_size() -> tuple[dict[str, Any], Path] | None:
         mark = decided_by_of(fingerprint_of(subject, final, num_images, full, world.device), full)
-        finished = finished_report(where, report_name(subject.epoch, subject.ema, final, num_images), mark)
+        finished = finished_report(where, report_name(subject.epoch, subject.ema, final, num_images, subject.at), mark)
         if finished:
             write_json(finished[1], finished[0] | {"chosen": chosen})
         return finished

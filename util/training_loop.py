@@ -59,7 +59,7 @@ class Loop:
         self.newest = self.folder / (NAME_SHARDED if self.args.parallel == "fsdp" else ckpt.NAME)
         self.votes = Votes(("stop", "save"), self.world)
         self.stopping, self.save_is_due = False, False
-        self.saved_step, self.saved_at = -1, time.monotonic()
+        self.saved_step, self.saved_at = 0, time.monotonic()
 
     def run(self, step: int) -> dict[str, Path]:
         """Everything from `step` on, the number of steps that are done, to the end.
@@ -71,6 +71,9 @@ class Loop:
         self.step = step
         self.products = {"checkpoint": self.newest, "log": self.folder / LOG_NAME}
         length = self.recipe.steps_per_epoch
+        self.saved_step = step
+        if self.world.main and step and step % length == 0 and self._keeps(step // length):
+            self.writer.keep(step // length - 1)  # an interruption may have come between the checkpoint and this
         if step % length == 0 and from_main(self.world, lambda: look_is_missing(self.args, step // length)):
             self.log.say(f"the look at samples after epoch {step // length} was due and is missing: it comes first")
             with watch.paused(f"the look at samples after epoch {step // length}"):
@@ -103,7 +106,8 @@ class Loop:
         )
         self.stopping |= "stop" in decided
         every = self.args.save_every_steps
-        self.save_is_due |= "save" in decided or bool(every and step % every == 0)
+        asked_since = step - self.votes.lag > self.saved_step  # else a save has come between the wish and its answer
+        self.save_is_due |= ("save" in decided and asked_since) or bool(every and step % every == 0)
         if step % self.recipe.steps_per_epoch:  # the end of an epoch has more to do before it can be saved
             if self.save_is_due or self.stopping:
                 self._save()
@@ -113,7 +117,7 @@ class Loop:
     def _end_epoch(self, epoch: int) -> None:
         args, done = self.args, epoch + 1
         last, looks = done == args.epochs, look_is_due(done, args)
-        keeps = args.keep_every_epochs is not None and done % args.keep_every_epochs == 0
+        keeps = self._keeps(done)
         if self.held_out and (last or done % args.val_freq == 0):
             watch.arrived(f"the held-out loss of epoch {done}")
             self.held_out.record(self.training, epoch, self.recipe, self.world, self.log)
@@ -127,6 +131,10 @@ class Loop:
                 self._finish_writing()
                 self._look(epoch)
 
+    def _keeps(self, epochs_done: int) -> bool:
+        """Whether the checkpoint after so many epochs is kept for good."""
+        return bool(self.args.keep_every_epochs) and epochs_done % self.args.keep_every_epochs == 0
+
     def _report_bad_images(self) -> None:
         bad_images.report(self.loader.replaced, self.world, self.log, self.step)
 
@@ -135,7 +143,7 @@ class Loop:
     def _save(self, keep_as_epoch: int | None = None) -> None:
         self._report_bad_images()
         stop_if_non_finite(self.training.window, self.recipe)
-        self.save_is_due, self.saved_at = False, time.monotonic()
+        self.save_is_due, self.saved_step, self.saved_at = False, self.step, time.monotonic()
         watch.arrived(f"the checkpoint of step {self.step}")
         if self.args.parallel == "ddp":  # else there are none
             replicas.compare(self._replicas(), self.world)

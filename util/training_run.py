@@ -10,15 +10,16 @@ from engine_jit import Recipe
 from util import checkpoint as ckpt
 from util import config, provenance, watch
 from util.build import DenoiserConfig
-from util.checkpoint_folder import NAME_SHARDED
+from util.checkpoint_folder import NAME_SHARDED, NEXT, recover
 from util.checkpoint_writer import CheckpointWriter
-from util.distributed import World, agree, process_group
+from util.distributed import World, agree, from_main, process_group
 from util.dry_run import dry_run
 from util.errors import UserError
 from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
 from util.loader import GlobalBatchSampler, build_loader
 from util.logger import RunLog, wandb_settings
+from util.preemption import Preempted
 from util.preparation import build_suite, open_dataset, warn
 from util.resume import init_notes, load_for_training, start_step
 from util.sharded_state import ShardedCheckpointWriter
@@ -51,7 +52,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     if saved and args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
         warn([f"the cosine now ends at epoch {args.epochs} instead of {saved.args['epochs']}"], world)
     here = saved is not None and saved.path.parent.resolve() == Path(args.output_dir).resolve()
-    whole_last = step if here and saved.path.name in (ckpt.NAME, NAME_SHARDED) else None
+    whole_last = step if here and saved.path.name in (ckpt.NAME, NAME_SHARDED, NEXT) else None
     source = f"init from {init.path} ({args.init_weights})" if init else (f"resumed {saved.path}" if saved else "")
     folder = Path(args.output_dir)
     with process_group(world, args.dist_timeout, also_alone=args.parallel == "fsdp"):
@@ -62,22 +63,28 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         del saved, init  # the file's memory and, once it is replaced, its space on the disk
         if args.dry_run:
             sampler.set_epoch(step // recipe.steps_per_epoch, step % recipe.steps_per_epoch)
-            return dry_run(args, training, loader, recipe, world, step)
+            said = dry_run(args, training, loader, recipe, world, step)
+            del training  # DDP must be gone before its process group is
+            return said
         log = open_log(folder, args, world, step)
+        from_main(world, lambda: recover(folder, args.keep_last, whole_last))
         write_start(folder, args, shape, recipe, training.denoiser, world, log, source, step)
         if suite is not None and not appears(config_file(folder, step)):
             raise UserError(f"{folder} must be a folder that all processes share, or set ONLINE_EVAL=0")
         writer = None
         if shards is not None:
-            writer = ShardedCheckpointWriter(folder, args.keep_last, whole_last, shards)
+            writer = ShardedCheckpointWriter(folder, args.keep_last, whole_last, step, shards)
         elif world.main:
-            writer = CheckpointWriter(folder, args.keep_last, whole_last)
+            writer = CheckpointWriter(folder, args.keep_last, whole_last, step)
         exit_code = 1
         try:
             products = Loop(
                 training, dataset, loader, sampler, recipe, args, shape, world, log, writer, suite, held_out
             ).run(step)
             exit_code = 0
+        except Preempted:
+            exit_code = 0  # for Weights & Biases it has not failed
+            raise
         finally:
             with watch.paused("the end of the log"):
                 if writer is not None:

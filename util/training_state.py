@@ -10,7 +10,7 @@ from util import checkpoint as ckpt
 from util.acceleration import compile_network, resolve
 from util.build import DenoiserConfig
 from util.checkpoint import Checkpoint
-from util.distributed import World
+from util.distributed import World, everywhere_or_nowhere
 from util.ema import EMA
 from util.errors import UserError
 from util.parallel import build_sharded, checkpoint_activations, initialise, wrap
@@ -29,44 +29,57 @@ def build_training(
     Raises:
         UserError: on all of them, for a checkpoint that does not fit.
     """
+    if saved is not None and saved.optimizer is None:
+        error = UserError(f"{saved.path} has no optimizer state to go on with; --init_from starts from its weights")
+        error.everywhere = True
+        raise error
     try:
-        return _build(args, shape, saved, init, world)
-    except UserError as error:
+        denoiser, shards = _build(args, shape, saved is None and init is None, world)
+    except UserError as error:  # about the flags, which are the same on all processes
         error.everywhere = True
         raise
+    # In between no process waits for another: one alone may fail to read.
+    emas, optimizer, window = everywhere_or_nowhere(
+        world, lambda: _load(args, denoiser, shards, saved, init, world.device)
+    )
+    return Training(denoiser, wrap(denoiser, world), optimizer, emas, window), shards
 
 
-def _build(args, shape, saved, init, world) -> tuple[Training, HostShards | None]:
+def _build(args: Namespace, shape: DenoiserConfig, fresh: bool, world: World) -> tuple[Denoiser, HostShards | None]:
+    """The denoiser, in shards where it is to be: their weights have values only if they are to be `fresh`."""
+
     def build() -> Denoiser:
         torch.manual_seed(args.seed)
         return shape.build(autocast_dtype(args, world))
 
-    if saved is not None and saved.optimizer is None:
-        raise UserError(f"{saved.path} has no optimizer state to go on with; --init_from starts from its weights")
+    if args.parallel != "fsdp":
+        return build(), None
+    denoiser = build_sharded(build, world)
+    shards = HostShards(denoiser, parameter_groups(denoiser))
+    if fresh:
+        initialise(denoiser, build, world)
+    return denoiser, shards
+
+
+def _load(args, denoiser, shards, saved, init, device) -> tuple[tuple[EMA, EMA], torch.optim.Optimizer, Window]:
+    """Fill the denoiser from a checkpoint, if there is one, and make what belongs to it; no collective."""
     start, name = saved or init, ckpt.CHOICES["model" if saved else args.init_weights]
-    shards = None
-    if args.parallel == "fsdp":
-        denoiser = build_sharded(build, world)
-        shards = HostShards(denoiser, parameter_groups(denoiser))
-        if start is None:
-            initialise(denoiser, build, world)
-        else:
-            start = shards.own_part(start, denoiser)
-            load_rows(denoiser, start.weights[name])
-    else:
-        denoiser = build()
-        if start is not None:
-            ckpt.load_weights(denoiser, start.weights[name], start.path)
-        denoiser.to(world.device)
+    if start is not None and shards is not None:
+        start = shards.own_part(start, denoiser)
+        load_rows(denoiser, start.weights[name])
+    elif start is not None:
+        ckpt.load_weights(denoiser, start.weights[name], start.path)
+    if shards is None:
+        denoiser.to(device)
     if args.activation_checkpointing:
         checkpoint_activations(denoiser)
     compile_network(denoiser, resolve(args.compile, world.device))
     emas = EMA(denoiser, args.ema_decay1), EMA(denoiser, args.ema_decay2)
     optimizer = build_optimizer(denoiser, args.weight_decay)
-    window = Window(world.device, args.skip_nonfinite)
+    window = Window(device, args.skip_nonfinite)
     if saved is not None:
         emas[0].copy_from(start.weights["model_ema1"])
         emas[1].copy_from(start.weights["model_ema2"])
         ckpt.load_optimizer(optimizer, start.optimizer, start.path)
         window.load_state_dict(saved.run.get("window", {}))
-    return Training(denoiser, wrap(denoiser, world), optimizer, emas, window), shards
+    return emas, optimizer, window
