@@ -73,7 +73,7 @@ def _load(args, denoiser, shards, saved, init, device) -> tuple[tuple[EMA, EMA],
         denoiser.to(device)
     if args.activation_checkpointing:
         checkpoint_activations(denoiser)
-    compile_network(denoiser, resolve(args.compile, world.device))
+    compile_network(denoiser, resolve(args.compile, device))
     emas = EMA(denoiser, args.ema_decay1), EMA(denoiser, args.ema_decay2)
     optimizer = build_optimizer(denoiser, args.weight_decay)
     window = Window(device, args.skip_nonfinite)
