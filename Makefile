@@ -4,6 +4,7 @@
 #   make setup     the environment alone; returns at once when it is there
 #   make test      the tests          make lint      ruff and shellcheck
 #   make test-cluster                 two hosts and a SLURM on this machine; as root on Debian or Ubuntu
+#   make bench     the benchmarks, in small: one JSON line each (docs/performance.md)
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
 #   make evaluate-cifar10 RUN=DIR     reference statistics and a small sweep of a CIFAR-10 run
 
@@ -15,7 +16,7 @@ READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 UV     := uv==0.13.8
 
-.PHONY: help setup demo test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
+.PHONY: help setup demo bench test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -62,6 +63,10 @@ test-cluster: $(READY_DEV)
 	  fi; \
 	fi
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m cluster
+
+bench: setup
+	@for name in step sampler sf_operator loader evaluate startup; do \
+	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.$$name || exit; done
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
