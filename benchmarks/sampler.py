@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
             results[key] |= {"forward_passes": passes}
             results[key]["of_ceiling"] = turns.share(key, flop, f"ceiling {name}", about[f"ceiling {name}"].flop)
             if options.reference:
-                results[key]["speed_up"] = turns.ratio(f"{name} cfg {cfg:g} reference", key)
+                for other in options.precision:
+                    results[key][f"speed_up over {other}"] = turns.ratio(f"{other} cfg {cfg:g} reference", key)
     content = {"gflop_per_pass": short(forward_flop(denoiser.net) / 1e9)}
     emit("sampler", options, {**content, "results": results, **peak_memory(device)})
 

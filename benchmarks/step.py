@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         results[key]["images_per_s"] = short(images / turns.median(key))
         results[key]["of_ceiling"] = turns.share(key, flop, f"ceiling {name}", about[f"ceiling {name}"].flop)
         if options.reference and "reference" not in key:
-            results[key]["speed_up"] = turns.ratio(f"{name} reference", key)
+            for other in options.precision:
+                results[key][f"speed_up over {other}"] = turns.ratio(f"{other} reference", key)
     content = {
         "gflop_per_image": short(training_flop(net) / 1e9),
         "gflop_operator": short(operator_flop(ours.operator) / 1e9),
