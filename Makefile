@@ -4,6 +4,7 @@
 #   make setup     the environment alone; returns at once when it is there
 #   make test      the tests          make lint      ruff and shellcheck
 #   make test-cluster                 two hosts and a SLURM on this machine; as root on Debian or Ubuntu
+#   make bench     the benchmarks, in small: one JSON line each (docs/performance.md)
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
 #   make evaluate-cifar10 RUN=DIR     reference statistics and a small sweep of a CIFAR-10 run
 
@@ -15,7 +16,7 @@ READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 UV     := uv==0.13.8
 
-.PHONY: help setup demo test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
+.PHONY: help setup demo bench test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,12 +36,12 @@ $(READY_DEV): requirements-dev.txt requirements-effnet.txt $(READY)
 	$(BIN)/uv pip install --python $(BIN)/python -r requirements-dev.txt
 	@touch $@
 
-# 32 epochs of 28 steps; the settings are in output/demo/config.json. One thread: more gain little on so small a
+# 56 epochs of 28 steps; the settings are in output/demo/config.json. One thread: more gain little on so small a
 # network, and wait for each other on a busy machine.
 demo: setup
-	DATASET=digits MODEL=JiT-Demo/8 BATCH_SIZE=64 EPOCHS=32 WARMUP_EPOCHS=1 CFG=1.5 NUM_IMAGES=500 \
+	DATASET=digits MODEL=JiT-Demo/8 BATCH_SIZE=64 EPOCHS=56 WARMUP_EPOCHS=1 CFG=1.5 NUM_IMAGES=500 \
 	WANDB_NUM_VIS=100 ENABLE_WANDB=0 OUTPUT_DIR=output/demo OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHON=$(BIN)/python bash run_jit_multinode.sh \
-	  --lr 5e-4 --ema_decay1 0.995 --ema_decay2 0.98 --num_sampling_steps 20
+	  --lr 5e-4 --ema_decay1 0.995 --ema_decay2 0.98 --num_sampling_steps 20 --eval_freq 56
 
 # One thread a process: the tests use small tensors, and threads of several processes would wait for each other.
 test: $(READY_DEV)
@@ -62,6 +63,10 @@ test-cluster: $(READY_DEV)
 	  fi; \
 	fi
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m cluster
+
+bench: setup
+	@for name in step sampler sf_operator loader evaluate startup; do \
+	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.$$name || exit; done
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

@@ -5,9 +5,10 @@
 t = 0 is noise and t = 1 is data. The network predicts x (`pred_param="x"`) or v itself, and sees z through
 Spectral Forcing where that is on; z in the formulae is always the unfiltered one.
 
-Shapes: x, z, e, v (B, C, H, W); t, y (B,).
+Shapes: x, z, e, v (B, C, H, W); t, y (B,); in `predict` and `velocity` also t (1,), one time for all samples.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -135,10 +136,14 @@ class Denoiser(nn.Module):
             )
         told = () if bounds is None else (bounds,)
         seen = z if self.spectral_forcing is None else self.spectral_forcing(z, t)
-        on = self.autocast_dtype is not None
-        # No cache: each weight is used once, and the cache would hold a copy of all of them until the end.
-        with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
+        on, keeps = self.autocast_dtype is not None, torch.is_autocast_enabled(z.device.type)
+        # No cache without `fixed_weights`: each weight is used once, and it would hold a copy of all until the end.
+        with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=keeps):
             return self.net(seen, t, y, *told).float()
+
+    def fixed_weights(self, device: torch.device) -> AbstractContextManager:
+        """Within the block weights must not change: under autocast each is cast once, at its first use, and kept."""
+        return torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def velocity(
         self, z: Tensor, t: Tensor, y: Tensor, t_eps: float | None = None, bounds: Tensor | None = None

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from spectral_conditioning import ScheduleEmbedder
 from spectral_residual import GateLinear, SpectralResidual
+from util import cpu_layers
+from util.cpu_layers import Linear
 
 
 class RMSNorm(nn.RMSNorm):
@@ -27,7 +29,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+            return cpu_layers.rms_norm(x.float(), self.weight.float(), self.eps).to(x.dtype)
 
 
 def sincos_position_embedding(dim: int, side: int) -> Tensor:
@@ -52,13 +54,13 @@ def rope_table(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the interleaved pairs (2j, 2j+1) of x (B, h, n, d) by angles given as cos, sin (n, d/2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, h, n, d/2) each
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, h, n, d/2, 2)
+    return cpu_layers.rotate_pairs(pairs, cos, sin).flatten(-2).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: x (B, n, D) with shift, scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 class TimestepEmbedder(nn.Module):
@@ -68,7 +70,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(self.width, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.width // 2
@@ -108,8 +110,8 @@ class Attention(nn.Module):
         self.num_heads, self.attn_drop, self.attn_fp32 = num_heads, attn_drop, attn_fp32
         self.q_norm = RMSNorm(dim // num_heads)
         self.k_norm = RMSNorm(dim // num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
         drop = self.attn_drop if self.training else 0.0
-        if self.attn_fp32:
+        if self.attn_fp32 or cpu_layers.applies(x):  # torch's attention in bf16 is slow on a CPU
             with torch.autocast(x.device.type, enabled=False):
                 out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=drop).to(v.dtype)
         else:
@@ -133,8 +135,8 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float, drop: float):
         super().__init__()
         inner = int(int(dim * mlp_ratio) * 2 / 3)
-        self.w12 = nn.Linear(dim, 2 * inner)
-        self.w3 = nn.Linear(inner, dim)
+        self.w12 = Linear(dim, 2 * inner)
+        self.w3 = Linear(inner, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ class JiTBlock(nn.Module):
         self.attn = Attention(dim, num_heads, attn_drop, proj_drop, attn_fp32)
         self.norm2 = RMSNorm(dim)
         self.mlp = SwiGLU(dim, mlp_ratio, proj_drop)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.spectral_residual = spectral_residual
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, c_t: Tensor | None = None) -> Tensor:
@@ -187,8 +189,8 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch_size: int, out_channels: int):
         super().__init__()
         self.norm_final = RMSNorm(dim)
-        self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = Linear(dim, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)

@@ -3,7 +3,8 @@
 A velocity is any function v(z, t). Guidance takes one that also depends on the label and returns one that does not.
 Times live on the host, so that what a step costs is known without waiting for the device.
 
-Shapes: z, v (B, C, H, W); t, y (B,); grid (S + 1,), or (S + 1, B) for a grid of its own for each sample.
+Shapes: z, v (B, C, H, W); y (B,); t (B,), or (1,) for all samples; grid (S + 1,), or (S + 1, B) for a grid of its own
+for each sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,7 +59,8 @@ def guided(
         t = t.to(z.device, non_blocking=True)
         if bool((scale == 1).all()):
             return velocity(z, t, y)
-        v_c, v_u = velocity(torch.cat([z, z]), torch.cat([t, t]), y_both).chunk(2)
+        t_both = t if len(t) == 1 else torch.cat([t, t])
+        v_c, v_u = velocity(torch.cat([z, z]), t_both, y_both).chunk(2)
         return v_u + scale.to(z.device, non_blocking=True)[:, None, None, None] * (v_c - v_u)
 
     return v
@@ -68,7 +70,7 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
     """Integrate from z at grid[0] to grid[-1].
 
     Args:
-        velocity: v(z, t) with t (B,) float32 on the CPU.
+        velocity: v(z, t) with t float32 on the CPU, (B,), or (1,) where all samples share it.
         z: the start, (B, C, H, W) in float32 or float64, on the device of the computation.
         grid: increasing times on the CPU.
         method: "euler", or "heun": every step but the last is Heun's, the last is Euler's.
@@ -80,9 +82,9 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
         raise ValueError(f"the sampling method is {method!r}: it must be one of {', '.join(SOLVERS)}")
     grid = grid.float()
     if grid.dim() == 1:
-        grid = grid[:, None].expand(-1, z.shape[0])  # (S + 1, B)
+        grid = grid[:, None]  # (S + 1, 1): what depends on t alone is computed once for all samples
     last = len(grid) - 2
-    lengths = (grid[1:] - grid[:-1]).to(z.device)[..., None, None, None]  # (S, B, 1, 1, 1)
+    lengths = (grid[1:] - grid[:-1]).to(z.device)[..., None, None, None]  # (S, B or 1, 1, 1, 1)
     for i in range(last + 1):
         t, t_next, h = grid[i], grid[i + 1], lengths[i]
         v = velocity(z, t)

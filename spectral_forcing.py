@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from util.cpu_layers import sandwich
 from util.spectrum import num_rings, ring_radii
 
 SCHEDULES = ("linear", "power", "snr")
@@ -204,8 +205,7 @@ class SpectralForcing(nn.Module):
             mask = self.mask(t)[:, None]  # (B, 1, n, n)
             if g > 1:
                 z = z.view(b, c, g, n, g, n).transpose(3, 4).reshape(b, c * g * g, n, n)  # (B, C G G, n, n)
-            coefficients = self.dct @ z @ self.dct.T
-            z = self.dct.T @ (coefficients * mask) @ self.dct
+            z = sandwich(self.dct.T, sandwich(self.dct, z) * mask)
             if g > 1:
                 z = z.view(b, c, g, g, n, n).transpose(3, 4).reshape(b, c, h, w)  # (B, C, H, W)
             return z

@@ -5,6 +5,7 @@ Two steps an epoch, a global batch of 16. "Bit-identical" compares weights, both
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -171,7 +172,14 @@ def test_horizon_of_the_averages_is_warned_about(tmp_path, capsys):
 # --- sampling and evaluation ----------------------------------------------------------------------------------------
 
 
-class Labelled(torch.nn.Module):
+class Velocity(torch.nn.Module):
+    """In the place of a denoiser; it has no weights."""
+
+    def fixed_weights(self, device):
+        return nullcontext()
+
+
+class Labelled(Velocity):
     """A velocity that leads from any noise to an image of the constant value of its label in one Euler step."""
 
     noise_scale = 1.0
@@ -180,7 +188,7 @@ class Labelled(torch.nn.Module):
         return (y.float() / 10)[:, None, None, None].expand_as(z) - z
 
 
-class Still(torch.nn.Module):
+class Still(Velocity):
     """No velocity: the image is the noise it starts from."""
 
     noise_scale = 0.3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import engine_jit
 import main_jit
@@ -131,3 +132,22 @@ def test_train_resume_and_sample(tmp_path):
     for a, b in zip(read_log(folder), read_log(alone), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)  # bf16 against float32
     assert main_jit.main(flags(resume=folder, sample=True, labels="0-3", num_per_class=2, device="cuda")) == 0
+
+
+def test_compiled_blocks_train_as_plain_ones_do(tmp_path):
+    runs = [train(tmp_path / mode, device="cuda", compile=mode) for mode in ("block", "off")]
+    for a, b in zip(*map(read_log, runs), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+
+
+def test_attention_is_in_bf16_on_a_gpu(monkeypatch):
+    product, seen = F.scaled_dot_product_attention, []
+
+    def spy(q, k, v, **kwargs):
+        seen.append(q.dtype)
+        return product(q, k, v, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    denoiser = small_denoiser(autocast_dtype=torch.bfloat16).cuda()
+    denoiser.velocity(torch.zeros(1, 3, 32, 32, device="cuda"), torch.zeros(1, device="cuda"), torch.tensor([0]).cuda())
+    assert set(seen) == {torch.bfloat16}

@@ -9,7 +9,7 @@ from denoiser import Denoiser
 from spectral_forcing import SpectralForcing
 from tests.conftest import TINY, TINY_MODEL
 from tests.test_golden import PUBLISHED
-from util import memory
+from util import cpu_layers, memory
 from util.memory import count, measure
 from util.parallel import checkpoint_activations
 
@@ -26,7 +26,8 @@ def kept_by_torch(denoiser: Denoiser, images: int) -> int:
     """Bytes that are allocated after a forward pass and were not before; its inputs are not among them."""
     x, t = torch.zeros(images, 3, 16, 16), torch.full((images,), 0.5)
     y = torch.zeros(images, dtype=torch.int64)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [ProfilerActivity.CPU]
+    with cpu_layers.switched_off(), profile(activities=cpu, profile_memory=True) as profiler:
         loss = denoiser(x, y, t, x)
     kept = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
     return kept - loss.nbytes

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from denoiser import Denoiser
 from model_jit import JiT, JiT_models, RMSNorm, rope_table, rotate, sincos_position_embedding
 from spectral_forcing import SpectralForcing
+from util import cpu_layers
 
 SMALL = {
     "input_size": 16,
@@ -272,7 +273,7 @@ def test_precision_of_attention_under_autocast(monkeypatch, attn_fp32, dtype):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     net = filled(JiT(**SMALL, attn_fp32=attn_fp32))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), cpu_layers.switched_off():
         net(*inputs(net))
     assert seen == [(dtype,) * 4] * 4
 

@@ -171,3 +171,24 @@ def test_no_number_twice():
 def test_seed_out_of_range(draw, seed):
     with pytest.raises(ValueError, match=f"seed is {seed}"):
         draw(seed, Stream.TIME, 0, index(0))
+
+
+# Pieces.
+
+
+def test_pieces_do_not_change_a_number(monkeypatch):
+    """Neither where a sample is cut into several pieces nor where samples share one."""
+    whole = normal(7, Stream.NOISE, 3, index(0, 5, 2**33), 103)
+    for piece in (1, 7, 26, 40):
+        monkeypatch.setattr("util.rng.PIECE", piece)
+        assert torch.equal(normal(7, Stream.NOISE, 3, index(0, 5, 2**33), 103), whole)
+
+
+def test_words_of_a_cpu_are_those_of_other_devices(monkeypatch):
+    """They compute with 64-bit integers throughout."""
+    counter = tuple(torch.from_numpy(np.random.default_rng(1).integers(0, 2**32, (4, 3, 1, 50))).unbind(0))
+    found = philox(counter, (2**32 - 1, 12345))
+    monkeypatch.setattr("util.rng._philox_on_cpu", lambda counter, key: pytest.fail("not this one"))
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    for a, b in zip(found, philox(counter, (2**32 - 1, 12345)), strict=True):
+        assert torch.equal(a, b)

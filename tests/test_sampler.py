@@ -10,6 +10,7 @@ import pytest
 import scipy.fft
 import scipy.stats
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from denoiser import Denoiser
 from engine_jit import Sampling, generate
@@ -342,3 +343,51 @@ def test_images_that_are_not_finite_are_an_error():
     with pytest.raises(UserError, match=r"seed 4 .*image 3 \(label 6\)"):
         images(denoiser, [0, 1, 2, 6, 4])
     assert denoiser.training
+
+
+# What is computed once.
+
+
+@torch.no_grad()
+def test_one_time_for_all_samples_is_the_same_as_one_for_each():
+    denoiser, z, y = small_denoiser(), noise(3, 3, 32, 32), torch.tensor([1, 5, 9])
+    velocity, seen = guided(denoiser.velocity, y, NULL, 2.9, (0.1, 1.0)), []
+
+    def watched(z, t):
+        seen.append(len(t))
+        return velocity(z, t)
+
+    shared = sample(watched, z, uniform_grid(4))
+    assert set(seen) == {1}
+    each = sample(watched, z, uniform_grid(4)[:, None].expand(-1, 3))
+    assert set(seen) == {1, 3}
+    torch.testing.assert_close(shared, each, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_are_cast_once_where_they_are_fixed():
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                self.count += kwargs["dtype"] == torch.bfloat16
+            return function(*args, **(kwargs or {}))
+
+    denoiser, z, t, y = (
+        small_denoiser(autocast_dtype=torch.bfloat16),
+        noise(2, 3, 32, 32),
+        torch.full((1,), 0.5),
+        [0, 1],
+    )
+    weights, y = {p.data_ptr() for p in denoiser.parameters()}, torch.tensor(y)
+    with Casts() as casts:
+        first, again = (denoiser.velocity(z, t, y) for _ in range(2))
+    each_time = casts.count
+    with Casts() as casts, denoiser.fixed_weights(z.device):
+        kept, kept_again = (denoiser.velocity(z, t, y) for _ in range(2))
+    assert 0 < casts.count == each_time / 2
+    assert torch.equal(first, again) and torch.equal(first, kept) and torch.equal(first, kept_again)
+    denoiser.net.final_layer.linear.weight.mul_(2)
+    with denoiser.fixed_weights(z.device):
+        assert not torch.equal(denoiser.velocity(z, t, y), first)

@@ -21,13 +21,16 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, suppress: Tensor | None = None) -> None:
-        """One step. Where `suppress`, a scalar on the device, is 1, the average stays (parameters must be finite)."""
-        weight = 1 - self.decay
-        averages, parameters = list(self.averages.values()), list(local_parameters(module).values())
-        if suppress is None:
-            torch._foreach_lerp_(averages, parameters, weight)
-        else:
-            torch._foreach_lerp_(averages, parameters, [weight * (1 - suppress)] * len(averages))
+        """One step. Where `suppress`, a scalar on the device, is 1, the average stays.
+
+        It is the step of gradient descent a <- a - lr (wd a - p) with lr = 1 - decay and weight decay wd = 1, for which
+        torch has one kernel for all tensors, and one that can be suppressed on the device.
+        """
+        torch._fused_sgd_(
+            *(list(self.averages.values()), list(local_parameters(module).values()), []),
+            **{"lr": 1 - self.decay, "weight_decay": 1.0, "maximize": True, "found_inf": suppress},
+            **{"momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False},
+        )
 
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's state dict with the averages in the place of its parameters."""

@@ -30,7 +30,7 @@ from util.preemption import Preempted
 from util.progress import ImageProgress
 from util.shards import Shards, digest, weights_identity
 
-IMAGES_VERSION = 1  # raise it where a change of the code changes images: features of both are then never mixed
+IMAGES_VERSION = 2  # raise it where a change of the code changes images: features of both are then never mixed
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from sampler import SOLVERS
 from spectral_forcing import SCHEDULES, SpectralForcing
 from spectral_residual import MODES
 from spectral_schedule import GRIDS, T_SAMPLERS, VARIANTS, TightSchedule, TrainingTimes
+from util.acceleration import MODES as MODES_OF_COMPILE
 from util.bad_images import ON_BAD_IMAGE
 from util.data import DATASETS
 from util.distributed import process_group
@@ -46,6 +47,9 @@ SECTIONS: dict[str, list[Flag]] = {
     "what to do (training, if none is given)": [
         Flag("evaluate_gen", False, "store_true", OWN, "evaluate the checkpoint in --resume"),
         Flag("sample", False, "store_true", OWN, "sample --labels from the checkpoint in --resume"),
+        Flag(
+            "dry_run", False, "store_true", OWN, "time a few steps of training, say what the run takes, write nothing"
+        ),
         Flag("labels", None, str, OWN, "classes to sample, as in 0,1,2 or 0-9 (default: the first ten)"),
         Flag("num_per_class", 8, int, OWN, "images for each of --labels"),
     ],
@@ -165,6 +169,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),
+        Flag("compile", "auto", str, FREE, "torch.compile; auto: block on CUDA, off on CPU", MODES_OF_COMPILE),
         Flag("attn_fp32", False, argparse.BooleanOptionalAction, FREE, "attention product always in float32"),
         Flag("wandb_project", "jit", str, OWN, "Weights & Biases project"),
         Flag("wandb_entity", None, str, OWN, "its user or team"),

@@ -21,8 +21,6 @@ from util.logger import progress
 from util.preemption import Preempted
 from util.schedules import GeneratedSchedules
 
-NOISE_BATCH = 16  # images whose noise is drawn together: the generator's integers take many times their memory
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -78,7 +76,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     was_training = module.training
     module.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference mode autocast would not keep what it casts
             yield
     finally:
         module.train(was_training)
@@ -100,13 +98,12 @@ def make_images(
             solver from which on they are not; for that the batch is computed a second time.
     """
     y = torch.tensor([labels[i] for i in index], device=device)  # (B,)
-    parts = [index[i : i + NOISE_BATCH] for i in range(0, len(index), NOISE_BATCH)]
-    z = torch.cat([start_noise(sampling.seed, part, image_shape) for part in parts])
-    z = denoiser.noise_scale * z.to(device)
+    z = denoiser.noise_scale * start_noise(sampling.seed, index, image_shape).to(device)
     grid, bounds = sampling.schedules.times(sampling.steps, sampling.seed, index, y)
     bounds = None if bounds is None else bounds.to(device)
     velocity = guided(_velocity(denoiser, sampling.t_eps, bounds), y, null_class, sampling.cfg, sampling.interval)
-    x = sample(velocity, z, grid, sampling.solver)
+    with denoiser.fixed_weights(device):
+        x = sample(velocity, z, grid, sampling.solver)
     return quantise(x, index, y, sampling.seed, lambda: first_bad_steps(velocity, z, grid, sampling.solver))
 
 

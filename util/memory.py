@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from denoiser import Denoiser
 from model_jit import JiT_models
 from spectral_forcing import SpectralForcing
+from util import cpu_layers
 from util.parallel import PARALLEL
 
 RESERVE = 4e9
@@ -85,7 +86,8 @@ def count(denoiser: Denoiser, images: int) -> Kept:
         handles.append(block.register_forward_hook(leave))
     x = torch.zeros(images, 3, net.input_size, net.input_size, device=device)
     y, t = torch.zeros(images, dtype=torch.int64, device=device), torch.full((images,), 0.5, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    as_on_a_gpu = cpu_layers.switched_off()
+    with as_on_a_gpu, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         denoiser(x, y, t, x)
     for handle in handles:
         handle.remove()

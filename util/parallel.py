@@ -126,13 +126,15 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(m, FSDPModule) for m in module.modules())
 
 
-@torch.no_grad()
 def local(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter: its rows, or the parameter itself where it is not sharded.
 
     The rows are the same object at each call, and writing to it changes the parameter.
     """
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if not isinstance(parameter, DTensor):
+        return parameter
+    with torch.no_grad():
+        return parameter.to_local()
 
 
 def local_parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -9,10 +9,13 @@ Shapes: B samples, n numbers a sample.
 import math
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_HALF = np.uint64(32)
+PIECE = 2**15  # blocks of four numbers that a CPU draws at a time, in memory that its cache holds
 
 
 class Stream(IntEnum):
@@ -38,6 +41,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
         Four int64 tensors, each holding 32 random bits. A product of two words wraps around in int64, and its
         low and high halves are still those of the unsigned product.
     """
+    if all(c.device.type == "cpu" for c in counter):
+        return _philox_on_cpu(counter, key)
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -52,28 +57,54 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def _words(seed: int, stream: Stream, step: int, index: Tensor, n: int) -> Tensor:
-    """(B, 4 * ceil(n / 4)) words of 32 bits for samples `index` (B,), each in 0 .. 2^56 - 1."""
+def _philox_on_cpu(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The same in words of 32 bits, and of 64 for the products alone: less memory to go through."""
+    c0, c1, c2, c3 = (c.astype(np.uint32) for c in np.broadcast_arrays(*(c.numpy() for c in counter)))
+    k0, k1 = key
+    p0, p1 = np.empty(c0.shape, np.uint64), np.empty(c0.shape, np.uint64)
+    for _ in range(10):
+        np.multiply(c0, np.uint64(0xD2511F53), out=p0)
+        np.multiply(c2, np.uint64(0xCD9E8D57), out=p1)
+        c1 ^= np.uint32(k0)
+        c3 ^= np.uint32(k1)
+        c0, c1 = (p1 >> _HALF).astype(np.uint32) ^ c1, p1.astype(np.uint32)
+        c2, c3 = (p0 >> _HALF).astype(np.uint32) ^ c3, p0.astype(np.uint32)
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return tuple(torch.from_numpy(c.astype(np.int64)) for c in (c0, c1, c2, c3))
+
+
+def _blocks(seed: int, stream: Stream, step: int, index: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+    """Four words of 32 bits, each (B, K), for samples `index` (B,), each in 0 .. 2^56 - 1, and blocks `block` (K,)."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"the seed is {seed}: it must be in 0 .. 2^64 - 1")
     if not 0 <= step < 2**32:
         raise ValueError(f"the step is {step}: it must be in 0 .. 2^32 - 1")
     index = index[:, None]
-    block = torch.arange(-(-n // 4), device=index.device)[None, :]
     high = (index >> 32) & 0xFFFFFF | (int(stream) << 24)
-    counter = (block, index & _MASK, torch.full_like(index, step), high)
-    return torch.stack(philox(counter, (seed & _MASK, seed >> 32)), dim=-1).flatten(1)
+    counter = (block[None, :], index & _MASK, torch.full_like(index, step), high)
+    return philox(counter, (seed & _MASK, seed >> 32))
 
 
 def uniform(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> Tensor:
     """(B, n) float32, uniform in the open interval (0, 1), for samples `index` (B,) int64, on its device."""
-    words = _words(seed, stream, step, index, n)[:, :n]
+    block = torch.arange(-(-n // 4), device=index.device)
+    words = torch.stack(_blocks(seed, stream, step, index, block), dim=-1).flatten(1)[:, :n]
     return ((words >> 9).float() + 0.5) * 2.0**-23
 
 
 def normal(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> Tensor:
     """(B, n) float32, standard normal (Box and Muller), for samples `index` (B,) int64, on its device."""
-    a, b = _words(seed, stream, step, index, n).unflatten(1, (-1, 2)).unbind(-1)
-    radius = (-2 * ((a.float() + 0.5) * 2.0**-32).log()).sqrt()
-    angle = b.float() * (2 * math.pi * 2.0**-32)
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :n]
+    block = torch.arange(-(-n // 4), device=index.device)
+    out = torch.empty(len(index), len(block), 4, device=index.device)
+    piece = PIECE if index.device.type == "cpu" else max(1, out.numel())
+    tall = max(1, piece // max(1, len(block)))  # samples at a time
+    for part, rows in zip(index.split(tall), out.split(tall), strict=True):
+        for columns, numbers in zip(block.split(piece), rows.split(piece, dim=1), strict=True):
+            words = _blocks(seed, stream, step, part, columns)
+            for i in (0, 2):
+                a, b = words[i].float(), words[i + 1].float()
+                radius = (-2 * ((a + 0.5) * 2.0**-32).log()).sqrt()
+                angle = b * (2 * math.pi * 2.0**-32)
+                torch.mul(radius, angle.cos(), out=numbers[..., i])
+                torch.mul(radius, angle.sin(), out=numbers[..., i + 1])
+    return out.flatten(1)[:, :n]

@@ -12,6 +12,7 @@ from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME_SHARDED, NEXT, recover
 from util.checkpoint_writer import CheckpointWriter
 from util.distributed import World, agree, from_main, process_group
+from util.dry_run import dry_run
 from util.errors import UserError
 from util.held_out import hold_out, seen_before
 from util.learning_rate import peak_lr
@@ -46,23 +47,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
     warn(init_notes(args, init) + seen_before(args, init.args) if init else [], world)
     sampler = GlobalBatchSampler(len(dataset), args.batch_size, world.rank, world.size, args.accum_iter, args.seed)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory=world.device.type == "cuda")
-    recipe = Recipe(
-        epochs=args.epochs,
-        steps_per_epoch=sampler.steps_per_epoch,
-        accum_iter=args.accum_iter,
-        peak_lr=peak_lr(args.lr, args.blr, args.global_batch),
-        min_lr=args.min_lr,
-        warmup_epochs=warmup_epochs(args, sampler.steps_per_epoch),
-        lr_schedule=args.lr_schedule,
-        density=training_times(args, world.device),
-        label_drop_prob=args.label_drop_prob,
-        null_class=shape.null_class,
-        flip=args.flip,
-        dropout=args.attn_dropout > 0 or args.proj_dropout > 0,
-        seed=args.seed,
-        log_freq=args.log_freq,
-        grad_clip=args.grad_clip,
-    )
+    recipe = build_recipe(args, sampler.steps_per_epoch, shape, world)
     step = start_step(saved, args.start_epoch, recipe.steps_per_epoch)
     if saved and args.lr_schedule == "cosine" and saved.args.get("epochs", args.epochs) != args.epochs:
         warn([f"the cosine now ends at epoch {args.epochs} instead of {saved.args['epochs']}"], world)
@@ -77,6 +62,11 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
         training, shards, added = build_training(args, shape, saved, init, world)
         source = "; ".join([source, *added])
         del saved, init  # the file's memory and, once it is replaced, its space on the disk
+        if args.dry_run:
+            sampler.set_epoch(step // recipe.steps_per_epoch, step % recipe.steps_per_epoch)
+            said = dry_run(args, training, loader, recipe, world, step)
+            del training  # DDP must be gone before its process group is
+            return said
         log = open_log(folder, args, world, step)
         from_main(world, lambda: recover(folder, args.keep_last, whole_last))
         write_start(folder, args, shape, recipe, training.denoiser, world, log, source, step)
@@ -103,6 +93,26 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
                 log.close(exit_code)
         del training  # DDP must be gone before its process group is: it may wait for ever otherwise
     return "   ".join(f"{name}: {path}" for name, path in products.items())
+
+
+def build_recipe(args: Namespace, steps_per_epoch: int, shape: DenoiserConfig, world: World) -> Recipe:
+    return Recipe(
+        epochs=args.epochs,
+        steps_per_epoch=steps_per_epoch,
+        accum_iter=args.accum_iter,
+        peak_lr=peak_lr(args.lr, args.blr, args.global_batch),
+        min_lr=args.min_lr,
+        warmup_epochs=warmup_epochs(args, steps_per_epoch),
+        lr_schedule=args.lr_schedule,
+        density=training_times(args, world.device),
+        label_drop_prob=args.label_drop_prob,
+        null_class=shape.null_class,
+        flip=args.flip,
+        dropout=args.attn_dropout > 0 or args.proj_dropout > 0,
+        seed=args.seed,
+        log_freq=args.log_freq,
+        grad_clip=args.grad_clip,
+    )
 
 
 def warmup_epochs(args: Namespace, steps_per_epoch: int) -> float:

@@ -1,0 +1,35 @@
+"""How a GPU is made fast: TF32 for float32 products, and torch.compile, block by block or for the network as a whole.
+
+Compiled or not, parameters and their names stay as they are. A block has one graph for each shape that it sees: with
+and without the in-context tokens, in training and in sampling; all blocks share it, since they differ in their weights
+alone.
+"""
+
+import torch
+
+from denoiser import Denoiser
+
+MODES = ("auto", "off", "block", "model")
+GRAPHS = 64  # of one function: two lengths of the sequence, with and without gradients, a few sizes of a batch
+
+
+def use_tf32(device: torch.device) -> None:
+    """On a GPU float32 products round their factors to 10 bits: what is left in float32 beside autocast is small."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def resolve(mode: str, device: torch.device) -> str:
+    """What `auto` means. Compiling costs minutes: on a CPU more than it saves (docs/performance.md)."""
+    if mode == "auto":
+        return "block" if device.type == "cuda" else "off"
+    return mode
+
+
+def compile_network(denoiser: Denoiser, mode: str) -> None:
+    """In place; `mode` is "off", "block" or "model". Graphs are made at the first call with each shape."""
+    if mode == "off":
+        return
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    for module in denoiser.net.blocks if mode == "block" else [denoiser.net]:
+        module.compile(dynamic=False)
