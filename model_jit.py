@@ -311,7 +311,7 @@ class JiT(nn.Module):
         y_emb = self.y_embedder(y)  # (B, D)
         t_emb = self.t_embedder(t)  # (B, D)
         c = t_emb + y_emb  # (B, D)
-        c_t = c if self.residual_mode == "time_label" else t_emb
+        c_t = {"off": None, "time_label": c}.get(self.residual_mode, t_emb)  # None: recomputed blocks keep their inputs
         if self.schedule_embedder is not None:
             c = c + self.schedule_embedder(bounds)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
