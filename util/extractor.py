@@ -4,6 +4,8 @@ B  images in a batch, uint8 (B, 3, H, W), RGB 0..255        F  features of one s
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,6 +38,17 @@ def load_tensors(path: Path) -> dict:
     return state
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within the block float32 matrix products are float32's also on a GPU, whatever training has asked for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Extractor:
     """What all extractors share: the check of the input, the device, the number format and the copy to the CPU."""
 
@@ -62,7 +75,7 @@ class Extractor:
             raise MetricError(
                 f"{self.name} takes uint8 images of shape (B, 3, H, W), not {images.dtype} {tuple(images.shape)}."
             )
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), without_tf32():
             features = self._features(images.to(self.device))
         return {stream: features[stream].float().cpu() for stream in self.streams}
 

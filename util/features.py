@@ -11,7 +11,7 @@ An extractor is a callable object. `.streams` names what it returns and how wide
     GreySpectrum   grey_spectrum (B, K), K rings                                    spectrum gap
 
 All run in eval mode, without gradients, in float32 (spectra in float64) outside autocast; a row depends on its image
-alone. Whether float32 products use TF32 is left as the caller set it and is reported by util.metrics.
+alone. Matrix products do not use TF32; whether convolutions do is torch's setting, and reported by util.metrics.
 """
 
 from pathlib import Path

@@ -6,10 +6,11 @@ and accumulated passes share it.
 Shapes: B images of a micro-batch; a batch is (B, 3, H, W) uint8 with labels (B,) int64.
 """
 
+import atexit
 import os
 import signal
-import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -90,15 +91,21 @@ def _init_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
     for number in preemption.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_end_when_told, daemon=True).start()
 
 
-def _end_when_told() -> None:
-    """SIGTERM is for every process of a job that is to stop soon, and the main process's way to end a worker."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)  # what torch's own handler does, and any other code would be taken for a failure
+_loaders: "weakref.WeakSet[ImageLoader]" = weakref.WeakSet()
+
+
+@atexit.register
+def end_workers() -> None:
+    """End the workers of all loaders. multiprocessing, whose turn comes later, would do it by SIGTERM, and wait."""
+    for loader in _loaders:
+        batches = loader._iterator
+        if batches is not None and loader.num_workers > 0:
+            loader._iterator = None
+            batches._shutdown_workers()  # torch has no public name for it
+            for worker in batches._workers:
+                worker.kill()  # one that hangs
 
 
 class ImageLoader(DataLoader):
@@ -111,6 +118,7 @@ class ImageLoader(DataLoader):
 
     def __init__(self, images: Images, **options):
         self.replaced = images.replaced
+        _loaders.add(self)
         if self.replaced is None:
             super().__init__(images, **options)
         else:

@@ -279,7 +279,7 @@ class MetricSuite:
             "extractors": [extractor.describe() for extractor in self.extractors],
             "references": {FRECHET[name]: reference.describe() for name, reference in self.references.items()},
             "tf32": {
-                "matmul": torch.backends.cuda.matmul.allow_tf32,
+                "matmul": False,  # Extractor sees to that
                 "cudnn": torch.backends.cudnn.allow_tf32,
             },
             "warnings": list(self.warnings),
