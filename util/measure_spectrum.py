@@ -74,7 +74,8 @@ def measure(
         raise UserError(f"class {absent[0]} has no image among the {len(indices)} that are measured: take more")
     batches = [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
     sums, powers, levels = SpectrumSums(n), [], []
-    for images, _ in tqdm(build_loader(dataset, batches, num_workers, False), unit="batch", disable=None if bar else True):
+    loader = build_loader(dataset, batches, num_workers, False)
+    for images, _ in tqdm(loader, unit="batch", disable=None if bar else True):  # None: only where there is a terminal
         images = images.to(device)  # uint8 (B, 3, H, W)
         powers.append(sums.update(images).float().cpu())  # (B, K)
         levels.append((images.double().mean((2, 3)) / 127.5 - 1).cpu())  # (B, 3)
