@@ -240,7 +240,8 @@ def test_a_store_that_is_gone_is_named(ends, story):
 def test_no_false_alarm(ends, story):
     """Slow, but within the timeout or where it is allowed; and all stopped for longer than that, and started again."""
     end = ends[story]
-    assert end.codes == [0, 0, 0] and not any(end.said)
+    said = [line for text in end.said for line in text.splitlines() if not line.startswith("[W")]  # torch's warnings
+    assert end.codes == [0, 0, 0] and said == []
     assert end.seconds > 2 * TIMEOUT
 
 
