@@ -28,17 +28,21 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # name of a precision -> type o
 Call = Callable[[], object]
 
 
-def parser(doc: str, repeats: int) -> argparse.ArgumentParser:
-    """The flags that all benchmarks have."""
+def parser(doc: str, repeats: int, device: bool = True, clock: bool = True) -> argparse.ArgumentParser:
+    """The flags that benchmarks share; without `device` it is the CPU, without `clock` the wall's."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--repeats", type=int, default=repeats, help="turns of each variant")
-    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    found.add_argument(
-        "--clock",
-        default="wall",
-        choices=CLOCKS,
-        help="process: the processor time of this process, with one thread what an idle machine would take",
-    )
+    found.set_defaults(device="cpu", clock="wall")
+    if device:
+        there = "cuda" if torch.cuda.is_available() else "cpu"
+        found.add_argument("--device", default=there, choices=("cpu", "cuda"))
+    if clock:
+        found.add_argument(
+            "--clock",
+            default="wall",
+            choices=CLOCKS,
+            help="process: the processor time of this process, with one thread what an idle machine would take",
+        )
     return found
 
 

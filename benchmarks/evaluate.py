@@ -18,7 +18,7 @@ from util.preparation import build_suite
 
 
 def main(argv: list[str] | None = None) -> None:
-    found = parser(__doc__, repeats=3)
+    found = parser(__doc__, repeats=3, clock=False)
     add_model(found, model="JiT-Demo/8", batch=50)
     found.add_argument("--dataset", default="digits")
     found.add_argument("--metrics", default="class_agreement")

@@ -31,7 +31,7 @@ def generate(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    found = parser(__doc__, repeats=5)
+    found = parser(__doc__, repeats=5, device=False)
     found.add_argument("--sources", nargs="+", default=["digits", "files"], choices=(*DATASETS, "files"))
     found.add_argument("--data_path", help="of imagefolder or cifar10")
     found.add_argument("--img_size", type=int, help="pixels (default: 256 for files, 32 for the others)")

@@ -56,6 +56,7 @@ def setting(options: Namespace, steps: int) -> tuple[Namespace, list[tuple[torch
     given = {"model": options.model, "img_size": options.img_size, "class_num": options.class_num, "lr": LR}
     given |= {"batch_size": options.batch_size, "global_batch": options.batch_size, "accum_iter": 1}
     given |= {"epochs": 10**6, "warmup_epochs": 0.0, "device": options.device}
+    given["compile"] = "off"  # Steps compiles, as its variant says
     size = (options.batch_size, 3, options.img_size, options.img_size)
     batches = [
         (torch.randint(256, size, dtype=torch.uint8), torch.randint(options.class_num, size[:1])) for _ in range(steps)

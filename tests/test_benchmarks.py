@@ -177,3 +177,9 @@ def test_step_and_sampler_beside_another_checkout(capsys):
         results = line(main, [*SMALL, *other, *more], capsys)["results"]
         assert any("reference" in key for key in results)
         assert all("speed_up over fp32" in r for key, r in results.items() if "compile" in key)
+
+
+def test_a_step_compiles_what_its_variant_says_and_nothing_before(monkeypatch):
+    """Also on a GPU, where a run would compile by itself."""
+    options = SimpleNamespace(model=TINY, img_size=16, class_num=10, batch_size=2, device="cpu")
+    assert step.setting(options, 1)[0].compile == "off"

@@ -22,9 +22,10 @@ def test_auto():
     assert all(resolve(mode, device) == mode for mode in ("off", BLOCK, MODEL) for device in (cpu, gpu))
 
 
-@pytest.mark.parametrize(("mode", "count"), [("off", 0), (BLOCK, 4), (MODEL, 1)])
+@pytest.mark.parametrize(("mode", "count"), [("off", 0), (BLOCK, 4 + 1), (MODEL, 1 + 1)])
 def test_what_is_compiled(mode, count):
-    denoiser = Denoiser(JiT(**SMALL))
+    """And Spectral Forcing."""
+    denoiser = Denoiser(JiT(**SMALL), SpectralForcing(32))
     names = list(denoiser.state_dict())
     compile_network(denoiser, mode)
     assert sum(m._compiled_call_impl is not None for m in denoiser.modules()) == count

@@ -108,3 +108,18 @@ def test_network_and_gradients_agree_with_other_devices(onednn, dtype, tolerance
         plain = computed()
     for a, b in zip(fast, plain, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max() + 1e-7
+
+
+def test_a_gradient_through_the_dct_is_that_of_plain_products():
+    matrix, z = torch.randn(128, 128), torch.randn(1, 1, 128, 128, requires_grad=True)
+    of_ours = torch.autograd.grad(cpu_layers.sandwich(matrix, z).square().sum(), z)[0]
+    of_torch = torch.autograd.grad((matrix @ z @ matrix.T).square().sum(), z)[0]
+    torch.testing.assert_close(of_ours, of_torch, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.skipif(not cpu_layers.onednn_pays(), reason="another processor")
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    layer, x = cpu_layers.Linear(256, 256), torch.randn(2, 256, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -1,6 +1,7 @@
 """--dry_run: what it says, and that nothing of the run is written: util/dry_run.py."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,7 @@ import main_jit
 from model_jit import JiT_models
 from tests.conftest import TINY, arguments, listing, state_differences, train
 from util import dry_run
+from util.distributed import World
 from util.flops import forward_flop
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -63,3 +65,20 @@ def test_the_projection_is_steps_times_their_median(tmp_path, capsys, monkeypatc
 )
 def test_duration(seconds, text):
     assert dry_run.duration(seconds) == text
+
+
+def test_steps_that_live_on_what_was_read_ahead_are_not_timed(monkeypatch):
+    """2 workers with 2 batches each, and 4 passes a step: one step more."""
+    seen = []
+
+    def epoch(training, loader, epoch, first, recipe, world, log, after_step):
+        for step in range(first, 10_000):
+            seen.append(step)
+            after_step(step + 1)
+
+    monkeypatch.setattr(dry_run, "train_one_epoch", epoch)
+    recipe = SimpleNamespace(epochs=1, steps_per_epoch=1000, accum_iter=4)
+    for loader, more in (([], 0), (SimpleNamespace(num_workers=2, prefetch_factor=2), 1)):
+        seen.clear()
+        seconds, _ = dry_run.seconds_of_steps(None, loader, 0, recipe, World())
+        assert len(seen) == dry_run.UNTIMED + more + dry_run.TIMED and len(seconds) == dry_run.TIMED

@@ -27,9 +27,10 @@ def resolve(mode: str, device: torch.device) -> str:
 
 
 def compile_network(denoiser: Denoiser, mode: str) -> None:
-    """In place; `mode` is "off", "block" or "model". Graphs are made at the first call with each shape."""
+    """Of the network and Spectral Forcing, in place; `mode` is "off", "block" or "model". The first call compiles."""
     if mode == "off":
         return
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    for module in denoiser.net.blocks if mode == "block" else [denoiser.net]:
+    operator = [] if denoiser.spectral_forcing is None else [denoiser.spectral_forcing]
+    for module in [*(denoiser.net.blocks if mode == "block" else [denoiser.net]), *operator]:
         module.compile(dynamic=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _on = True
 SMALLEST = 2**14  # elements of a weight: below, what a call costs is more than is saved
@@ -59,6 +60,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
@@ -91,8 +93,8 @@ class Linear(nn.Linear):
 
 
 def sandwich(matrix: Tensor, z: Tensor) -> Tensor:
-    """matrix @ z @ matrix.T for matrix (n, n) and z (..., n, n); not for gradients."""
-    if from_onednn(z, matrix):
+    """matrix @ z @ matrix.T for matrix (n, n) and z (..., n, n)."""
+    if from_onednn(z, matrix) and not (z.requires_grad and torch.is_grad_enabled()):
         right = product(z, matrix)
         return product(right.transpose(-2, -1), matrix).transpose(-2, -1)
     return matrix @ z @ matrix.T
@@ -109,6 +111,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * r).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
         """dx = r (g w - x r mean(g w x r)),  dw = sum(g x r)."""
         x, weight, r = ctx.saved_tensors

@@ -1,7 +1,7 @@
 """What a run will take, from a few of its steps: nothing of it is written.
 
 The steps are the run's own, with its images and loader, and after them the program ends. The first ones are not timed:
-they allocate memory and compile.
+they allocate memory, compile, and use up the batches that the loader has read ahead meanwhile.
 """
 
 import math
@@ -39,9 +39,11 @@ def expected_memory(args: Namespace, world: World, training: Training) -> float:
 def seconds_of_steps(
     training: Training, loader: Iterable, first: int, recipe: Recipe, world: World
 ) -> tuple[list[float], float]:
-    """(seconds of each timed step, those before the first one was done), of at most UNTIMED + TIMED steps."""
+    """(seconds of each timed step, those before the first one was done), of at most TIMED steps."""
     moments = [time.perf_counter()]
-    last = min(first + UNTIMED + TIMED, recipe.epochs * recipe.steps_per_epoch)
+    ahead = getattr(loader, "num_workers", 0) * (getattr(loader, "prefetch_factor", None) or 0)  # batches
+    untimed = UNTIMED + math.ceil(ahead / recipe.accum_iter)
+    last = min(first + untimed + TIMED, recipe.epochs * recipe.steps_per_epoch)
     silent = SimpleNamespace(record=lambda *_: None, say=lambda *_: None)
 
     def after_step(step: int) -> None:
@@ -55,7 +57,7 @@ def seconds_of_steps(
     with suppress(_Enough):
         train_one_epoch(training, loader, epoch, first, recipe, world, silent, after_step)
     each = [after - before for before, after in pairwise(moments)]
-    return each[UNTIMED:] or each[-1:], each[0]
+    return each[untimed:] or each[-1:], each[0]
 
 
 def dry_run(args: Namespace, training: Training, loader: Iterable, recipe: Recipe, world: World, step: int) -> str:

@@ -100,12 +100,7 @@ _loaders: "weakref.WeakSet[ImageLoader]" = weakref.WeakSet()
 def end_workers() -> None:
     """End the workers of all loaders. multiprocessing, whose turn comes later, would do it by SIGTERM, and wait."""
     for loader in _loaders:
-        batches = loader._iterator
-        if batches is not None and loader.num_workers > 0:
-            loader._iterator = None
-            batches._shutdown_workers()  # torch has no public name for it
-            for worker in batches._workers:
-                worker.kill()  # one that hangs
+        loader.end_workers()
 
 
 class ImageLoader(DataLoader):
@@ -134,10 +129,16 @@ class ImageLoader(DataLoader):
                     self.replaced.add(replacement)
                 yield x, y
         except Exception:
-            if self.num_workers > 0:
-                self._iterator = None
-                batches._shutdown_workers()  # torch has no public name for it
+            self.end_workers()
             raise
+
+    def end_workers(self) -> None:
+        """Tell them to end, and kill one that does not; where there are none nothing happens."""
+        batches, self._iterator = self._iterator, None
+        if batches is not None and self.num_workers > 0:
+            batches._shutdown_workers()  # torch has no public name for it
+            for worker in batches._workers:
+                worker.kill()
 
 
 def build_loader(
