@@ -24,8 +24,8 @@ from util import watch
 from util.distributed import find_world, process_group, wait_for_all
 from util.signs import Sign, describe
 
-SIZE, TIMEOUT = 3, 5.0
-LONG = 60  # seconds that a slow machine has for a story
+SIZE, TIMEOUT = 3, 10.0
+LONG = 120  # seconds that a slow machine has for a story
 BAD = 1  # the process to which things happen
 LEFT_BEHIND = ("killed", "stopped", "stopped in a pause")  # stories in which that process says nothing
 STORIES = (
@@ -174,6 +174,7 @@ def sentence(end: End) -> str:
     return said.pop()
 
 
+@pytest.mark.slow  # real waiting, which a busy machine makes longer
 def test_a_killed_process_is_named_by_those_that_lose_the_connection(ends):
     end = ends["killed"]
     assert end.codes[0] == end.codes[2] == 1
@@ -184,15 +185,17 @@ def test_a_killed_process_is_named_by_those_that_lose_the_connection(ends):
     assert all("gloo/transport" in end.said[rank] for rank in (0, 2))
 
 
+@pytest.mark.slow  # real waiting, which a busy machine makes longer
 def test_a_stopped_process_is_named_within_the_timeout(ends):
     end = ends["stopped"]
     assert end.codes[0] == end.codes[2] == 1
     assert re.fullmatch(
         r"process 1 on \S+ has not answered for \d+ s, last heard of .*; the others wait at step 5", sentence(end)
     )
-    assert TIMEOUT < end.seconds < 30
+    assert TIMEOUT < end.seconds < 60
 
 
+@pytest.mark.slow  # real waiting, which a busy machine makes longer
 def test_a_process_that_waits_for_its_data_is_named_and_shows_where(ends):
     end = ends["late"]
     assert end.codes == [1, 1, 1]
@@ -201,9 +204,10 @@ def test_a_process_that_waits_for_its_data_is_named_and_shows_where(ends):
     )
     assert "where process 1 is:" in end.said[1] and "in load" in end.said[1]
     assert not any("where process" in end.said[rank] for rank in (0, 2))
-    assert TIMEOUT < end.seconds < 30
+    assert TIMEOUT < end.seconds < 60
 
 
+@pytest.mark.slow  # real waiting, which a busy machine makes longer
 def test_an_error_of_one_is_told_by_all(ends):
     end = ends["in error"]
     assert end.codes == [1, 1, 1]
@@ -211,31 +215,35 @@ def test_an_error_of_one_is_told_by_all(ends):
     told = [text.partition("explained: ")[2] for rank, text in enumerate(end.said) if rank != BAD]
     assert told[0] == told[1]
     assert re.fullmatch(r"process 1 on \S+ ended at step 4: ValueError: no memory left\n", told[0])
-    assert end.seconds < 30
+    assert end.seconds < 60
 
 
+@pytest.mark.slow  # real waiting, which a busy machine makes longer
 def test_an_error_of_one_ends_those_that_do_not_need_it_now(ends):
     end = ends["in error in a pause"]
     assert end.codes == [1, 1, 1]
     assert not end.said[0] and not end.said[2]  # the one that has the error has said it
-    assert end.seconds < 30
+    assert end.seconds < 60
 
 
+@pytest.mark.slow  # real waiting, which a busy machine makes longer
 def test_a_pause_does_not_hide_that_a_process_is_silent(ends):
     end = ends["stopped in a pause"]
     assert end.codes[0] == end.codes[2] == 1
     assert re.match(r"process 1 on \S+ has not answered for \d+ s, last heard of at an evaluation; ", sentence(end))
 
 
+@pytest.mark.slow  # real waiting, which a busy machine makes longer
 @pytest.mark.parametrize("story", ["store stopped", "store killed"])
 def test_a_store_that_is_gone_is_named(ends, story):
     """The processes themselves go on well: without torchrun nobody would learn of their end."""
     end = ends[story]
     assert end.codes == [1, 1, 1]
     assert sentence(end) == "the node of process 0, 127.0.0.1, or torchrun on it does not answer"
-    assert TIMEOUT < end.seconds < 45
+    assert TIMEOUT < end.seconds < 90
 
 
+@pytest.mark.slow  # real waiting, which a busy machine makes longer
 @pytest.mark.parametrize("story", ["slow", "suspended"])
 def test_no_false_alarm(ends, story):
     """Slow, but within the timeout or where it is allowed; and all stopped for longer than that, and started again."""
@@ -254,7 +262,7 @@ def test_torchrun_ends_all_and_repeats_the_reason(tmp_path):
         "import time, torch\n"
         "from util import distributed, watch\n"
         "world = distributed.find_world('cpu')\n"
-        "with distributed.process_group(world, 3 / 60):\n"
+        "with distributed.process_group(world, 10 / 60):\n"
         "    for number in range(3):\n"
         "        time.sleep(600 if number == 2 and world.rank == 1 else 0)\n"
         "        watch.arrived(f'step {number}')\n"
