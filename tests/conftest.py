@@ -7,11 +7,13 @@ are random, since the real initialisation, which starts as the zero function, wo
 import hashlib
 import json
 import os
+import time
 from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 import main_jit
 from model_jit import JiT, JiT_models
@@ -172,6 +174,18 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (self.marker,)
+
+
+def run_on(ranks: int, work, folder, calls: int) -> None:
+    """`work(rank, folder, ports)` in that many processes; `calls` is how often they make a process group."""
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(calls)]
+    processes = torch.multiprocessing.spawn(work, (folder, [s.port for s in stores]), nprocs=ranks, join=False)
+    end = time.monotonic() + 180
+    while not processes.join(1):  # raises what a process has raised
+        if time.monotonic() > end:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail(f"{ranks} processes did not finish in 180 s")
 
 
 @pytest.fixture(scope="module")

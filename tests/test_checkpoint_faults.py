@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from tests.conftest import listing, read_log, train
-from tests.test_parallel import FSDP, _trainer, run_on
+from tests.conftest import listing, read_log, run_on, train
+from tests.test_parallel import FSDP, _trainer
 from util import checkpoint, checkpoint_folder, merge, sharded_checkpoint
 from util.checkpoint_folder import NAME, NAME_SHARDED, NEXT, candidates, find, recorded_step, save
 from util.errors import UserError

@@ -6,12 +6,10 @@ sums of a gradient are rounded differently, and nothing else may differ.
 
 import json
 import os
-import time
 import weakref
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 import engine_jit
 import main_jit
@@ -24,6 +22,7 @@ from tests.conftest import (
     raw,
     read_log,
     register,
+    run_on,
     state_differences,
     train,
 )
@@ -163,14 +162,7 @@ def _poisoned(rank: int, folder, call) -> None:
 def pair(tmp_path_factory):
     """The folder in which two processes have worked, and their results."""
     folder = tmp_path_factory.mktemp("pair")
-    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(9)]  # one for each call
-    processes = torch.multiprocessing.spawn(_work, (folder, [s.port for s in stores]), nprocs=2, join=False)
-    end = time.monotonic() + 120
-    while not processes.join(1):  # raises what a process has raised
-        if time.monotonic() > end:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail("two processes did not finish in 120 s")
+    run_on(2, _work, folder, calls=9)
     return folder, [torch.load(folder / f"results-{rank}.pt") for rank in (0, 1)]
 
 

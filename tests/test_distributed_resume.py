@@ -5,14 +5,12 @@ With three the order in which a sum is taken decides its last bit; with two it d
 
 import gc
 import os
-import time
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 import main_jit
-from tests.conftest import arguments, raw, read_log, register, state_differences, train
+from tests.conftest import arguments, as_torchrun, raw, read_log, register, run_on, state_differences, train
 from util import distributed, preemption, training_loop
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -27,9 +25,7 @@ def _work(rank: int, folder, ports: list[int]) -> None:
     codes = {}
 
     def call(name, where, **changes):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({name: str(value) for name, value in names.items()}, MASTER_PORT=str(ports.pop()))
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        as_torchrun(rank, RANKS, ports.pop())
         codes[name] = main_jit.main(arguments(output_dir=folder / where, **RUN, **changes))
         if torch.distributed.is_initialized():  # a process that is asked to stop leaves its group to the end
             gc.collect()
@@ -61,14 +57,7 @@ def _ask_to_stop(patch, at: int, asked: bool) -> None:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
-    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(5)]
-    processes = torch.multiprocessing.spawn(_work, (folder, [s.port for s in stores]), nprocs=RANKS, join=False)
-    end = time.monotonic() + 180
-    while not processes.join(1):  # raises what a process has raised
-        if time.monotonic() > end:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail("three processes did not finish in 180 s")
+    run_on(RANKS, _work, folder, calls=5)
     return folder
 
 

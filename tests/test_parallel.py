@@ -5,11 +5,9 @@ different numbers of processes the sums of a gradient are rounded differently, a
 """
 
 import os
-import time
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 import engine_jit
 import main_jit
@@ -18,14 +16,16 @@ from tests.conftest import (
     TINY,
     TINY_MODEL,
     arguments,
+    as_torchrun,
     differences,
     raw,
     read_log,
     register,
+    run_on,
     state_differences,
     train,
 )
-from util import config, distributed, merge, training_loop, training_state
+from util import config, merge, training_loop, training_state
 from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME_SHARDED
 from util.distributed import World, find_world, process_group
@@ -39,31 +39,13 @@ FSDP = {"parallel": "fsdp"}
 SHAPE = {"model": TINY, "dataset": "digits", "img_size": 16}
 
 
-def run_on(ranks: int, work, folder, calls: int) -> None:
-    """`work(rank, folder, ports)` in that many processes; `calls` is how often they make a process group."""
-    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(calls)]
-    processes = torch.multiprocessing.spawn(work, (folder, [s.port for s in stores]), nprocs=ranks, join=False)
-    end = time.monotonic() + 180
-    while not processes.join(1):  # raises what a process has raised
-        if time.monotonic() > end:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail(f"{ranks} processes did not finish in 180 s")
-
-
-def _as_torchrun(rank: int, ranks: int, port: int) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
-    distributed._patient = None
-
-
 def _trainer(rank: int, ranks: int, folder, ports: list[int]):
     torch.set_num_threads(1)
     register(pytest.MonkeyPatch())
     main_jit.time.sleep = lambda seconds: None
 
     def call(where: str, code: int = 0, **changes) -> None:
-        _as_torchrun(rank, ranks, ports.pop())
+        as_torchrun(rank, ranks, ports.pop())
         assert main_jit.main(arguments(output_dir=folder / where, **{**RUN, **changes})) == code, where
 
     return call
@@ -82,7 +64,7 @@ def _two(rank: int, folder, ports: list[int]) -> None:
     call("ddp to fsdp", resume=folder / "ddp half", **FSDP, **LONG)
     call("fsdp to ddp", resume=folder / "fsdp half", parallel="ddp", **LONG)
     call("1 to 2", resume=folder / "alone half", **LONG)
-    _as_torchrun(rank, 2, ports.pop())
+    as_torchrun(rank, 2, ports.pop())
     torch.save(_initial(rank), folder / f"initial-{rank}.pt")
     _poisoned(rank, folder, call)
     os._exit(0)  # as main_jit.py does after an error within the group: its destructors would wait

@@ -3,7 +3,6 @@
 import argparse
 import ast
 import io
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import main_jit
-from tests.conftest import arguments, flags, listing, raw, train
+from tests.conftest import Payload, arguments, flags, listing, raw, train
 from util.checkpoint import NAME
 from util.errors import UserError
 from util.reference import load_reference
@@ -25,16 +24,6 @@ SOURCES = [path for folder in ("", "util", "experiments", "benchmarks") for path
 EXTRACTOR = SimpleNamespace(name="inception", sha256="0" * 64)
 
 pytestmark = pytest.mark.usefixtures("tiny")
-
-
-class Payload:
-    """Whoever unpickles it creates a file."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
 
 
 def calls(path):

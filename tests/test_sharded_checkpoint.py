@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import main_jit
-from tests.conftest import Payload, differences, flags, listing, raw, read_log, state_differences, train
+from tests.conftest import Payload, differences, flags, listing, raw, read_log, run_on, state_differences, train
 from tests.test_checkpoint import plain_adamw, published, write
-from tests.test_parallel import run_on
 from util import checkpoint, checkpoint_folder, merge, sharded_checkpoint, sharded_state
 from util.checkpoint_folder import NAME, NAME_SHARDED, NEXT
 from util.errors import UserError
