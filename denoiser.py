@@ -8,7 +8,8 @@ Spectral Forcing where that is on; z in the formulae is always the unfiltered on
 Shapes: x, z, e, v (B, C, H, W); t, y (B,); in `predict` and `velocity` also t (1,), one time for all samples.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,14 +137,29 @@ class Denoiser(nn.Module):
             )
         told = () if bounds is None else (bounds,)
         seen = z if self.spectral_forcing is None else self.spectral_forcing(z, t)
-        on, keeps = self.autocast_dtype is not None, torch.is_autocast_enabled(z.device.type)
-        # No cache without `fixed_weights`: each weight is used once, and it would hold a copy of all until the end.
-        with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=keeps):
+        # No cache: each weight is used once, and it would hold a copy of all until the end.
+        on = self.autocast_dtype is not None
+        with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
             return self.net(seen, t, y, *told).float()
 
-    def fixed_weights(self, device: torch.device) -> AbstractContextManager:
-        """Within the block weights must not change: under autocast each is cast once, at its first use, and kept."""
-        return torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Within the block the weights that autocast casts at each use are cast once; they must not change meanwhile.
+
+        The same to the bit, and compiled blocks find them cast as well. It holds a copy of them in `autocast_dtype`.
+        The parameters themselves are left alone, since DDP holds on to them, and are back afterwards.
+        """
+        layers = [m for m in self.net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        held = [(m, name, p) for m in layers for name, p in m.named_parameters(recurse=False)]
+        if self.autocast_dtype is None:
+            held = []
+        for layer, name, parameter in held:
+            layer._parameters[name] = nn.Parameter(parameter.detach().to(self.autocast_dtype), requires_grad=False)
+        try:
+            yield
+        finally:
+            for layer, name, parameter in held:
+                layer._parameters[name] = parameter
 
     def velocity(
         self, z: Tensor, t: Tensor, y: Tensor, t_eps: float | None = None, bounds: Tensor | None = None

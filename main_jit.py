@@ -19,7 +19,7 @@ from typing import Any
 from denoiser import Denoiser
 from util import checkpoint as ckpt
 from util import config, preemption, provenance, sweep, watch
-from util.acceleration import compile_network, resolve, use_tf32
+from util.acceleration import compile_network, pad_swiglu, resolve, use_tf32
 from util.build import DenoiserConfig
 from util.distributed import (
     World,
@@ -57,6 +57,8 @@ def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World) -> tupl
         when = f"step {saved.run['step']}, in epoch {saved.epoch + 2}" if saved.at else f"epoch {saved.epoch + 1}"
         print(f"{saved.path}: {when}, {args.ema}, {args.model} at {args.img_size} px")
         print(f"Spectral Forcing {shape.describe_operator()}: {saved.sf_source}")
+    if args.pad_swiglu:
+        pad_swiglu(denoiser)
     if args.evaluate_gen:  # a few samples are there before a compiler is
         compile_network(denoiser, resolve(args.compile, world.device))
     return denoiser.to(world.device).eval(), shape
@@ -126,6 +128,8 @@ def run(argv: list[str] | None) -> str:
     given = vars(build_parser().parse_args(argv))
     world = find_world(given.get("device"))
     use_tf32(world.device)
+    if given.get("cuda_graph") and world.device.type != "cuda":
+        raise UserError("--cuda_graph is for CUDA devices, and this is the CPU")
     if given.get("evaluate_gen") and given.get("sample"):
         raise UserError("--evaluate_gen and --sample are two things to do: give one of them")
     alone = [f"--{name}" for name in (*sweep.FLAGS, "save_images") if name in given and not given.get("evaluate_gen")]

@@ -130,18 +130,32 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) the halves of w12(x); inner width m = int(int(mlp_ratio * D) * 2 / 3)."""
+    """w3(silu(a) * b) with (a, b) the halves of w12(x); inner width m = int(int(mlp_ratio * D) * 2 / 3).
+
+    `multiple`: the products are computed with m padded by zeros to a multiple of it, the parameters are as without.
+    """
+
+    multiple = 1
 
     def __init__(self, dim: int, mlp_ratio: float, drop: float):
         super().__init__()
-        inner = int(int(dim * mlp_ratio) * 2 / 3)
-        self.w12 = Linear(dim, 2 * inner)
-        self.w3 = Linear(inner, dim)
+        self.inner = int(int(dim * mlp_ratio) * 2 / 3)
+        self.w12 = Linear(dim, 2 * self.inner)
+        self.w3 = Linear(self.inner, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        extra = -self.inner % self.multiple
+        if extra:
+            return self._padded(x, extra)
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.w3(self.drop(F.silu(a) * b))
+
+    def _padded(self, x: Tensor, extra: int) -> Tensor:
+        """The same: what is added to the inner activations is silu(0) * 0."""
+        w12 = F.pad(self.w12.weight.unflatten(0, (2, -1)), (0, 0, 0, extra)).flatten(0, 1)
+        a, b = F.linear(x, w12, F.pad(self.w12.bias.view(2, -1), (0, extra)).flatten()).chunk(2, dim=-1)
+        return F.linear(self.drop(F.silu(a) * b), F.pad(self.w3.weight, (0, extra)), self.w3.bias)
 
 
 class JiTBlock(nn.Module):

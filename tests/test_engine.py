@@ -175,7 +175,7 @@ def test_horizon_of_the_averages_is_warned_about(tmp_path, capsys):
 class Velocity(torch.nn.Module):
     """In the place of a denoiser; it has no weights."""
 
-    def fixed_weights(self, device):
+    def fixed_weights(self):
         return nullcontext()
 
 

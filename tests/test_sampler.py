@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from denoiser import Denoiser
 from engine_jit import Sampling, generate
+from model_jit import JiT
 from sampler import guidance_scale, guided, sample, start_noise, uniform_grid
-from tests.golden_inputs import small_denoiser
+from spectral_forcing import SpectralForcing
+from tests.golden_inputs import SMALL, fill, small_denoiser
 from util.distributed import World
 from util.errors import UserError
 
@@ -364,30 +366,52 @@ def test_one_time_for_all_samples_is_the_same_as_one_for_each():
     torch.testing.assert_close(shared, each, rtol=1e-5, atol=1e-5)
 
 
+class Casts(TorchDispatchMode):
+    """Counts what is cast to bfloat16 of the weights of a network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.weights, self.count = {p.data_ptr() for p in network.parameters()}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.weights:
+            self.count += kwargs["dtype"] == torch.bfloat16
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("residual", ["off", "time"])
 @torch.no_grad()
-def test_weights_are_cast_once_where_they_are_fixed():
-    class Casts(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
-                self.count += kwargs["dtype"] == torch.bfloat16
-            return function(*args, **(kwargs or {}))
-
-    denoiser, z, t, y = (
-        small_denoiser(autocast_dtype=torch.bfloat16),
-        noise(2, 3, 32, 32),
-        torch.full((1,), 0.5),
-        [0, 1],
+def test_weights_are_cast_once_where_they_are_fixed(residual):
+    denoiser = Denoiser(
+        fill(JiT(**SMALL, spectral_residual=residual)), SpectralForcing(32), autocast_dtype=torch.bfloat16
     )
-    weights, y = {p.data_ptr() for p in denoiser.parameters()}, torch.tensor(y)
-    with Casts() as casts:
-        first, again = (denoiser.velocity(z, t, y) for _ in range(2))
-    each_time = casts.count
-    with Casts() as casts, denoiser.fixed_weights(z.device):
-        kept, kept_again = (denoiser.velocity(z, t, y) for _ in range(2))
-    assert 0 < casts.count == each_time / 2
-    assert torch.equal(first, again) and torch.equal(first, kept) and torch.equal(first, kept_again)
+    z, t, y = noise(2, 3, 32, 32), torch.full((1,), 0.5), torch.tensor([0, 1])
+    with Casts(denoiser) as each_time:
+        first = denoiser.velocity(z, t, y)
+    with Casts(denoiser) as casts, denoiser.fixed_weights():
+        once = casts.count
+        kept = [denoiser.velocity(z, t, y) for _ in range(2)]
+    assert casts.count == once == each_time.count > 0
+    assert all(torch.equal(k, first) for k in kept)
+
+
+@torch.no_grad()
+def test_fixed_weights_come_back_as_they_were():
+    """The same objects, which DDP and the optimizer hold, also after an error; changed ones are used from then on."""
+    denoiser = small_denoiser(autocast_dtype=torch.bfloat16)
+    z, t, y = noise(2, 3, 32, 32), torch.full((1,), 0.5), torch.tensor([0, 1])
+    before = dict(denoiser.named_parameters())
+    with pytest.raises(KeyError), denoiser.fixed_weights():
+        first = denoiser.velocity(z, t, y)
+        raise KeyError
+    assert list(before) == list(after := dict(denoiser.named_parameters()))
+    assert all(after[name] is p and p.dtype == torch.float32 and p.requires_grad for name, p in before.items())
     denoiser.net.final_layer.linear.weight.mul_(2)
-    with denoiser.fixed_weights(z.device):
+    with denoiser.fixed_weights():
         assert not torch.equal(denoiser.velocity(z, t, y), first)
+
+
+def test_without_autocast_nothing_is_cast():
+    denoiser = small_denoiser()
+    with denoiser.fixed_weights():
+        assert {p.dtype for p in denoiser.parameters()} == {torch.float32}

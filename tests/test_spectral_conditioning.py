@@ -1,7 +1,6 @@
 """Schedules of single images in training, networks that are told of them, and the grids of generated images."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -271,9 +270,6 @@ class Recorder(torch.nn.Module):
     def velocity(self, z, t, y, t_eps=None, bounds=None):
         self.asked.append((t, y, t_eps, bounds))
         return -z
-
-    def fixed_weights(self, device):
-        return nullcontext()
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])

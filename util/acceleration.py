@@ -1,15 +1,19 @@
-"""How a GPU is made fast: TF32 for float32 products, and torch.compile, block by block or for the network as a whole.
+"""How a GPU is made fast: TF32 for float32 products, widths that its matrix units like, and torch.compile.
 
-Compiled or not, parameters and their names stay as they are. A block has one graph for each shape that it sees: with
-and without the in-context tokens, in training and in sampling; all blocks share it, since they differ in their weights
-alone.
+Whatever is on, parameters and their names stay as they are. A compiled block has one graph for each shape that it sees:
+with and without the in-context tokens, in training and in sampling; all blocks share it, since they differ in their
+weights alone.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from denoiser import Denoiser
+from model_jit import SwiGLU
 
 MODES = ("auto", "off", "block", "model")
+MULTIPLE = 8  # bf16 rows of whole 16 bytes, which tensor cores and copies of a GPU are made for
 GRAPHS = 64  # of one function: two lengths of the sequence, with and without gradients, a few sizes of a batch
 
 
@@ -34,3 +38,15 @@ def compile_network(denoiser: Denoiser, mode: str) -> None:
     operator = [] if denoiser.spectral_forcing is None else [denoiser.spectral_forcing]
     for module in [*(denoiser.net.blocks if mode == "block" else [denoiser.net]), *operator]:
         module.compile(dynamic=False)
+
+
+def no_more_graphs(on: bool) -> AbstractContextManager:
+    """Within the block nothing is compiled for a new shape, which is computed without: for a batch of its own size."""
+    return torch.compiler.set_stance("eager_on_recompile") if on else nullcontext()
+
+
+def pad_swiglu(denoiser: Denoiser) -> None:
+    """Compute the feed-forward products of widths such as 2730, 3413, 5461 or 10922 at the next multiple of 8."""
+    for module in denoiser.modules():
+        if isinstance(module, SwiGLU):
+            module.multiple = MULTIPLE

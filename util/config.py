@@ -142,6 +142,8 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
         )
     if args.grad_clip is not None and not args.grad_clip > 0:
         raise UserError(f"--grad_clip {args.grad_clip} must be above 0")
+    if args.cuda_graph and args.parallel == "fsdp" and not (args.evaluate_gen or args.sample):
+        raise UserError("--cuda_graph is for a network that is whole on each process: not with --parallel fsdp")
     warnings = schedules.check(args)
     if not sf and (args.disable_dct_scale_schedule or args.window_size is not None or args.sf_schedule != "linear"):
         warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")

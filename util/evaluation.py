@@ -23,7 +23,7 @@ from util import provenance
 from util.build import DenoiserConfig
 from util.distributed import World, any_of, from_main, requested_of_any
 from util.errors import UserError
-from util.generation import Sampling, evaluation_mode, make_images, setting_name
+from util.generation import Sampling, make_images, sampling_mode, setting_name
 from util.images import QUANTISATION
 from util.metrics import MetricSuite
 from util.preemption import Preempted
@@ -147,7 +147,7 @@ def _make_blocks(
     waiting = 0  # images whose block is not whole yet
     progress = ImageProgress("evaluating", len(labels), len(labels) - left, world)
     try:
-        with evaluation_mode(denoiser):
+        with sampling_mode(denoiser, sampling.cuda_graph):
             for at in range(0, len(index), sampling.batch_size):
                 if requested_of_any(world):
                     break

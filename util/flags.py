@@ -170,6 +170,8 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
         Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32")),
         Flag("compile", "auto", str, FREE, "torch.compile; auto: block on CUDA, off on CPU", MODES_OF_COMPILE),
+        Flag("pad_swiglu", False, argparse.BooleanOptionalAction, FREE, "feed-forward products at multiples of 8"),
+        Flag("cuda_graph", False, argparse.BooleanOptionalAction, OWN, "sample with a CUDA graph of the network"),
         Flag("attn_fp32", False, argparse.BooleanOptionalAction, FREE, "attention product always in float32"),
         Flag("wandb_project", "jit", str, OWN, "Weights & Biases project"),
         Flag("wandb_entity", None, str, OWN, "its user or team"),

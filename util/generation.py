@@ -5,15 +5,17 @@ Shapes: B images of a batch; images (B, 3, H, W), y (B,); N images in all, with 
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from denoiser import Denoiser
 from sampler import Velocity, guided, sample, start_noise
+from util.acceleration import no_more_graphs
+from util.cuda_graph import replayed
 from util.distributed import World, any_of, gather_by_index, requested_of_any, share
 from util.flags import DEFAULTS
 from util.images import quantise
@@ -24,7 +26,7 @@ from util.schedules import GeneratedSchedules
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are made. The batch size decides only how fast.
+    """How images are made. Batch size and CUDA graph decide only how fast.
 
     t_eps: clamp of 1 - t in sampling; None where it is the denoiser's own.
     """
@@ -37,6 +39,7 @@ class Sampling:
     batch_size: int
     schedules: GeneratedSchedules = field(default_factory=GeneratedSchedules)
     t_eps: float | None = None
+    cuda_graph: bool = False
 
     @classmethod
     def from_args(cls, args: Namespace) -> "Sampling":
@@ -45,7 +48,7 @@ class Sampling:
         t_eps = schedules.t_eps(args.t_eps) if args.sample_t_eps is None else args.sample_t_eps
         return cls(
             *(args.sampling_method, args.num_sampling_steps, args.cfg, interval, args.seed, args.gen_bsz),
-            *(schedules, t_eps if args.pred_param == "x" and t_eps != args.t_eps else None),
+            *(schedules, t_eps if args.pred_param == "x" and t_eps != args.t_eps else None, args.cuda_graph),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -71,15 +74,15 @@ def setting_name(epoch: int, ema: str, sampling: Sampling) -> str:
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients within the block; the module's mode is then as it was."""
-    was_training = module.training
-    module.eval()
+def sampling_mode(denoiser: Denoiser, cuda_graph: bool = False) -> Iterator[None]:
+    """No dropout, no gradients, weights as they are used; afterwards the denoiser is as it was."""
+    was_training = denoiser.training
+    denoiser.eval()
     try:
-        with torch.no_grad():  # in inference mode autocast would not keep what it casts
+        with torch.no_grad(), denoiser.fixed_weights(), replayed(denoiser) if cuda_graph else nullcontext():
             yield
     finally:
-        module.train(was_training)
+        denoiser.train(was_training)
 
 
 def make_images(
@@ -102,7 +105,7 @@ def make_images(
     grid, bounds = sampling.schedules.times(sampling.steps, sampling.seed, index, y)
     bounds = None if bounds is None else bounds.to(device)
     velocity = guided(_velocity(denoiser, sampling.t_eps, bounds), y, null_class, sampling.cfg, sampling.interval)
-    with denoiser.fixed_weights(device):
+    with no_more_graphs(len(index) < sampling.batch_size):
         x = sample(velocity, z, grid, sampling.solver)
     return quantise(x, index, y, sampling.seed, lambda: first_bad_steps(velocity, z, grid, sampling.solver))
 
@@ -169,7 +172,7 @@ def generate(
     """
     mine = share(len(labels), world)
     starts = range(mine.start, mine.stop, sampling.batch_size)
-    with evaluation_mode(denoiser):
+    with sampling_mode(denoiser, sampling.cuda_graph):
         for start in progress(starts, world, len(starts), "sampling", "batch"):
             if may_stop and requested_of_any(world):
                 break

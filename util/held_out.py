@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from denoiser import Denoiser, Density
 from util import rng
+from util.acceleration import no_more_graphs
 from util.bad_images import report as report_bad_images
 from util.data import DataError, Images, build_dataset, to_float
 from util.distributed import World, all_reduce_mean, share
@@ -188,8 +189,9 @@ class HeldOut:
                     for batch, (x, y) in zip(batches, self._loader(batches, world), strict=True):
                         number = torch.as_tensor(self.images.numbers[batch], device=world.device)
                         x, y = to_float(x.to(world.device)), y.to(world.device)
-                        for b in range(BINS):
-                            sums[row, b] += self._one_bin(denoiser, x, y, number, b)
+                        with no_more_graphs(len(x) < self.batch_size):
+                            for b in range(BINS):
+                                sums[row, b] += self._one_bin(denoiser, x, y, number, b)
         finally:
             denoiser.train(was_training)
         means = (all_reduce_mean(sums, world) * (world.size / len(self.images))).cpu()

@@ -10,7 +10,7 @@ from torch import Tensor
 from denoiser import Denoiser
 from engine_jit import Training, build_optimizer, parameter_groups
 from util import checkpoint as ckpt
-from util.acceleration import compile_network, resolve
+from util.acceleration import compile_network, pad_swiglu, resolve
 from util.build import DenoiserConfig
 from util.checkpoint import Checkpoint
 from util.distributed import World, everywhere_or_nowhere
@@ -91,6 +91,8 @@ def _load(
         denoiser.to(world.device)
     if args.activation_checkpointing:
         checkpoint_activations(denoiser)
+    if args.pad_swiglu:
+        pad_swiglu(denoiser)
     compile_network(denoiser, resolve(args.compile, world.device))
     emas = EMA(denoiser, args.ema_decay1), EMA(denoiser, args.ema_decay2)
     optimizer = build_optimizer(denoiser, args.weight_decay, (args.beta1, args.beta2))
