@@ -57,6 +57,7 @@ def _two(rank: int, folder, ports: list[int]) -> None:
     for mode in ("ddp", "fsdp"):
         call(mode, parallel=mode, **looks, **LONG)
         call(f"{mode} half", parallel=mode)
+        call(f"{mode} bf16", parallel=mode, precision="bf16", eval_freq=1, **looks)
     call("recomputed", activation_checkpointing=True, **FSDP, **LONG)
     call("recomputed copies", activation_checkpointing=True, **LONG)
     call("accumulated", batch_size=3, **FSDP, **LONG)
@@ -149,7 +150,7 @@ def num_bytes(content) -> int:
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     train(folder / "alone half", **{**RUN, "batch_size": 12}, **FSDP)
-    run_on(2, _two, folder, calls=13)
+    run_on(2, _two, folder, calls=15)
     return folder
 
 
@@ -224,6 +225,17 @@ def test_held_out_loss_and_samples_are_those_of_copies(pair):
         assert len({a["loss_model"], a["loss_ema1"], a["loss_ema2"]}) == 3
     grids = [next((pair / name / "samples").glob("*.png")).read_bytes() for name in ("fsdp", "ddp")]
     assert grids[0] == grids[1]
+
+
+def test_samples_between_epochs_in_bf16_are_those_of_copies_and_training_goes_on(pair):
+    """Sampling puts weights that are cast in the place of gathered ones, and takes them away again."""
+    losses = [[line["loss"] for line in read_log(pair / f"{mode} bf16")] for mode in ("fsdp", "ddp")]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    grids = [
+        [path.read_bytes() for path in sorted((pair / f"{mode} bf16" / "samples").glob("*.png"))]
+        for mode in ("fsdp", "ddp")
+    ]
+    assert len(grids[0]) == 2 and grids[0] == grids[1]
 
 
 def test_initial_weights_are_those_of_a_network_that_is_not_sharded(pair):
