@@ -12,7 +12,7 @@ import torch
 import main_jit
 from tests.conftest import Payload, differences, flags, listing, raw, read_log, run_on, state_differences, train
 from tests.test_checkpoint import plain_adamw, published, write
-from util import checkpoint, checkpoint_folder, merge, sharded_checkpoint, sharded_state
+from util import checkpoint, checkpoint_folder, merge, sharded_checkpoint, sharded_content, sharded_state
 from util.checkpoint_folder import NAME, NAME_SHARDED, NEXT
 from util.errors import UserError
 from util.export import export, load_denoiser
@@ -92,7 +92,7 @@ def test_any_number_of_processes_reads_what_another_wrote(tmp_path):
         (tmp_path / "ranks").write_text(str(ranks))
         run_on(ranks, _write_and_read, tmp_path, calls=1)
     for path in tmp_path.glob("*.dcp"):
-        merged = sharded_checkpoint.merged(path, sharded_checkpoint.verify(path))["model"]
+        merged = sharded_content.merged(path, sharded_checkpoint.verify(path))["model"]
         assert differences(merged, {n: SOME[f"model.{n}"] for n in ABOUT["weights"]}) == []
     assert len(files(tmp_path / "3.dcp")) == 6
 
@@ -178,9 +178,9 @@ def test_new_run_starts_from_the_weights_of_shards(run, tmp_path):
 
 
 def test_weights_are_read_where_they_are_asked_for(run, monkeypatch):
-    asked, real = [], sharded_checkpoint.read
+    asked, real = [], sharded_content.read
     monkeypatch.setattr(
-        sharded_checkpoint, "read", lambda path, t, about: asked.append(next(iter(t))) or real(path, t, about)
+        sharded_content, "read", lambda path, t, about: asked.append(next(iter(t))) or real(path, t, about)
     )
     saved = checkpoint.load(run)
     assert asked == []

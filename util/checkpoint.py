@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from util import sharded_checkpoint
 from util.checkpoint_folder import NAME, candidates, find, save, verify
 from util.errors import UserError
-from util.sharded_checkpoint import WEIGHTS, Lazy
+from util.sharded_content import WEIGHTS, Lazy, merged
 
 __all__ = ["CHOICES", "NAME", "Checkpoint", "find", "load", "load_optimizer", "load_weights", "save"]
 
@@ -119,7 +119,7 @@ def _read(path: Path) -> Checkpoint:
 def _from_folder(path: Path) -> Checkpoint:
     """A checkpoint in shards; its tensors are read, merged, where they are asked for."""
     verified = sharded_checkpoint.verify(path)
-    content = sharded_checkpoint.merged(path, verified)
+    content = merged(path, verified)
     args = vars(content["args"])
     if "disable_dct_patchify" not in args:
         raise UserError(f"{path} is not a JiT checkpoint: its settings do not say whether Spectral Forcing is on")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from engine_jit import parameter_groups
-from util import checkpoint, checkpoint_folder, config, sharded_checkpoint
+from util import checkpoint, checkpoint_folder, config, sharded_checkpoint, sharded_content
 from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME, NAME_SHARDED
 from util.errors import UserError
@@ -28,7 +28,7 @@ def merge(source: Path, out: Path) -> None:
     Raises:
         UserError: it is damaged, or cannot be written.
     """
-    content = dict(sharded_checkpoint.merged(source, sharded_checkpoint.verify(source)))
+    content = dict(sharded_content.merged(source, sharded_checkpoint.verify(source)))
     if content["optimizer"] is not None:
         content["optimizer"] = dict(content["optimizer"])
     aside = out.with_suffix(".tmp")
@@ -53,7 +53,7 @@ def split(source: Path, out: Path) -> None:
     shape = DenoiserConfig.from_args(config.resolve({}, saved.args, training=False))
     with torch.device("meta"):
         denoiser = shape.build()
-    content = {name: saved.weights[name] for name in sharded_checkpoint.WEIGHTS}
+    content = {name: saved.weights[name] for name in sharded_content.WEIGHTS}
     for state in content.values():
         checkpoint.check_fit(denoiser, state, source)
     groups, optimizer = parameter_groups(denoiser), saved.optimizer
@@ -62,7 +62,7 @@ def split(source: Path, out: Path) -> None:
         state = checkpoint.fitting_state([[parameters[n] for n in names] for names in groups], optimizer, source)
         optimizer = {**optimizer, "state": state}
     content |= {"optimizer": optimizer, "epoch": saved.epoch, "args": argparse.Namespace(**saved.args)}
-    tensors, about = sharded_checkpoint.flatten(content | {"run": saved.run}, groups)
+    tensors, about = sharded_content.flatten(content | {"run": saved.run}, groups)
     aside = out.with_suffix(".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from util.checkpoint_folder import NEXT
 from util.checkpoint_writer import CheckpointWriter
 from util.errors import UserError
 from util.parallel import local_parameters, own_rows
-from util.sharded_checkpoint import MOMENTS, STEP, WEIGHTS, Lazy
+from util.sharded_content import MOMENTS, STEP, WEIGHTS, Lazy, flatten
 
 
 class HostShards:
@@ -121,7 +121,7 @@ class ShardedCheckpointWriter(CheckpointWriter):
         self.shards = shards
 
     def _put(self, content: dict[str, Any], step: int, keep_as_epoch: int | None) -> Path:
-        tensors, about = sharded_checkpoint.flatten(content, self.shards.groups)
+        tensors, about = flatten(content, self.shards.groups)
         tensors = {name: self.shards.with_shape(name, value) for name, value in tensors.items()}
         sharded_checkpoint.write(self.folder / NEXT, tensors, about, self.shards.group)
         problem: Exception | None = None
