@@ -1,12 +1,15 @@
 """The counter-based generator against its published vectors and a second implementation: util/rng.py."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from util import rng
 from util.rng import Stream, normal, philox, uniform
 
 SAMPLES = 20_000
@@ -184,11 +187,35 @@ def test_pieces_do_not_change_a_number(monkeypatch):
         assert torch.equal(normal(7, Stream.NOISE, 3, index(0, 5, 2**33), 103), whole)
 
 
-def test_words_of_a_cpu_are_those_of_other_devices(monkeypatch):
-    """They compute with 64-bit integers throughout."""
-    counter = tuple(torch.from_numpy(np.random.default_rng(1).integers(0, 2**32, (4, 3, 1, 50))).unbind(0))
-    found = philox(counter, (2**32 - 1, 12345))
-    monkeypatch.setattr("util.rng._philox_on_cpu", lambda counter, key: pytest.fail("not this one"))
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
-    for a, b in zip(found, philox(counter, (2**32 - 1, 12345)), strict=True):
-        assert torch.equal(a, b)
+# Other devices.
+
+
+def on_device(function, step=3, samples=(0, 5, 2**33), n=103, seed=2**63 + 7):
+    """What `normal` draws on another device, here on tensors of the CPU."""
+    block = torch.arange(-(-n // 4))
+    return function(rng._counter(Stream.NOISE, step, index(*samples), block), rng._key(seed)).flatten(1)[:, :n]
+
+
+def test_numbers_of_a_cpu_are_those_of_other_devices():
+    """To the bit where logarithm and sine are; they compute with 64-bit integers throughout."""
+    assert torch.equal(on_device(rng._normal_on_device), normal(2**63 + 7, Stream.NOISE, 3, index(0, 5, 2**33), 103))
+
+
+def test_noise_is_one_graph_for_all_steps():
+    counter = CompileCounter()
+    compiled = torch.compile(rng._normal_on_device, backend=counter, dynamic=False, fullgraph=True)
+    for step in range(3):
+        assert torch.equal(on_device(compiled, step), on_device(rng._normal_on_device, step))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_compiled_noise():
+    """The integers are the same; logarithm and sine are those of another library."""
+    rng.use_compiler(True)
+    try:
+        difference = on_device(rng._compiled) - on_device(rng._normal_on_device)
+    finally:
+        rng.use_compiler(False)
+    assert difference.abs().max() < 1e-5

@@ -4,6 +4,7 @@ Shapes: z, v (B, C, H, W); t, y (B,); grid (S + 1,) or (S + 1, B).
 """
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from spectral_forcing import SpectralForcing
 from tests.golden_inputs import SMALL, fill, small_denoiser
 from util.distributed import World
 from util.errors import UserError
+from util.generation import ahead, batches_of_noise, split
 
 NULL = 10
 
@@ -364,6 +366,47 @@ def test_one_time_for_all_samples_is_the_same_as_one_for_each():
     each = sample(watched, z, uniform_grid(4)[:, None].expand(-1, 3))
     assert set(seen) == {1, 3}
     torch.testing.assert_close(shared, each, rtol=1e-5, atol=1e-5)
+
+
+# Starting noise beside the GPU's work.
+
+
+def test_one_is_made_ahead():
+    made = []
+    found = ahead(lambda item: made.append(item) or item * 10, range(4))
+    assert made == []
+    assert next(found) == 0 and made[:1] == [0] and len(made) <= 2
+    assert next(found) == 10 and made[:2] == [0, 1] and len(made) <= 3
+    assert list(found) == [20, 30] and made == [0, 1, 2, 3]
+    assert list(ahead(str, [])) == []
+
+
+def test_errors_of_the_thread_are_raised():
+    found = ahead(lambda item: 1 / item, [1, 0, 2])
+    assert next(found) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
+def test_who_leaves_early_leaves_no_thread():
+    before = threading.active_count()
+    found = ahead(str, range(3))
+    next(found)
+    assert threading.active_count() == before + 1
+    found.close()
+    assert threading.active_count() == before
+
+
+def test_noise_is_the_same_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    batches, sampling = split(range(3, 10), 3), Sampling("heun", 4, 1.0, (0.0, 1.0), 5, 3)
+    assert batches == [range(3, 6), range(6, 9), range(9, 10)]
+    here, there = (list(batches_of_noise(batches, sampling, (3, 4, 4), torch.device(kind))) for kind in ("cpu", "cuda"))
+    assert torch.equal(torch.cat(here), start_noise(5, range(3, 10), (3, 4, 4)))
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+# Weights.
 
 
 class Casts(TorchDispatchMode):

@@ -276,7 +276,7 @@ class Recorder(torch.nn.Module):
 def test_both_guidance_branches_have_the_same_grid_and_bounds(spectrum, solver):
     denoiser, generated = Recorder(), of(spectrum, "spectral_instance", told_delta=0.1)
     sampling = Sampling(solver, 5, 2.0, (0.0, 1.0), 7, 4, generated, 0.001)
-    make_images(denoiser, sampling, range(4), [0, 1, 2, 3], (3, N, N), 10, torch.device("cpu"))
+    make_images(denoiser, sampling, range(4), [0, 1, 2, 3], torch.zeros(4, 3, N, N), 10, torch.device("cpu"))
     grid, bounds = generated.times(5, 7, range(4), torch.arange(4))
     assert len(denoiser.asked) == (5 if solver == "euler" else 9)
     for t, y, t_eps, told in denoiser.asked:

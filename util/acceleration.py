@@ -11,6 +11,7 @@ import torch
 
 from denoiser import Denoiser
 from model_jit import SwiGLU
+from util import rng
 
 MODES = ("auto", "off", "block", "model")
 MULTIPLE = 8  # bf16 rows of whole 16 bytes, which tensor cores and copies of a GPU are made for
@@ -31,7 +32,8 @@ def resolve(mode: str, device: torch.device) -> str:
 
 
 def compile_network(denoiser: Denoiser, mode: str) -> None:
-    """Of the network and Spectral Forcing, in place; `mode` is "off", "block" or "model". The first call compiles."""
+    """Of the network, Spectral Forcing and a GPU's noise; `mode` is "off", "block" or "model". First calls compile."""
+    rng.use_compiler(mode != "off")
     if mode == "off":
         return
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)

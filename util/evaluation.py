@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from util import provenance
 from util.build import DenoiserConfig
 from util.distributed import World, any_of, from_main, requested_of_any
 from util.errors import UserError
-from util.generation import Sampling, make_images, sampling_mode, setting_name
+from util.generation import Sampling, batches_of_noise, make_images, sampling_mode, setting_name, split
 from util.images import QUANTISATION
 from util.metrics import MetricSuite
 from util.preemption import Preempted
@@ -141,19 +141,20 @@ def _make_blocks(
     """
     blocks = missing[world.rank :: world.size]
     index = [i for b in blocks for i in shards.block(b)]
+    batches = split(index, sampling.batch_size)
+    noise = batches_of_noise(batches, sampling, image_shape, world.device)
     left = sum(len(shards.block(b)) for b in missing)
     rows: dict[str, Tensor] = {stream: torch.empty(0, width) for stream, width in shards.streams.items()}
     pictures = torch.empty((0, *image_shape), dtype=torch.uint8)
-    waiting = 0  # images whose block is not whole yet
+    made = waiting = 0  # images; those whose block is not whole yet
     progress = ImageProgress("evaluating", len(labels), len(labels) - left, world)
     try:
-        with sampling_mode(denoiser, sampling.cuda_graph):
-            for at in range(0, len(index), sampling.batch_size):
+        with sampling_mode(denoiser, sampling.cuda_graph), closing(noise):
+            for batch in batches:
                 if requested_of_any(world):
                     break
                 before = time.perf_counter()
-                batch = index[at : at + sampling.batch_size]
-                images = make_images(denoiser, sampling, batch, labels, image_shape, null_class, world.device)
+                images = make_images(denoiser, sampling, batch, labels, next(noise), null_class, world.device)
                 sampled = time.perf_counter()
                 features = suite.extract(images)
                 extracted = time.perf_counter()
@@ -168,7 +169,8 @@ def _make_blocks(
                 times["sampling"] += sampled - before
                 times["features"] += extracted - sampled
                 times["gathering"] += time.perf_counter() - extracted
-                progress.update(len(labels) - left + left * (at + len(batch)) // len(index))
+                made += len(batch)
+                progress.update(len(labels) - left + left * made // len(index))
     finally:
         progress.close()
 

@@ -5,9 +5,10 @@ Shapes: B images of a batch; images (B, 3, H, W), y (B,); N images in all, with 
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from util.images import quantise
 from util.logger import progress
 from util.preemption import Preempted
 from util.schedules import GeneratedSchedules
+
+T, U = TypeVar("T"), TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -85,23 +88,50 @@ def sampling_mode(denoiser: Denoiser, cuda_graph: bool = False) -> Iterator[None
         denoiser.train(was_training)
 
 
+def split(index: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Batches of `size`; the last may be smaller."""
+    return [index[start : start + size] for start in range(0, len(index), size)]
+
+
+def ahead(make: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
+    """make(item) of each item in order, by a thread that is one ahead of who takes them."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = [thread.submit(make, item) for item in items[:1]]
+        for following in range(1, len(items) + 1):
+            made = coming.pop().result()
+            coming += [thread.submit(make, item) for item in items[following : following + 1]]
+            yield made
+
+
+def batches_of_noise(
+    batches: Sequence[Sequence[int]], sampling: Sampling, image_shape: tuple[int, int, int], device: torch.device
+) -> Iterator[Tensor]:
+    """The starting noise (B, 3, H, W) of each batch of image indices, drawn on the CPU while a GPU is at work."""
+    if device.type == "cpu":
+        return (start_noise(sampling.seed, index, image_shape) for index in batches)
+    return ahead(lambda index: start_noise(sampling.seed, index, image_shape).pin_memory(), batches)
+
+
 def make_images(
     denoiser: Denoiser,
     sampling: Sampling,
     index: Sequence[int],
     labels: Sequence[int],
-    image_shape: tuple[int, int, int],
+    noise: Tensor,
     null_class: int,
     device: torch.device,
 ) -> Tensor:
     """The images `index` (B,) as uint8 (B, 3, H, W) on the device; `labels` holds those of all images.
+
+    Args:
+        noise: their `start_noise` (B, 3, H, W).
 
     Raises:
         NonFiniteImages: values that are not finite. The message names image, label, seed and the step of the
             solver from which on they are not; for that the batch is computed a second time.
     """
     y = torch.tensor([labels[i] for i in index], device=device)  # (B,)
-    z = denoiser.noise_scale * start_noise(sampling.seed, index, image_shape).to(device)
+    z = denoiser.noise_scale * noise.to(device, non_blocking=True)
     grid, bounds = sampling.schedules.times(sampling.steps, sampling.seed, index, y)
     bounds = None if bounds is None else bounds.to(device)
     velocity = guided(_velocity(denoiser, sampling.t_eps, bounds), y, null_class, sampling.cfg, sampling.interval)
@@ -171,13 +201,13 @@ def generate(
         UserError: an image with values that are not finite.
     """
     mine = share(len(labels), world)
-    starts = range(mine.start, mine.stop, sampling.batch_size)
-    with sampling_mode(denoiser, sampling.cuda_graph):
-        for start in progress(starts, world, len(starts), "sampling", "batch"):
+    batches = split(mine, sampling.batch_size)
+    noise = batches_of_noise(batches, sampling, image_shape, world.device)
+    with sampling_mode(denoiser, sampling.cuda_graph), closing(noise):
+        for index in progress(batches, world, len(batches), "sampling", "batch"):
             if may_stop and requested_of_any(world):
                 break
-            index = range(start, min(start + sampling.batch_size, mine.stop))
-            yield make_images(denoiser, sampling, index, labels, image_shape, null_class, world.device)
+            yield make_images(denoiser, sampling, index, labels, next(noise), null_class, world.device)
 
 
 def generate_all(

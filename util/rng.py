@@ -7,6 +7,7 @@ Shapes: B samples, n numbers a sample.
 """
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -43,6 +44,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     """
     if all(c.device.type == "cpu" for c in counter):
         return _philox_on_cpu(counter, key)
+    return _philox_on_device(counter, key)
+
+
+def _philox_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -58,7 +63,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def _philox_on_cpu(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """The same in words of 32 bits, and of 64 for the products alone: less memory to go through."""
+    """In words of 32 bits, and of 64 for the products alone: less memory to go through."""
     c0, c1, c2, c3 = (c.astype(np.uint32) for c in np.broadcast_arrays(*(c.numpy() for c in counter)))
     k0, k1 = key
     p0, p1 = np.empty(c0.shape, np.uint64), np.empty(c0.shape, np.uint64)
@@ -73,38 +78,70 @@ def _philox_on_cpu(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[T
     return tuple(torch.from_numpy(c.astype(np.int64)) for c in (c0, c1, c2, c3))
 
 
-def _blocks(seed: int, stream: Stream, step: int, index: Tensor, block: Tensor) -> tuple[Tensor, ...]:
-    """Four words of 32 bits, each (B, K), for samples `index` (B,), each in 0 .. 2^56 - 1, and blocks `block` (K,)."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"the seed is {seed}: it must be in 0 .. 2^64 - 1")
+def _counter(stream: Stream, step: int, index: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+    """Four words of 32 bits, broadcast (B, K), for samples `index` (B,) in 0 .. 2^56 - 1 and blocks `block` (K,)."""
     if not 0 <= step < 2**32:
         raise ValueError(f"the step is {step}: it must be in 0 .. 2^32 - 1")
     index = index[:, None]
     high = (index >> 32) & 0xFFFFFF | (int(stream) << 24)
-    counter = (block[None, :], index & _MASK, torch.full_like(index, step), high)
-    return philox(counter, (seed & _MASK, seed >> 32))
+    return block[None, :], index & _MASK, torch.full_like(index, step), high
+
+
+def _key(seed: int) -> tuple[int, int]:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"the seed is {seed}: it must be in 0 .. 2^64 - 1")
+    return seed & _MASK, seed >> 32
 
 
 def uniform(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> Tensor:
     """(B, n) float32, uniform in the open interval (0, 1), for samples `index` (B,) int64, on its device."""
     block = torch.arange(-(-n // 4), device=index.device)
-    words = torch.stack(_blocks(seed, stream, step, index, block), dim=-1).flatten(1)[:, :n]
-    return ((words >> 9).float() + 0.5) * 2.0**-23
+    words = philox(_counter(stream, step, index, block), _key(seed))
+    return ((torch.stack(words, dim=-1).flatten(1)[:, :n] >> 9).float() + 0.5) * 2.0**-23
 
 
 def normal(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> Tensor:
     """(B, n) float32, standard normal (Box and Muller), for samples `index` (B,) int64, on its device."""
-    block = torch.arange(-(-n // 4), device=index.device)
-    out = torch.empty(len(index), len(block), 4, device=index.device)
-    piece = PIECE if index.device.type == "cpu" else max(1, out.numel())
-    tall = max(1, piece // max(1, len(block)))  # samples at a time
+    block, key = torch.arange(-(-n // 4), device=index.device), _key(seed)
+    if index.device.type == "cpu":
+        numbers = _normal_on_cpu(stream, step, index, block, key)
+    else:
+        on_device = _compiled if _compiled is not None else _normal_on_device
+        numbers = on_device(_counter(stream, step, index, block), key)
+    return numbers.flatten(1)[:, :n]
+
+
+def _polar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Radius and angle of two independent normal numbers, from two words of 32 bits."""
+    radius = (-2 * ((a.float() + 0.5) * 2.0**-32).log()).sqrt()
+    return radius, b.float() * (2 * math.pi * 2.0**-32)
+
+
+def _normal_on_cpu(stream: Stream, step: int, index: Tensor, block: Tensor, key: tuple[int, int]) -> Tensor:
+    """(B, K, 4) for samples `index` (B,) and blocks `block` (K,), PIECE of them at a time."""
+    out = torch.empty(len(index), len(block), 4)
+    tall = max(1, PIECE // max(1, len(block)))  # samples at a time
     for part, rows in zip(index.split(tall), out.split(tall), strict=True):
-        for columns, numbers in zip(block.split(piece), rows.split(piece, dim=1), strict=True):
-            words = _blocks(seed, stream, step, part, columns)
+        for columns, numbers in zip(block.split(PIECE), rows.split(PIECE, dim=1), strict=True):
+            words = philox(_counter(stream, step, part, columns), key)
             for i in (0, 2):
-                a, b = words[i].float(), words[i + 1].float()
-                radius = (-2 * ((a + 0.5) * 2.0**-32).log()).sqrt()
-                angle = b * (2 * math.pi * 2.0**-32)
+                radius, angle = _polar(words[i], words[i + 1])
                 torch.mul(radius, angle.cos(), out=numbers[..., i])
                 torch.mul(radius, angle.sin(), out=numbers[..., i + 1])
-    return out.flatten(1)[:, :n]
+    return out
+
+
+def _normal_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
+    """(B, K, 4). Not compiled, each of the ten rounds goes through memory a dozen times."""
+    c0, c1, c2, c3 = _philox_on_device(counter, key)
+    (r0, a0), (r1, a1) = _polar(c0, c1), _polar(c2, c3)
+    return torch.stack([r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()], dim=-1)
+
+
+_compiled: Callable[..., Tensor] | None = None
+
+
+def use_compiler(on: bool) -> None:
+    """Whether `normal` is one kernel on a GPU: the same words, and the same numbers up to rounding."""
+    global _compiled
+    _compiled = torch.compile(_normal_on_device, dynamic=False) if on else None
