@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.turns import Variants, reason, wait
+from benchmarks.turns import Variants, batch, reason, wait
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 GRAPHS = 128  # of one function, before torch.compile gives up on it
@@ -50,8 +50,7 @@ class Training:
 
     def __init__(self, denoiser: nn.Module, args: argparse.Namespace):
         self.denoiser, self.device, self.steps = denoiser.train(), torch.device(args.device), args.steps
-        size = (args.batch_size, 3, args.img_size, args.img_size)
-        self.images, self.labels = torch.randint(256, size, dtype=torch.uint8), torch.randint(args.class_num, size[:1])
+        self.images, self.labels = batch(args.batch_size, args.img_size, args.class_num, args.device == "cuda")
         self.optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def forward(self) -> Tensor:
@@ -117,7 +116,11 @@ def build(args: argparse.Namespace) -> Variants:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as ours
     variants, uses = Variants(device, args.clock), {}
-    own = own_cast(TASKS[args.task](load(args), args), device)
+    try:
+        own = own_cast(TASKS[args.task](load(args), args), device)
+    except torch.OutOfMemoryError as error:
+        variants.failed |= dict.fromkeys(args.variants, reason(error))
+        return variants
     for name, precision in args.variants.items():
         dtype = DTYPES[precision]
         if own not in (None, dtype):

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.common import COMPILE, DTYPES, Compiled, add_model, emit, of_ceilings, parser, speed_ups, start
 from benchmarks.reference import Reference
-from benchmarks.step import setting
+from benchmarks.step import setting, without_memory
 from benchmarks.turns import short
 from sampler import guidance_scale, uniform_grid
 from util.build import DenoiserConfig
@@ -59,9 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     options = found.parse_args(argv)
     device = torch.device(options.device)
     args, _ = setting(options, steps=1)
-    shape = DenoiserConfig.from_args(args)
-    with torch.device("meta"):
-        shapes = shape.build()
+    shape, shapes = DenoiserConfig.from_args(args), without_memory(args)
     labels = [i % options.class_num for i in range(options.batch_size)]
     settings = {
         cfg: Sampling("heun", options.num_sampling_steps, cfg, tuple(options.interval), 0, len(labels))

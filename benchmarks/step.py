@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.common import COMPILE, DTYPES, Compiled, add_model, emit, of_ceilings, parser, speed_ups, start
 from benchmarks.reference import Reference
-from benchmarks.turns import short
+from benchmarks.turns import batch, short
+from denoiser import Denoiser
 from engine_jit import Training, train_one_epoch
 from util import config
 from util.build import DenoiserConfig
@@ -60,11 +61,15 @@ def setting(options: Namespace, steps: int) -> tuple[Namespace, list[tuple[torch
     given |= {"batch_size": options.batch_size, "global_batch": options.batch_size, "accum_iter": 1}
     given |= {"epochs": 10**6, "warmup_epochs": 0.0, "device": options.device}
     given["compile"] = "off"  # Steps compiles, as its variant says
-    size = (options.batch_size, 3, options.img_size, options.img_size)
-    batches = [
-        (torch.randint(256, size, dtype=torch.uint8), torch.randint(options.class_num, size[:1])) for _ in range(steps)
-    ]
+    pinned = options.device == "cuda"  # as the loader of a run has them: the host does not wait for the copy
+    batches = [batch(options.batch_size, options.img_size, options.class_num, pinned) for _ in range(steps)]
     return config.resolve(given, None, training=True), batches
+
+
+def without_memory(args: Namespace) -> Denoiser:
+    """The denoiser, for the arithmetic that follows from its shapes."""
+    with torch.device("meta"):
+        return DenoiserConfig.from_args(args).build()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     options = found.parse_args(argv)
     device = torch.device(options.device)
     args, batches = setting(options, options.steps)
-    with torch.device("meta"):
-        shapes = DenoiserConfig.from_args(args).build()
+    shapes = without_memory(args)
     variants, ceilings = start(options, options.precision)
     about, uses = {}, {}  # name of a variant -> its precision, and how it uses Steps
     for compiled in options.compile:

@@ -122,26 +122,26 @@ def shares(call: Callable[[], object], device: torch.device) -> dict[str, float]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         call()
-    time = "self_device_time_total" if cuda else "self_cpu_time_total"
-    # Kernels are events of their own, beside the operations that have started them and carry their time.
-    operations = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
-    seconds = {e.key: getattr(e, time) for e in operations}
-    of = {
-        name: sum(value for key, value in seconds.items() if any(word in key for word in words))
+    # A kernel is an event of its own, beside the operation that has started it and carries its time.
+    events, time = profiler.key_averages(), "self_device_time_total" if cuda else "self_cpu_time_total"
+    where = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    everything = sum(getattr(e, time) for e in events if e.device_type == where and not (cuda and e.is_user_annotation))
+    operations = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
+    return {
+        name: short(sum(getattr(e, time) for e in operations if any(word in e.key for word in words)) / everything)
         for name, words in (("matrix products", PRODUCTS), ("attention", ATTENTION))
     }
-    return {name: short(value / sum(seconds.values())) for name, value in of.items()}
 
 
 def measure(ours: Steps, options: Namespace) -> dict[str, dict]:
     """For each precision; they take turns."""
     marks, each = Marks(torch.device(options.device), options.clock), {name: [] for name in options.precision}
-    turn = {name: lambda name=name: ours(options.compile, True, DTYPES[name]) for name in options.precision}
-    for call in turn.values():
+    turns = {name: lambda name=name: ours(options.compile, True, DTYPES[name]) for name in options.precision}
+    for call in turns.values():
         call()
     with marked(ours, marks):
         for _ in range(options.repeats):
-            for name, call in turn.items():
+            for name, call in turns.items():
                 marks.clear()
                 marks.around("all", call)()
                 each[name].append(parts(marks, options.steps))
@@ -149,7 +149,7 @@ def measure(ours: Steps, options: Namespace) -> dict[str, dict]:
     for name, found in each.items():
         results[name] = {part: short(statistics.median(turn[part] for turn in found)) for part in found[0]}
         results[name]["all_range"] = spread([turn["all"] for turn in found])
-        results[name]["shares"] = shares(turn[name], marks.device)
+        results[name]["shares"] = shares(turns[name], marks.device)
     return results
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from benchmarks import memory
 
@@ -35,6 +36,13 @@ def spread(values: Sequence[float]) -> list[float]:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def batch(size: int, img_size: int, class_num: int, pinned: bool) -> tuple[Tensor, Tensor]:
+    """Images uint8 (B, 3, H, W) and labels (B,) on the host."""
+    images = torch.randint(256, (size, 3, img_size, img_size), dtype=torch.uint8)
+    labels = torch.randint(class_num, (size,))
+    return (images.pin_memory(), labels.pin_memory()) if pinned else (images, labels)
 
 
 @dataclass(frozen=True)

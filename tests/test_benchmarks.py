@@ -169,6 +169,29 @@ def test_operator(capsys):
     assert low / 5 < share < 5 * high
 
 
+def test_a_line_without_the_variants_that_have_no_memory(monkeypatch, capsys):
+    real = step.Steps.__call__
+
+    def call(self, compiled, spectral_forcing, dtype):
+        if dtype is None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        real(self, compiled, spectral_forcing, dtype)
+
+    monkeypatch.setattr(step.Steps, "__call__", call)
+    for main, bad, good in (
+        (step.main, "{} sf on compile off", "images_per_s"),
+        (sf_operator.main, "step {}", "share_of_operator"),
+    ):
+        results = line(main, [*OF_TINY, "--precision", "fp32", "bf16"], capsys)["results"]
+        assert results[bad.format("fp32")] == {"failed": "CUDA out of memory."}
+        assert good in results[bad.format("bf16")]
+    monkeypatch.setattr(step.Steps, "__init__", lambda *_: call(None, None, None, None))
+    for main in (step.main, sf_operator.main):
+        results = line(main, OF_TINY, capsys)["results"]
+        assert results.pop("ceiling fp32")["seconds"] > 0
+        assert all(value == {"failed": "CUDA out of memory."} for value in results.values())
+
+
 def test_loader_and_evaluate(capsys):
     results = line(loader.main, ["--repeats", "1", "--images", "4", "--img_size", "32"], capsys)["results"]
     assert set(results) == {"digits", "files"} and all(r["images_per_s_and_core"] > 0 for r in results.values())

@@ -181,6 +181,17 @@ def test_autocast_is_not_around_what_casts_by_itself(monkeypatch, task):
     assert set(made[-1].seen) == {("outside", False), ("net", torch.bfloat16)}
 
 
+def test_another_checkout_without_memory(monkeypatch):
+    """For itself, or beside ours: its variants say so, and ours have their turns."""
+
+    def fails(args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(reference_process, "load", fails)
+    variants = reference_process.build(settings())
+    assert variants.turns == {} and variants.failed == dict.fromkeys("ab", "CUDA out of memory.")
+
+
 def test_training_of_another_checkout_moves_weights_averages_and_optimizer():
     denoiser = Small()
     before = [[v.detach().clone() for v in values] for values in (denoiser.parameters(), denoiser.averages)]
