@@ -147,8 +147,8 @@ def measure(ours: Steps, options: Namespace) -> dict[str, dict]:
                 each[name].append(parts(marks, options.steps))
     results = {}
     for name, found in each.items():
-        results[name] = {part: short(statistics.median(turn[part] for turn in found)) for part in found[0]}
-        results[name]["all_range"] = spread([turn["all"] for turn in found])
+        medians = {part: short(statistics.median(turn[part] for turn in found)) for part in found[0]}
+        results[name] = {"milliseconds": medians, "all_range": spread([turn["all"] for turn in found])}
         results[name]["shares"] = shares(turns[name], marks.device)
     return results
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     Variants(device, options.clock)
     args, batches = setting(options, options.steps)
     ours = Steps(args, [options.compile], options.steps, batches, World(device=device))
-    emit("step_parts", options, {"milliseconds": measure(ours, options)})
+    emit("step_parts", options, {"results": measure(ours, options)})
 
 
 if __name__ == "__main__":
