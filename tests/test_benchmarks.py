@@ -17,6 +17,8 @@ from util.flops import forward_flop
 from util.generation import Sampling
 
 CPU = torch.device("cpu")
+WITH_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=WITH_GPU)]
 SMALL = ["--device", "cpu", "--repeats", "2"]
 OF_TINY = [*SMALL, "--model", TINY, "--img_size", "16", "--class_num", "10", "--batch_size", "2"]
 
@@ -88,13 +90,14 @@ def test_a_variant_without_memory_leaves_the_others():
         assert turns.of(name) == {"failed": "CUDA out of memory. Tried."}
 
 
-def test_peaks_are_of_a_variant_alone():
+@pytest.mark.parametrize("device", DEVICES)
+def test_peaks_are_of_a_variant_alone(device):
     """Each has what it shares, and its own use; what others hold is not in it."""
     million = torch.zeros(2**20).nbytes
-    variants = Variants(CPU)
+    variants = Variants(device)
     for name, held in (("a", 16), ("b", 64)):
-        uses = {f"{name} {n}": lambda _, n=n: torch.ones(n, 2**20) for n in (48, 8)}
-        variants.add(lambda held=held: torch.ones(held, 2**20), uses)
+        uses = {f"{name} {n}": lambda _, n=n: torch.ones(n, 2**20, device=device) for n in (48, 8)}
+        variants.add(lambda held=held: torch.ones(held, 2**20, device=device), uses)
     found = {name: peak / million for name, peak in variants.peaks.items()}
     assert found == pytest.approx({"a 48": 64, "a 8": 24, "b 48": 112, "b 8": 72}, abs=4)
 
@@ -286,9 +289,12 @@ def test_shares_of_products():
     assert step_parts.shares(lambda: torch.add(a, b), CPU) == {"matrix products": 0.0, "attention": 0.0}
 
 
-def test_step_parts(capsys):
-    found = line(step_parts.main, [*OF_TINY, "--precision", "fp32", "bf16", "--steps", "2"], capsys)["results"]
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_parts(capsys, device):
+    argv = [*OF_TINY, "--precision", "fp32", "bf16", "--steps", "2", "--device", device.type]
+    found = line(step_parts.main, argv, capsys)["results"]
     assert set(found) == {"fp32", "bf16"}
     for result in found.values():
         assert set(step_parts.PARTS) | {"all", "rest"} == set(result["milliseconds"])
         assert 0 < result["shares"]["matrix products"] < 1
+        assert result["milliseconds"]["rest"] > 0

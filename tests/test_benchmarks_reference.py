@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks import reference_process, sampler, step
 from benchmarks.reference import DEFAULTS, Reference
 from benchmarks.turns import Variants
+from tests.test_benchmarks import DEVICES
 
 OTHER = Path(__file__).parent / "reference_checkout"
 CPU = torch.device("cpu")
@@ -113,8 +114,9 @@ def test_a_folder_that_is_no_checkout(tmp_path):
         Reference(options(tmp_path), "step", {}, decorators=False)
 
 
-def test_step_and_sampler_beside_another_checkout(capsys):
-    common = ["--device", "cpu", "--repeats", "2", "--reference", str(OTHER), "--model", "JiT-Demo/8"]
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_and_sampler_beside_another_checkout(capsys, device):
+    common = ["--device", device.type, "--repeats", "2", "--reference", str(OTHER), "--model", "JiT-Demo/8"]
     common += ["--batch_size", "1", "--class_num", "10", "--precision", "fp32", "bf16"]
     for main, more in ((step.main, ["--sf", "on"]), (sampler.main, ["--num_sampling_steps", "1"])):
         capsys.readouterr()
