@@ -5,6 +5,7 @@
 #   make test      the tests          make lint      ruff and shellcheck
 #   make test-cluster                 two hosts and a SLURM on this machine; as root on Debian or Ubuntu
 #   make bench     the benchmarks, in small: one JSON line each (docs/performance.md)
+#   make bench-gpu MINUTES=9          those that need a GPU, in as many calls as it takes: benchmarks/results/
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
 #   make evaluate-cifar10 RUN=DIR     reference statistics and a small sweep of a CIFAR-10 run
 
@@ -16,7 +17,7 @@ READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 UV     := uv==0.13.8
 
-.PHONY: help setup demo bench test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
+.PHONY: help setup demo bench bench-gpu test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,8 +66,11 @@ test-cluster: $(READY_DEV)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m cluster
 
 bench: setup
-	@for name in step sampler sf_operator loader evaluate startup; do \
+	@for name in step step_parts sampler sf_operator loader evaluate startup; do \
 	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.$$name || exit; done
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.on_gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

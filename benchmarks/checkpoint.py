@@ -32,13 +32,13 @@ def state(model: str, device: torch.device) -> dict:
     return dict(zip(names, zeros, strict=True))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="JiT-B/16")
     parser.add_argument("--saves", type=int, default=4, help="after the first one")
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     content = state(args.model, torch.device(args.device))
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         writer = CheckpointWriter(Path(folder), keep_last=2, last_step=None)

@@ -1,31 +1,25 @@
-"""What the benchmarks share: variants that take turns, the ceiling of the same run, one JSON line.
+"""What the benchmarks share: flags, the ceiling of the same run, one JSON line.
 
-A machine that others use is slow for one variant and fast for the next. So the variants take turns (A B C, A B C, ...),
-a ratio is that of two neighbours, and what is reported is the median with the range. The ceiling is a product of two
-large matrices, which takes its turn as well: "of_ceiling" is the share of it that useful arithmetic reaches
-(util/flops.py).
+The ceiling is a product of two large matrices, which takes its turn as other variants do (turns.py): "of_ceiling" is
+the share of it that useful arithmetic reaches (util/flops.py).
 """
 
 import argparse
-import gc
 import json
 import os
-import resource
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks.turns import CLOCKS, Turns, Variants, short
+from denoiser import Denoiser
 from util import provenance
-from util.acceleration import use_tf32
+from util.acceleration import compile_network, use_tf32
 from util.cpu_layers import from_onednn, product
 
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # name of a precision -> type of the autocast
-Call = Callable[[], object]
+COMPILE = ("off", "block", "model")
 
 
 def parser(doc: str, repeats: int, device: bool = True, clock: bool = True) -> argparse.ArgumentParser:
@@ -55,54 +49,6 @@ def add_model(found: argparse.ArgumentParser, model: str = "JiT-Ti/4", img_size:
     found.add_argument("--precision", nargs="+", default=["fp32"], choices=DTYPES)
 
 
-@dataclass(frozen=True)
-class Turns:
-    """Seconds of each turn of each variant, after a warm-up."""
-
-    seconds: Mapping[str, Sequence[float]]
-
-    def median(self, name: str) -> float:
-        return statistics.median(self.seconds[name])
-
-    def of(self, name: str) -> dict[str, Any]:
-        return {"seconds": short(self.median(name)), "seconds_range": spread(self.seconds[name])}
-
-    def ratio(self, over: str, under: str) -> dict[str, Any]:
-        """Time of one variant in units of another's, turn by turn."""
-        each = [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
-        return {"median": short(statistics.median(each)), "range": spread(each)}
-
-    def share(self, name: str, flop: float, ceiling: str, ceiling_flop: float) -> dict[str, Any]:
-        """Arithmetic per second of a variant in units of the ceiling's, turn by turn."""
-        pairs = zip(self.seconds[name], self.seconds[ceiling], strict=True)
-        each = [flop / a * b / ceiling_flop for a, b in pairs]
-        return {"median": short(statistics.median(each)), "range": spread(each)}
-
-
-def take_turns(variants: Mapping[str, Call], repeats: int, device: torch.device, clock: str = "wall") -> Turns:
-    """Call the variants in turns, `repeats` times each, after one call each that does not count."""
-    use_tf32(device)
-    if clock != "wall" and device.type != "cpu":
-        raise SystemExit("--clock process says nothing about a GPU")
-    now, seconds = CLOCKS[clock], {name: [] for name in variants}
-    for call in variants.values():
-        call()
-    gc.collect()
-    for _ in range(repeats):
-        for name, call in variants.items():
-            wait(device)
-            start = now()
-            call()
-            wait(device)
-            seconds[name].append(now() - start)
-    return Turns(seconds)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Ceiling:
     """Products of two square matrices: `calls` of them a turn, `flop` operations in all."""
 
@@ -122,20 +68,46 @@ class Ceiling:
         return {**self.about, "gflop_per_s": short(self.flop / seconds / 1e9)}
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Largest use so far, in GB: of the GPU's memory, or of the process as a whole."""
-    if device.type == "cuda":
-        return {"peak_gb_gpu": short(torch.cuda.max_memory_allocated(device) / 1e9)}
-    return {"peak_gb_process": short(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)}
+def start(options: argparse.Namespace, precisions: Sequence[str]) -> tuple[Variants, dict[str, Ceiling]]:
+    """The variants of a benchmark, with a ceiling for each precision; of both the names of precisions as given."""
+    device = torch.device(options.device)
+    use_tf32(device)
+    variants = Variants(device, options.clock)
+    ceilings = {
+        name: variants.add(lambda name=name: Ceiling(device, DTYPES[name]), {f"ceiling {name}": Ceiling.__call__})
+        for name in precisions
+    }
+    return variants, ceilings
 
 
-def short(value: float) -> float:
-    """Four digits."""
-    return float(f"{value:.4g}")
+def of_ceilings(turns: Turns, ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
+    """What is reported on them."""
+    keys = {f"ceiling {name}": ceiling for name, ceiling in ceilings.items()}
+    return {key: turns.of(key) | ceiling.report(turns.median(key)) for key, ceiling in keys.items()}
 
 
-def spread(values: Sequence[float]) -> list[float]:
-    return [short(min(values)), short(max(values))]
+def speed_ups(turns: Turns, key: str, references: Mapping[str, str]) -> dict[str, Any]:
+    """Of a variant over those of another checkout that there are; name of a precision -> name of the variant."""
+    there = {name: other for name, other in references.items() if other in turns.seconds}
+    return {f"speed_up over {name}": turns.ratio(other, key) for name, other in there.items()}
+
+
+class Compiled:
+    """The ways to compile one denoiser, which share its weights: `use` changes from one to another."""
+
+    def __init__(self, denoiser: Denoiser, modes: Sequence[str]):
+        self.modules, self.calls = list(denoiser.modules()), {}
+        for mode in modes:
+            compile_network(denoiser, mode)
+            self.calls[mode] = [module._compiled_call_impl for module in self.modules]  # None where it is not compiled
+            self._set([None] * len(self.modules))
+
+    def use(self, mode: str) -> None:
+        self._set(self.calls[mode])
+
+    def _set(self, calls: list) -> None:
+        for module, call in zip(self.modules, calls, strict=True):
+            module._compiled_call_impl = call
 
 
 def emit(benchmark: str, args: argparse.Namespace, content: Mapping[str, Any]) -> None:

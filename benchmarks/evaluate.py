@@ -7,7 +7,9 @@
 
 import torch
 
-from benchmarks.common import DTYPES, add_model, emit, parser, peak_memory, short
+from benchmarks import memory
+from benchmarks.common import COMPILE, DTYPES, add_model, emit, parser
+from benchmarks.turns import short, spread
 from engine_jit import evaluate
 from util import config
 from util.acceleration import compile_network, use_tf32
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     found.add_argument("--num_images", type=int, default=100)
     found.add_argument("--num_sampling_steps", type=int, default=5)
     found.add_argument("--cfg", type=float, default=2.9)
-    found.add_argument("--compile", default="off", choices=("off", "block", "model"))
+    found.add_argument("--compile", default="off", choices=COMPILE)
     found.set_defaults(class_num=10)
     options = found.parse_args(argv)
     device = torch.device(options.device)
@@ -39,23 +41,24 @@ def main(argv: list[str] | None = None) -> None:
     shape, world = DenoiserConfig.from_args(args), World(device=device)
     suite, results = build_suite(args, world, args.num_images), {}
     for name in options.precision:
+        before = memory.held(device)
         denoiser = shape.build(DTYPES[name]).to(device).eval()
         compile_network(denoiser, options.compile)
         with torch.no_grad():  # fresh weights make grey images, which no metric is defined for
             for parameter in denoiser.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-        reports = [
-            evaluate(
-                denoiser, Sampling.from_args(args), args.num_images, shape.image_shape, args.class_num, suite, world
-            )
-            for _ in range(options.repeats + 1)
-        ][1:]
-        totals = sorted(sum(report["seconds"].values()) for report in reports)
-        middle = totals[len(totals) // 2]
-        part = next(r for r in reports if sum(r["seconds"].values()) == middle)["seconds"]
-        results[name] = {"seconds": short(middle), "seconds_range": [short(totals[0]), short(totals[-1])]}
-        results[name] |= {"images_per_s": short(args.num_images / middle), "seconds_of_parts": part}
-    emit("evaluate", options, {"results": results, **peak_memory(device)})
+
+        def once(denoiser=denoiser) -> dict:
+            how = Sampling.from_args(args)
+            return evaluate(denoiser, how, args.num_images, shape.image_shape, args.class_num, suite, world)
+
+        peak = memory.peak(once, device) - before  # with what the metrics keep and the network that they use
+        parts = sorted((once()["seconds"] for _ in range(options.repeats)), key=lambda of: sum(of.values()))
+        totals, middle = [sum(of.values()) for of in parts], len(parts) // 2
+        results[name] = {"seconds": short(totals[middle]), "seconds_range": spread(totals)}
+        results[name] |= {"images_per_s": short(args.num_images / totals[middle]), "peak_gb": short(peak / 1e9)}
+        results[name] |= {"seconds_of_parts": parts[middle]}
+    emit("evaluate", options, {"results": results})
 
 
 if __name__ == "__main__":

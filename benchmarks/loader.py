@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import emit, parser, short, take_turns
+from benchmarks.common import emit, parser
+from benchmarks.turns import Variants, short
 from util.data import DATASETS, build_dataset
 
 IMAGES = 16  # that are generated
@@ -30,6 +31,11 @@ def generate(folder: Path) -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / "train" / "a" / f"{i}.jpg", quality=90)
 
 
+def order(images: int, turn: int) -> list[int]:
+    """Which images a turn reads."""
+    return np.random.default_rng(0).integers(0, images, turn).tolist()
+
+
 def main(argv: list[str] | None = None) -> None:
     found = parser(__doc__, repeats=5, device=False)
     found.add_argument("--sources", nargs="+", default=["digits", "files"], choices=(*DATASETS, "files"))
@@ -38,17 +44,18 @@ def main(argv: list[str] | None = None) -> None:
     found.add_argument("--images", type=int, default=64, help="images of a turn")
     options = found.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        variants, sizes = {}, {}
+        variants, sizes = Variants(torch.device("cpu"), options.clock), {}
         for source in options.sources:
             path, name = options.data_path, source
             if source == "files":
                 path, name = folder, "imagefolder"
                 generate(Path(folder))
             sizes[source] = options.img_size or (256 if name == "imagefolder" else 32)
-            images = build_dataset(name, path, sizes[source])
-            order = np.random.default_rng(0).integers(0, len(images), options.images).tolist()
-            variants[source] = lambda images=images, order=order: torch.stack([images[i][0] for i in order])
-        turns = take_turns(variants, options.repeats, torch.device("cpu"), options.clock)
+            variants.add(
+                lambda name=name, path=path, source=source: build_dataset(name, path, sizes[source]),
+                {source: lambda images: torch.stack([images[i][0] for i in order(len(images), options.images)])},
+            )
+        turns = variants.take_turns(options.repeats)
     results = {}
     for source in options.sources:
         rate = short(options.images / turns.median(source))

@@ -8,15 +8,17 @@ What runs is util.generation.generate, from the starting noise on the CPU to 8-b
 counts the forward passes that the interval leaves: two for each image within it, one outside.
 """
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from benchmarks import reference
-from benchmarks.common import DTYPES, Ceiling, add_model, emit, parser, peak_memory, short, take_turns
-from benchmarks.step import setting
+from benchmarks.common import COMPILE, DTYPES, Compiled, add_model, emit, of_ceilings, parser, speed_ups, start
+from benchmarks.reference import Reference
+from benchmarks.step import setting, without_memory
+from benchmarks.turns import short
 from sampler import guidance_scale, uniform_grid
-from util.acceleration import compile_network
 from util.build import DenoiserConfig
 from util.distributed import World
 from util.flops import forward_flop
@@ -30,74 +32,73 @@ def forward_passes(sampling: Sampling) -> int:
     return sum(1 + int(guidance_scale(t, sampling.cfg, *sampling.interval) != 1) for t in stages)
 
 
+class Batch:
+    """Our sampling: one batch at each call, with the same weights in whatever way."""
+
+    def __init__(self, shape: DenoiserConfig, compiled: Sequence[str], labels: list[int], world: World):
+        self.denoiser = shape.build().to(world.device)
+        self.compiled = Compiled(self.denoiser, compiled)
+        self.shape, self.labels, self.world = shape, labels, world
+
+    def __call__(self, compiled: str, sampling: Sampling, dtype: torch.dtype | None) -> None:
+        self.compiled.use(compiled)
+        self.denoiser.autocast_dtype = dtype
+        shape = self.shape
+        for _ in generate(self.denoiser, sampling, self.labels, shape.image_shape, shape.null_class, self.world):
+            pass
+
+
 def main(argv: list[str] | None = None) -> None:
     found = parser(__doc__, repeats=5)
     add_model(found)
     found.add_argument("--num_sampling_steps", type=int, default=5)
     found.add_argument("--cfg", type=float, nargs="+", default=[2.9], help="1 is no guidance")
     found.add_argument("--interval", type=float, nargs=2, default=[0.1, 1.0])
-    found.add_argument("--compile", nargs="+", default=["off"], choices=("off", "block", "model"))
+    found.add_argument("--compile", nargs="+", default=["off"], choices=COMPILE)
     found.add_argument("--reference", type=Path, metavar="DIR", help="another checkout of the JiT family")
     options = found.parse_args(argv)
     device = torch.device(options.device)
     args, _ = setting(options, steps=1)
-    shape = DenoiserConfig.from_args(args)
+    shape, shapes = DenoiserConfig.from_args(args), without_memory(args)
     labels = [i % options.class_num for i in range(options.batch_size)]
-    variants, about = {}, {}
-    for name in options.precision:
-        variants[f"ceiling {name}"] = about[f"ceiling {name}"] = Ceiling(device, DTYPES[name])
-
-    def ours(denoiser, sampling: Sampling, dtype: torch.dtype | None) -> None:
-        denoiser.autocast_dtype = dtype
-        for _ in generate(denoiser, sampling, labels, shape.image_shape, shape.null_class, World(device=device)):
-            pass
-
-    def theirs(denoiser, dtype: torch.dtype | None) -> None:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            denoiser.eval().generate(torch.tensor(labels, device=device))
-
     settings = {
         cfg: Sampling("heun", options.num_sampling_steps, cfg, tuple(options.interval), 0, len(labels))
         for cfg in options.cfg
     }
+    variants, ceilings = start(options, options.precision)
+    about, uses = {}, {}  # name of a variant -> its precision and guidance, and how it uses Batch
     for compiled in options.compile:
-        denoiser = shape.build().to(device)
-        compile_network(denoiser, compiled)
         for name in options.precision:
             for cfg, sampling in settings.items():
                 key = f"{name} cfg {cfg:g} compile {compiled}"
-                variants[key] = lambda d=denoiser, s=sampling, name=name: ours(d, s, DTYPES[name])
                 about[key] = name, cfg
-    if options.reference:
-        for cfg in options.cfg:
+                uses[key] = lambda ours, way=(compiled, sampling, DTYPES[name]): ours(*way)
+    variants.add(lambda: Batch(shape, options.compile, labels, World(device=device)), uses)
+    with ExitStack() as stack:
+        for cfg in options.cfg if options.reference else []:
+            theirs = {f"{name} cfg {cfg:g} reference": name for name in options.precision}
             flags = {"num_sampling_steps": options.num_sampling_steps, "cfg": cfg}
             flags |= {"interval_min": options.interval[0], "interval_max": options.interval[1]}
-            other = reference.load(
-                options.reference, options.model, options.img_size, options.class_num, device, **flags
-            )
-            for name in options.precision:
-                key = f"{name} cfg {cfg:g} reference"
-                variants[key] = lambda d=other, name=name: theirs(d, DTYPES[name])
-                about[key] = name, cfg
-    turns = take_turns(variants, options.repeats, device, options.clock)
-    results = {}
-    for key, what in about.items():
+            other = Reference(options, "sampler", theirs, device.type == "cuda", **flags)
+            stack.enter_context(other).join(variants)
+            about |= {key: (name, cfg) for key, name in theirs.items()}
+        turns = variants.take_turns(options.repeats)
+
+    results = of_ceilings(turns, ceilings)
+    for key, (name, cfg) in about.items():
         results[key] = turns.of(key)
-        if isinstance(what, Ceiling):
-            results[key] |= what.report(turns.median(key))
+        if key in turns.failed:
             continue
-        name, cfg = what
         results[key]["images_per_s"] = short(len(labels) / turns.median(key))
         if not key.endswith("reference"):
             passes = forward_passes(settings[cfg])
-            flop = forward_flop(denoiser.net) * len(labels) * passes
+            flop = forward_flop(shapes.net) * len(labels) * passes
             results[key] |= {"forward_passes": passes}
-            results[key]["of_ceiling"] = turns.share(key, flop, f"ceiling {name}", about[f"ceiling {name}"].flop)
-            if options.reference:
-                for other in options.precision:
-                    results[key][f"speed_up over {other}"] = turns.ratio(f"{other} cfg {cfg:g} reference", key)
-    content = {"gflop_per_pass": short(forward_flop(denoiser.net) / 1e9)}
-    emit("sampler", options, {**content, "results": results, **peak_memory(device)})
+            results[key]["of_ceiling"] = turns.share(key, flop, f"ceiling {name}", ceilings[name].flop)
+            others = {other: f"{other} cfg {cfg:g} reference" for other in options.precision}
+            results[key] |= speed_ups(turns, key, others)
+    content = {"gflop_per_pass": short(forward_flop(shapes.net) / 1e9)}
+    emit("sampler", options, {**content, "results": results})
 
 
 if __name__ == "__main__":

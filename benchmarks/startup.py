@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import Turns, emit, parser
+from benchmarks.common import emit, parser
+from benchmarks.turns import Turns
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = ["--dataset", "digits", "--model", "JiT-Demo/8", "--batch_size", "64"]

@@ -1,4 +1,4 @@
-"""A step of training: images per second, share of the ceiling, peak memory; one JSON line for each model.
+"""A step of training: images per second, share of the ceiling, peak memory; one JSON line.
 
     python -m benchmarks.step                                                          in small, on a CPU
     python -m benchmarks.step --model JiT-B/32 --img_size 256 --batch_size 4 --precision fp32 bf16
@@ -10,16 +10,19 @@ backward pass, optimizer, both averages. On a GPU a turn ends with the wait that
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from benchmarks import reference
-from benchmarks.common import DTYPES, Ceiling, add_model, emit, parser, peak_memory, short, take_turns
+from benchmarks.common import COMPILE, DTYPES, Compiled, add_model, emit, of_ceilings, parser, speed_ups, start
+from benchmarks.reference import Reference
+from benchmarks.turns import batch, short
+from denoiser import Denoiser
 from engine_jit import Training, train_one_epoch
 from util import config
-from util.acceleration import compile_network
 from util.build import DenoiserConfig
 from util.distributed import World
 from util.flops import operator_flop, training_flop
@@ -31,17 +34,18 @@ LR = 1e-4
 
 
 class Steps:
-    """Our training: an epoch of `steps` steps at each call."""
+    """Our training: an epoch of `steps` steps at each call, of the same weights in whatever way."""
 
-    def __init__(self, args, compiled: str, steps: int, batches: list, world: World):
+    def __init__(self, args, compiled: Sequence[str], steps: int, batches: list, world: World):
         shape = DenoiserConfig.from_args(args)
         self.training: Training = build_training(args, shape, None, None, world)[0]
         self.operator = self.training.denoiser.spectral_forcing
-        compile_network(self.training.denoiser, compiled)
+        self.compiled = Compiled(self.training.denoiser, compiled)
         self.recipe = build_recipe(args, steps, shape, world)
         self.batches, self.world, self.epoch = batches, world, 0
 
-    def __call__(self, spectral_forcing: bool, dtype: torch.dtype | None) -> None:
+    def __call__(self, compiled: str, spectral_forcing: bool, dtype: torch.dtype | None) -> None:
+        self.compiled.use(compiled)
         self.training.denoiser.spectral_forcing = self.operator if spectral_forcing else None
         self.training.denoiser.autocast_dtype = dtype
         first = self.epoch * self.recipe.steps_per_epoch
@@ -57,60 +61,62 @@ def setting(options: Namespace, steps: int) -> tuple[Namespace, list[tuple[torch
     given |= {"batch_size": options.batch_size, "global_batch": options.batch_size, "accum_iter": 1}
     given |= {"epochs": 10**6, "warmup_epochs": 0.0, "device": options.device}
     given["compile"] = "off"  # Steps compiles, as its variant says
-    size = (options.batch_size, 3, options.img_size, options.img_size)
-    batches = [
-        (torch.randint(256, size, dtype=torch.uint8), torch.randint(options.class_num, size[:1])) for _ in range(steps)
-    ]
+    pinned = options.device == "cuda"  # as the loader of a run has them: the host does not wait for the copy
+    batches = [batch(options.batch_size, options.img_size, options.class_num, pinned) for _ in range(steps)]
     return config.resolve(given, None, training=True), batches
+
+
+def without_memory(args: Namespace) -> Denoiser:
+    """The denoiser, for the arithmetic that follows from its shapes."""
+    with torch.device("meta"):
+        return DenoiserConfig.from_args(args).build()
 
 
 def main(argv: list[str] | None = None) -> None:
     found = parser(__doc__, repeats=5)
     add_model(found)
     found.add_argument("--steps", type=int, default=1, help="steps of a turn")
-    found.add_argument("--compile", nargs="+", default=["off"], choices=("off", "block", "model"))
+    found.add_argument("--compile", nargs="+", default=["off"], choices=COMPILE)
     found.add_argument("--sf", nargs="+", default=["on", "off"], choices=("on", "off"), help="Spectral Forcing")
     found.add_argument("--reference", type=Path, metavar="DIR", help="another checkout of the JiT family")
     options = found.parse_args(argv)
     device = torch.device(options.device)
     args, batches = setting(options, options.steps)
-    variants, about = {}, {}
-    for name in options.precision:
-        ceiling = Ceiling(device, DTYPES[name])
-        variants[f"ceiling {name}"], about[f"ceiling {name}"] = ceiling, ceiling
+    shapes = without_memory(args)
+    variants, ceilings = start(options, options.precision)
+    about, uses = {}, {}  # name of a variant -> its precision, and how it uses Steps
     for compiled in options.compile:
-        ours = Steps(args, compiled, options.steps, batches, World(device=device))
         for name in options.precision:
             for sf in options.sf:
                 key = f"{name} sf {sf} compile {compiled}"
-                variants[key] = lambda ours=ours, sf=sf, name=name: ours(sf == "on", DTYPES[name])
                 about[key] = name
-    if options.reference:
-        for name in options.precision:
-            other = reference.load(options.reference, options.model, options.img_size, options.class_num, device)
-            steps = reference.Steps(other, device, DTYPES[name], LR)
-            key = f"{name} reference"
-            variants[key], about[key] = lambda steps=steps: [steps(*batch) for batch in batches], name
-    turns = take_turns(variants, options.repeats, device, options.clock)
+                uses[key] = lambda ours, way=(compiled, sf == "on", DTYPES[name]): ours(*way)
+    variants.add(lambda: Steps(args, options.compile, options.steps, batches, World(device=device)), uses)
+    with ExitStack() as stack:
+        if options.reference:
+            theirs = {f"{name} reference": name for name in options.precision}
+            decorators = device.type == "cuda"
+            other = Reference(options, "step", theirs, decorators, steps=options.steps, lr=LR)
+            stack.enter_context(other).join(variants)
+            about |= theirs
+        turns = variants.take_turns(options.repeats)
 
-    net, images = ours.training.denoiser.net, options.batch_size * options.steps
-    flop = training_flop(net) * images
-    results = {}
+    images = options.batch_size * options.steps
+    flop = training_flop(shapes.net) * images
+    results = of_ceilings(turns, ceilings)
     for key, name in about.items():
         results[key] = turns.of(key)
-        if isinstance(name, Ceiling):
-            results[key] |= name.report(turns.median(key))
+        if key in turns.failed:
             continue
         results[key]["images_per_s"] = short(images / turns.median(key))
-        results[key]["of_ceiling"] = turns.share(key, flop, f"ceiling {name}", about[f"ceiling {name}"].flop)
-        if options.reference and "reference" not in key:
-            for other in options.precision:
-                results[key][f"speed_up over {other}"] = turns.ratio(f"{other} reference", key)
+        results[key]["of_ceiling"] = turns.share(key, flop, f"ceiling {name}", ceilings[name].flop)
+        if "reference" not in key:
+            results[key] |= speed_ups(turns, key, {name: f"{name} reference" for name in options.precision})
     content = {
-        "gflop_per_image": short(training_flop(net) / 1e9),
-        "gflop_operator": short(operator_flop(ours.operator) / 1e9),
+        "gflop_per_image": short(training_flop(shapes.net) / 1e9),
+        "gflop_operator": short(operator_flop(shapes.spectral_forcing) / 1e9),
     }
-    emit("step", options, {**content, "results": results, **peak_memory(device)})
+    emit("step", options, {**content, "results": results})
 
 
 if __name__ == "__main__":
