@@ -57,8 +57,7 @@ def load_denoiser(args: Namespace, saved: ckpt.Checkpoint, world: World) -> tupl
         when = f"step {saved.run['step']}, in epoch {saved.epoch + 2}" if saved.at else f"epoch {saved.epoch + 1}"
         print(f"{saved.path}: {when}, {args.ema}, {args.model} at {args.img_size} px")
         print(f"Spectral Forcing {shape.describe_operator()}: {saved.sf_source}")
-    if args.pad_swiglu:
-        pad_swiglu(denoiser)
+    pad_swiglu(denoiser, args.pad_swiglu)
     if args.evaluate_gen:  # a few samples are there before a compiler is
         compile_network(denoiser, resolve(args.compile, world.device))
     return denoiser.to(world.device).eval(), shape

@@ -7,19 +7,20 @@ the share of it that useful arithmetic reaches (util/flops.py).
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.turns import CLOCKS, Turns, Variants, short
 from denoiser import Denoiser
-from util import provenance
-from util.acceleration import compile_network, use_tf32
+from util import provenance, rng
+from util.acceleration import compile_network, pad_swiglu, use_tf32
 from util.cpu_layers import from_onednn, product
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # name of a precision -> type of the autocast
 COMPILE = ("off", "block", "model")
+ON = {"off": False, "on": True}
 
 
 def parser(doc: str, repeats: int, device: bool = True, clock: bool = True) -> argparse.ArgumentParser:
@@ -47,6 +48,19 @@ def add_model(found: argparse.ArgumentParser, model: str = "JiT-Ti/4", img_size:
     found.add_argument("--class_num", type=int, default=1000)
     found.add_argument("--batch_size", type=int, default=batch)
     found.add_argument("--precision", nargs="+", default=["fp32"], choices=DTYPES)
+
+
+def add_ways(found: argparse.ArgumentParser) -> None:
+    """Flags of `Ways`."""
+    found.add_argument("--compile", nargs="+", default=["off"], choices=COMPILE)
+    found.add_argument("--pad_swiglu", nargs="+", default=["off"], choices=ON)
+
+
+def ways(options: argparse.Namespace) -> Iterator[tuple[str, tuple[str, bool]]]:
+    """Name of each, and what `Ways.use` takes."""
+    for mode in options.compile:
+        for padded in options.pad_swiglu:
+            yield f"compile {mode}{' padded' if ON[padded] else ''}", (mode, ON[padded])
 
 
 class Ceiling:
@@ -92,18 +106,20 @@ def speed_ups(turns: Turns, key: str, references: Mapping[str, str]) -> dict[str
     return {f"speed_up over {name}": turns.ratio(other, key) for name, other in there.items()}
 
 
-class Compiled:
-    """The ways to compile one denoiser, which share its weights: `use` changes from one to another."""
+class Ways:
+    """The ways to compute one denoiser, which share its weights: `use` changes from one to another."""
 
     def __init__(self, denoiser: Denoiser, modes: Sequence[str]):
-        self.modules, self.calls = list(denoiser.modules()), {}
+        self.denoiser, self.modules, self.calls = denoiser, list(denoiser.modules()), {}
         for mode in modes:
             compile_network(denoiser, mode)
             self.calls[mode] = [module._compiled_call_impl for module in self.modules]  # None where it is not compiled
             self._set([None] * len(self.modules))
 
-    def use(self, mode: str) -> None:
+    def use(self, mode: str, padded: bool) -> None:
         self._set(self.calls[mode])
+        rng.use_compiler(mode != "off")
+        pad_swiglu(self.denoiser, padded)
 
     def _set(self, calls: list) -> None:
         for module, call in zip(self.modules, calls, strict=True):

@@ -46,19 +46,19 @@ class Measurement:
 IN_FP32 = "--img_size 256 --batch_size 128"
 IN_BF16 = f"{IN_FP32} --precision bf16"
 TRAIN = f"{IN_BF16} --sf on"
-SAMPLE = (
-    "--img_size 256 --batch_size 64 --precision bf16 --num_sampling_steps 50 --cfg 2.9 --interval 0.1 1.0 --repeats 3"
-)
+SMALL = "--batch_size 64 --batches 2 --precision bf16 --num_sampling_steps 50 --repeats 3"
+SAMPLE = f"--img_size 256 {SMALL} --cfg 2.9 --interval 0.1 1.0"
+PAD = "--pad_swiglu off on"
 BESIDE = "--compile block --reference tests/reference_checkout"
 PLAN = (  # the most important first
     Measurement("train B/16", 4, f"step --model JiT-B/16 {TRAIN} --steps 10 --compile off block"),
-    Measurement("train 700M", 6, f"step --model JiT-700M {TRAIN} --steps 5 --repeats 3 --compile off block"),
+    Measurement("train 700M", 6, f"step --model JiT-700M {TRAIN} --steps 5 --repeats 3 --compile block {PAD}"),
     Measurement("operator 700M", 3, f"sf_operator --model JiT-700M {IN_BF16} --calls 20 --compile block"),
-    Measurement("sample B/16", 5, f"sampler --model JiT-B/16 {SAMPLE} --compile off block"),
+    Measurement("sample B/16", 6, f"sampler --model JiT-B/16 {SAMPLE} --compile off block --cuda_graph off on"),
     Measurement("train B/16 beside the stand-in", 6, f"step --model JiT-B/16 {TRAIN} --steps 10 {BESIDE}"),
     Measurement("operator B/16", 3, f"sf_operator --model JiT-B/16 {IN_BF16} --calls 20 --compile block"),
     Measurement("parts B/16", 3, f"step_parts --model JiT-B/16 {IN_BF16} --steps 10 --compile block"),
-    Measurement("sample 700M", 7, f"sampler --model JiT-700M {SAMPLE} --compile off block"),
+    Measurement("sample 700M", 7, f"sampler --model JiT-700M {SAMPLE} --compile block {PAD}"),
     Measurement("checkpoint B/16", 3, "checkpoint --model JiT-B/16"),
     Measurement("train B/32", 4, f"step --model JiT-B/32 {TRAIN} --steps 10 --compile off block"),
     Measurement("operator B/32", 3, f"sf_operator --model JiT-B/32 {IN_BF16} --calls 20 --compile block"),
@@ -68,6 +68,8 @@ PLAN = (  # the most important first
     Measurement("checkpoint 700M", 4, "checkpoint --model JiT-700M"),
     Measurement("train B/16, sf off", 4, f"step --model JiT-B/16 {IN_BF16} --steps 10 --sf on off --compile block"),
     Measurement("train B/16, float32", 5, f"step --model JiT-B/16 {IN_FP32} --steps 5 --sf on --compile block"),
+    Measurement("train 700M, plain", 6, f"step --model JiT-700M {TRAIN} --steps 5 --repeats 3 {PAD}"),
+    Measurement("sample Ti/4", 4, f"sampler --model JiT-Ti/4 {SMALL} --compile off block --cuda_graph off on"),
     Measurement("train B/16, one graph", 8, f"step --model JiT-B/16 {TRAIN} --steps 10 --compile block model"),
 )
 

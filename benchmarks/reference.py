@@ -27,7 +27,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULTS = {
     **{"attn_dropout": 0.0, "proj_dropout": 0.0, "label_drop_prob": 0.1, "P_mean": -0.8, "P_std": 0.8, "t_eps": 0.05},
     **{"noise_scale": 1.0, "ema_decay1": 0.9999, "ema_decay2": 0.9996, "pred_param": "x"},
-    **{"sampling_method": "heun", "num_sampling_steps": 50, "cfg": 2.9, "interval_min": 0.1, "interval_max": 1.0},
+    **{
+        "batches": 1,
+        "sampling_method": "heun",
+        "num_sampling_steps": 50,
+        "cfg": 2.9,
+        "interval_min": 0.1,
+        "interval_max": 1.0,
+    },
 }
 
 
@@ -35,7 +42,7 @@ class Reference:
     """Variants of the checkout in options.reference, name -> precision; a context, which ends the process.
 
     Args:
-        task: "step", with `steps` and `lr` in `flags`, or "sampler", with flags of sampling as the checkout has them.
+        task: "step", with `steps` and `lr` in `flags`, or "sampler", with `batches` and its flags of sampling.
         decorators: whether its decorators of torch.compile stay.
     """
 

@@ -70,18 +70,19 @@ class Training:
 
 
 class Sampling:
-    """A turn is one batch."""
+    """A turn is `batches` batches."""
 
     def __init__(self, denoiser: nn.Module, args: argparse.Namespace):
-        self.denoiser = denoiser.eval()
+        self.denoiser, self.batches = denoiser.eval(), args.batches
         self.labels = torch.arange(args.batch_size, device=args.device) % args.class_num
 
     def forward(self) -> Tensor:
         return self.denoiser.generate(self.labels)
 
     def __call__(self, autocast: torch.autocast) -> None:
-        with autocast:
-            self.forward()
+        for _ in range(self.batches):
+            with autocast:
+                self.forward()
 
 
 TASKS = {"step": Training, "sampler": Sampling}

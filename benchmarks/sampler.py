@@ -10,11 +10,25 @@ counts the forward passes that the interval leaves: two for each image within it
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import COMPILE, DTYPES, Compiled, add_model, emit, of_ceilings, parser, speed_ups, start
+from benchmarks.common import (
+    DTYPES,
+    ON,
+    Ways,
+    add_model,
+    add_ways,
+    emit,
+    of_ceilings,
+    parser,
+    speed_ups,
+    start,
+    ways,
+)
 from benchmarks.reference import Reference
 from benchmarks.step import setting, without_memory
 from benchmarks.turns import short
@@ -33,15 +47,15 @@ def forward_passes(sampling: Sampling) -> int:
 
 
 class Batch:
-    """Our sampling: one batch at each call, with the same weights in whatever way."""
+    """Our sampling: the images of `labels` at each call, with the same weights in whatever way."""
 
     def __init__(self, shape: DenoiserConfig, compiled: Sequence[str], labels: list[int], world: World):
         self.denoiser = shape.build().to(world.device)
-        self.compiled = Compiled(self.denoiser, compiled)
+        self.ways = Ways(self.denoiser, compiled)
         self.shape, self.labels, self.world = shape, labels, world
 
-    def __call__(self, compiled: str, sampling: Sampling, dtype: torch.dtype | None) -> None:
-        self.compiled.use(compiled)
+    def __call__(self, way: tuple[str, bool], sampling: Sampling, dtype: torch.dtype | None) -> None:
+        self.ways.use(*way)
         self.denoiser.autocast_dtype = dtype
         shape = self.shape
         for _ in generate(self.denoiser, sampling, self.labels, shape.image_shape, shape.null_class, self.world):
@@ -54,30 +68,35 @@ def main(argv: list[str] | None = None) -> None:
     found.add_argument("--num_sampling_steps", type=int, default=5)
     found.add_argument("--cfg", type=float, nargs="+", default=[2.9], help="1 is no guidance")
     found.add_argument("--interval", type=float, nargs=2, default=[0.1, 1.0])
-    found.add_argument("--compile", nargs="+", default=["off"], choices=COMPILE)
+    found.add_argument("--batches", type=int, default=1, help="of a turn; a CUDA graph is recorded in the first")
+    add_ways(found)
+    found.add_argument("--cuda_graph", nargs="+", default=["off"], choices=ON)
     found.add_argument("--reference", type=Path, metavar="DIR", help="another checkout of the JiT family")
     options = found.parse_args(argv)
     device = torch.device(options.device)
     args, _ = setting(options, steps=1)
     shape, shapes = DenoiserConfig.from_args(args), without_memory(args)
-    labels = [i % options.class_num for i in range(options.batch_size)]
+    if "on" in options.cuda_graph and device.type != "cuda":
+        raise SystemExit("--cuda_graph on: this is no CUDA device")
+    labels = [i % options.class_num for i in range(options.batch_size * options.batches)]
     settings = {
-        cfg: Sampling("heun", options.num_sampling_steps, cfg, tuple(options.interval), 0, len(labels))
+        cfg: Sampling("heun", options.num_sampling_steps, cfg, tuple(options.interval), 0, options.batch_size)
         for cfg in options.cfg
     }
     variants, ceilings = start(options, options.precision)
     about, uses = {}, {}  # name of a variant -> its precision and guidance, and how it uses Batch
-    for compiled in options.compile:
+    for (title, way), graph in product(ways(options), options.cuda_graph):
         for name in options.precision:
             for cfg, sampling in settings.items():
-                key = f"{name} cfg {cfg:g} compile {compiled}"
+                key = f"{name} cfg {cfg:g} {title}{' graph' if ON[graph] else ''}"
                 about[key] = name, cfg
-                uses[key] = lambda ours, way=(compiled, sampling, DTYPES[name]): ours(*way)
+                call = way, replace(sampling, cuda_graph=ON[graph]), DTYPES[name]
+                uses[key] = lambda ours, call=call: ours(*call)
     variants.add(lambda: Batch(shape, options.compile, labels, World(device=device)), uses)
     with ExitStack() as stack:
         for cfg in options.cfg if options.reference else []:
             theirs = {f"{name} cfg {cfg:g} reference": name for name in options.precision}
-            flags = {"num_sampling_steps": options.num_sampling_steps, "cfg": cfg}
+            flags = {"batches": options.batches, "num_sampling_steps": options.num_sampling_steps, "cfg": cfg}
             flags |= {"interval_min": options.interval[0], "interval_max": options.interval[1]}
             other = Reference(options, "sampler", theirs, device.type == "cuda", **flags)
             stack.enter_context(other).join(variants)

@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> None:
     t = torch.rand(options.batch_size, device=device)
 
     def repeated(ours: Steps, times: torch.Tensor) -> None:
-        ours.compiled.use(options.compile)
+        ours.ways.use(options.compile, False)
         with torch.no_grad():
             for _ in range(options.calls):
                 ours.operator(z, times)
 
     uses = {"t each": lambda ours: repeated(ours, t), "t shared": lambda ours: repeated(ours, t[:1])}
     for name in options.precision:
-        uses[f"step {name}"] = lambda ours, name=name: ours(options.compile, True, DTYPES[name])
+        uses[f"step {name}"] = lambda ours, name=name: ours((options.compile, False), True, DTYPES[name])
     variants.add(lambda: Steps(args, [options.compile], 1, batches, World(device=device)), uses)
     turns = variants.take_turns(options.repeats)
     operator = without_memory(args).spectral_forcing

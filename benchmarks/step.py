@@ -17,7 +17,19 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.common import COMPILE, DTYPES, Compiled, add_model, emit, of_ceilings, parser, speed_ups, start
+from benchmarks.common import (
+    DTYPES,
+    ON,
+    Ways,
+    add_model,
+    add_ways,
+    emit,
+    of_ceilings,
+    parser,
+    speed_ups,
+    start,
+    ways,
+)
 from benchmarks.reference import Reference
 from benchmarks.turns import batch, short
 from denoiser import Denoiser
@@ -40,12 +52,12 @@ class Steps:
         shape = DenoiserConfig.from_args(args)
         self.training: Training = build_training(args, shape, None, None, world)[0]
         self.operator = self.training.denoiser.spectral_forcing
-        self.compiled = Compiled(self.training.denoiser, compiled)
+        self.ways = Ways(self.training.denoiser, compiled)
         self.recipe = build_recipe(args, steps, shape, world)
         self.batches, self.world, self.epoch = batches, world, 0
 
-    def __call__(self, compiled: str, spectral_forcing: bool, dtype: torch.dtype | None) -> None:
-        self.compiled.use(compiled)
+    def __call__(self, way: tuple[str, bool], spectral_forcing: bool, dtype: torch.dtype | None) -> None:
+        self.ways.use(*way)
         self.training.denoiser.spectral_forcing = self.operator if spectral_forcing else None
         self.training.denoiser.autocast_dtype = dtype
         first = self.epoch * self.recipe.steps_per_epoch
@@ -76,8 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     found = parser(__doc__, repeats=5)
     add_model(found)
     found.add_argument("--steps", type=int, default=1, help="steps of a turn")
-    found.add_argument("--compile", nargs="+", default=["off"], choices=COMPILE)
-    found.add_argument("--sf", nargs="+", default=["on", "off"], choices=("on", "off"), help="Spectral Forcing")
+    add_ways(found)
+    found.add_argument("--sf", nargs="+", default=["on", "off"], choices=ON, help="Spectral Forcing")
     found.add_argument("--reference", type=Path, metavar="DIR", help="another checkout of the JiT family")
     options = found.parse_args(argv)
     device = torch.device(options.device)
@@ -85,12 +97,12 @@ def main(argv: list[str] | None = None) -> None:
     shapes = without_memory(args)
     variants, ceilings = start(options, options.precision)
     about, uses = {}, {}  # name of a variant -> its precision, and how it uses Steps
-    for compiled in options.compile:
+    for title, way in ways(options):
         for name in options.precision:
             for sf in options.sf:
-                key = f"{name} sf {sf} compile {compiled}"
+                key = f"{name} sf {sf} {title}"
                 about[key] = name
-                uses[key] = lambda ours, way=(compiled, sf == "on", DTYPES[name]): ours(*way)
+                uses[key] = lambda ours, call=(way, ON[sf], DTYPES[name]): ours(*call)
     variants.add(lambda: Steps(args, options.compile, options.steps, batches, World(device=device)), uses)
     with ExitStack() as stack:
         if options.reference:

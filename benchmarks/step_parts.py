@@ -136,7 +136,7 @@ def shares(call: Callable[[], object], device: torch.device) -> dict[str, float]
 def measure(ours: Steps, options: Namespace) -> dict[str, dict]:
     """For each precision; they take turns."""
     marks, each = Marks(torch.device(options.device), options.clock), {name: [] for name in options.precision}
-    turns = {name: lambda name=name: ours(options.compile, True, DTYPES[name]) for name in options.precision}
+    turns = {name: lambda name=name: ours((options.compile, False), True, DTYPES[name]) for name in options.precision}
     for call in turns.values():
         call()
     with marked(ours, marks):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import evaluate, loader, memory, sampler, sf_operator, step, step_parts
 from benchmarks.common import Ceiling
 from benchmarks.turns import CLOCKS, Turns, Variants
-from model_jit import JiT_models
+from model_jit import JiT_models, SwiGLU
 from tests.conftest import TINY
 from util.flops import forward_flop
 from util.generation import Sampling
@@ -139,10 +139,10 @@ def test_a_step_is_a_step_of_training(monkeypatch):
     ours = step.Steps(args, ["off"], 2, batches, step.World())
     before = [p.detach().clone() for p in ours.training.denoiser.parameters()]
     averages = [a.clone() for a in ours.training.emas[0].averages.values()]
-    ours("off", False, torch.bfloat16)
+    ours(("off", False), False, torch.bfloat16)
     denoiser = ours.training.denoiser
     assert denoiser.spectral_forcing is None and denoiser.autocast_dtype == torch.bfloat16
-    ours("off", True, None)
+    ours(("off", False), True, None)
     assert denoiser.spectral_forcing is ours.operator and denoiser.autocast_dtype is None
     assert not any(torch.equal(a, b) for a, b in zip(denoiser.parameters(), before, strict=True) if a.dim() > 1)
     assert not all(torch.equal(a, b) for a, b in zip(ours.training.emas[0].averages.values(), averages, strict=True))
@@ -175,10 +175,10 @@ def test_operator(capsys):
 def test_a_line_without_the_variants_that_have_no_memory(monkeypatch, capsys):
     real = step.Steps.__call__
 
-    def call(self, compiled, spectral_forcing, dtype):
+    def call(self, way, spectral_forcing, dtype):
         if dtype is None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        real(self, compiled, spectral_forcing, dtype)
+        real(self, way, spectral_forcing, dtype)
 
     monkeypatch.setattr(step.Steps, "__call__", call)
     for main, bad, good in (
@@ -238,11 +238,28 @@ def test_ways_to_compile_share_the_weights(monkeypatch):
     graphs, made = {"off": 0, "block": 4 + 1, "model": 1 + 1}, []
     for mode in ("off", "block", "off", "model", "block", "model"):
         called.clear()
-        ours(mode, True, None)
+        ours((mode, False), True, None)
         assert len(called) == graphs[mode]  # a graph for each block, or for the network; and for Spectral Forcing
         made.append(len(compiled))
     assert made[0] == 0 and made[3] == made[-1]  # nothing is compiled twice
     assert int(next(iter(ours.training.optimizer.state.values()))["step"]) == 6
+
+
+def test_padded_widths_and_batches_are_variants(capsys):
+    """The widths of TINY, 85, become 88 in the padded variant alone."""
+    argv = [*OF_TINY, "--sf", "on", "--pad_swiglu", "off", "on"]
+    padded, real = [], SwiGLU._padded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SwiGLU, "_padded", lambda self, x, extra: padded.append(extra) or real(self, x, extra))
+        found = line(step.main, argv, capsys)["results"]
+        assert set(found) == {"ceiling fp32", "fp32 sf on compile off", "fp32 sf on compile off padded"}
+        assert padded == [3] * (4 * (2 + 2))  # blocks, turns and what comes before them
+        argv = [*OF_TINY, "--pad_swiglu", "on", "--batches", "3", "--num_sampling_steps", "2", "--cfg", "1"]
+        found = line(sampler.main, argv, capsys)
+    assert found["results"]["fp32 cfg 1 compile off padded"]["forward_passes"] == 3
+    assert len(padded) == 16 + 4 * 4 * 3 * 3  # evaluations of two steps, and batches
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        sampler.main([*OF_TINY, "--cuda_graph", "on"])
 
 
 # The profile of a step.
@@ -267,7 +284,7 @@ def test_parts_of_a_step_add_up(monkeypatch):
     marks = step_parts.Marks(CPU, "wall")
     before = [getattr(owner, name) for _, owner, name in step_parts.PLACES]
     with Operations(), step_parts.marked(ours, marks):
-        marks.around("all", ours)("off", True, None)
+        marks.around("all", ours)(("off", False), True, None)
     assert [getattr(owner, name) for _, owner, name in step_parts.PLACES] == before
     found = step_parts.parts(marks, 3)
     assert set(found) == {*step_parts.PARTS, "all", "rest"}

@@ -47,8 +47,8 @@ def no_more_graphs(on: bool) -> AbstractContextManager:
     return torch.compiler.set_stance("eager_on_recompile") if on else nullcontext()
 
 
-def pad_swiglu(denoiser: Denoiser) -> None:
+def pad_swiglu(denoiser: Denoiser, on: bool = True) -> None:
     """Compute the feed-forward products of widths such as 2730, 3413, 5461 or 10922 at the next multiple of 8."""
     for module in denoiser.modules():
         if isinstance(module, SwiGLU):
-            module.multiple = MULTIPLE
+            module.multiple = MULTIPLE if on else 1

@@ -9,6 +9,7 @@ Shapes: B samples, n numbers a sample.
 import math
 from collections.abc import Callable
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 import torch
@@ -106,8 +107,7 @@ def normal(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> T
     if index.device.type == "cpu":
         numbers = _normal_on_cpu(stream, step, index, block, key)
     else:
-        on_device = _compiled if _compiled is not None else _normal_on_device
-        numbers = on_device(_counter(stream, step, index, block), key)
+        numbers = _drawn_by(_counter(stream, step, index, block), key)
     return numbers.flatten(1)[:, :n]
 
 
@@ -138,10 +138,15 @@ def _normal_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tens
     return torch.stack([r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()], dim=-1)
 
 
-_compiled: Callable[..., Tensor] | None = None
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_normal_on_device, dynamic=False)
+
+
+_drawn_by: Callable[..., Tensor] = _normal_on_device
 
 
 def use_compiler(on: bool) -> None:
     """Whether `normal` is one kernel on a GPU: the same words, and the same numbers up to rounding."""
-    global _compiled
-    _compiled = torch.compile(_normal_on_device, dynamic=False) if on else None
+    global _drawn_by
+    _drawn_by = _compiled() if on else _normal_on_device

@@ -91,8 +91,7 @@ def _load(
         denoiser.to(world.device)
     if args.activation_checkpointing:
         checkpoint_activations(denoiser)
-    if args.pad_swiglu:
-        pad_swiglu(denoiser)
+    pad_swiglu(denoiser, args.pad_swiglu)
     compile_network(denoiser, resolve(args.compile, world.device))
     emas = EMA(denoiser, args.ema_decay1), EMA(denoiser, args.ema_decay2)
     optimizer = build_optimizer(denoiser, args.weight_decay, (args.beta1, args.beta2))
