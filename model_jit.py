@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from spectral_conditioning import ScheduleEmbedder
 from spectral_residual import GateLinear, SpectralResidual
 from util import cpu_layers
-from util.cpu_layers import Linear
+from util.cpu_layers import Linear, linear
 
 
 class RMSNorm(nn.RMSNorm):
@@ -154,8 +154,8 @@ class SwiGLU(nn.Module):
     def _padded(self, x: Tensor, extra: int) -> Tensor:
         """The same: what is added to the inner activations is silu(0) * 0."""
         w12 = F.pad(self.w12.weight.unflatten(0, (2, -1)), (0, 0, 0, extra)).flatten(0, 1)
-        a, b = F.linear(x, w12, F.pad(self.w12.bias.view(2, -1), (0, extra)).flatten()).chunk(2, dim=-1)
-        return F.linear(self.drop(F.silu(a) * b), F.pad(self.w3.weight, (0, extra)), self.w3.bias)
+        a, b = linear(x, w12, F.pad(self.w12.bias.view(2, -1), (0, extra)).flatten()).chunk(2, dim=-1)
+        return linear(self.drop(F.silu(a) * b), F.pad(self.w3.weight, (0, extra)), self.w3.bias)
 
 
 class JiTBlock(nn.Module):
