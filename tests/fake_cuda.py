@@ -152,7 +152,7 @@ def _through_the_graph(loss: Tensor) -> None:
 @contextmanager
 def fake_cuda(may_wait: bool = False) -> Iterator[FakeCuda]:
     """Within the block there is such a device; it shows in no function of torch.cuda."""
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    engine, before = torch.Tensor.backward, torch.__future__.get_overwrite_module_params_on_conversion()
     rings_on.cache_clear()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -161,7 +161,7 @@ def fake_cuda(may_wait: bool = False) -> Iterator[FakeCuda]:
     ):
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-        patch.setattr(torch.Tensor, "backward", backward)
+        patch.setattr(torch.Tensor, "backward", lambda loss: (backward if on_device(loss) else engine)(loss))
         patch.setattr(torch, "load", unset_fake_temporarily()(torch.load))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
