@@ -321,7 +321,7 @@ def steps(run_device, monkeypatch):
 RUNS = {
     "accumulated": {
         **{"global_batch": 16, "batch_size": 8, "grad_clip": 1.0, "flip": True, "proj_dropout": 0.1, "cfg": 2.0},
-        **{"activation_checkpointing": True, "spectral_residual": "time_label", "skip_nonfinite": 2},
+        **{"activation_checkpointing": True, "spectral_residual": "time_label", "num_sampling_steps": 1},
     },
     "instance": {
         **{"t_sampler": "spectral_instance", "sampling_grid": "spectral_instance", "num_sampling_steps": 3, "cfg": 2.0},
@@ -342,7 +342,7 @@ def test_a_run(steps, tmp_path, spectrum_file, name):
 
 
 def test_a_run_goes_on_and_is_sampled_and_evaluated(steps, tmp_path):
-    settings = {"device": "cuda", "num_images": 10, "metrics": "class_agreement", "gen_bsz": 8}
+    settings = {"device": "cuda", "num_images": 10, "metrics": "class_agreement", "num_sampling_steps": 1}
     for epochs in (1, 2):
         folder = train(tmp_path / "run", compile="off", log_freq=100, online_eval=True, epochs=epochs, **settings)
     assert steps == [0, 1, 2, 3]
