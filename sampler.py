@@ -84,7 +84,7 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
     if grid.dim() == 1:
         grid = grid[:, None]  # (S + 1, 1): what depends on t alone is computed once for all samples
     last = len(grid) - 2
-    lengths = (grid[1:] - grid[:-1]).to(z.device)[..., None, None, None]  # (S, B or 1, 1, 1, 1)
+    lengths = (grid[1:] - grid[:-1]).to(z.device, non_blocking=True)[..., None, None, None]  # (S, B or 1, 1, 1, 1)
     for i in range(last + 1):
         t, t_next, h = grid[i], grid[i + 1], lengths[i]
         v = velocity(z, t)

@@ -1,29 +1,29 @@
-"""torch.compile and padded widths beside plain execution: util/acceleration.py.
-
-Tests that compile are slow, and need a compiler for C++.
-"""
+"""torch.compile: what it traces, which needs no compiler for C++, and what it then computes, which does."""
 
 import shutil
+from functools import partialmethod
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.overrides import TorchFunctionMode
 
-import main_jit
 from denoiser import Denoiser
 from engine_jit import Sampling, generate
-from model_jit import JiT, SwiGLU
+from model_jit import JiT
+from sampler import guided, sample, uniform_grid
+from spectral_conditioning import ImageSchedules
 from spectral_forcing import SpectralForcing
-from tests.conftest import raw, train
+from tests.conftest import ONE, raw, train
 from tests.golden_inputs import SMALL, fill, normals, small_denoiser
-from util.acceleration import compile_network, pad_swiglu, resolve
+from util.acceleration import compile_network, resolve
 from util.build import DenoiserConfig
-from util.distributed import World
-from util.resume import load_for_inference
+from util.distributed import process_group
+from util.ema import EMA
+from util.parallel import build_sharded, checkpoint_activations, gathered, initialise
 
 BLOCK, MODEL = "block", "model"
+T, Y = torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.tensor([0, 3, 9, 10])
 
 
 def test_auto():
@@ -42,14 +42,145 @@ def test_what_is_compiled(mode, count):
     assert list(denoiser.state_dict()) == names
 
 
+# ---- what is traced --------------------------------------------------------------------------------------------------
+
+
+def traced(fullgraph: bool = True):
+    """Module.compile that executes what it traces as it is, and what counts the graphs."""
+    graphs = CompileCounter()
+    return partialmethod(nn.Module.compile, backend=graphs, fullgraph=fullgraph), graphs
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """`.frame_count` graphs so far. A call that needs more than one is an error."""
+    compile_as_traced, graphs = traced()
+    monkeypatch.setattr(nn.Module, "compile", compile_as_traced)
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+VARIANTS = {
+    "float32": {"dtype": None},
+    "windows": {"forcing": {"window_size": 8}},
+    "power": {"forcing": {"schedule": "power", "alpha": 2.0}},
+    "snr": {"forcing": {"schedule": "snr", "power": [k**-2.9 for k in range(1, 24)]}},
+    "no_context": {"in_context_len": 0},
+    "attn_fp32": {"attn_fp32": True},
+    "told": {"told_schedule": True},
+    "recomputed": {"recomputed": True},
+    **{mode: {"spectral_residual": mode} for mode in ("time", "time_label", "static")},
+    "recomputed_time": {"spectral_residual": "time", "recomputed": True},
+}
+
+
+def variant(dtype=torch.bfloat16, forcing=None, recomputed=False, **network) -> Denoiser:
+    schedules = ImageSchedules(32, [0.1, 0.0, -0.1], 0.1) if "told_schedule" in network else None
+    net = fill(JiT(**{**SMALL, **network}))
+    denoiser = Denoiser(net, SpectralForcing(32, **(forcing or {})), autocast_dtype=dtype, schedules=schedules)
+    if recomputed:
+        checkpoint_activations(denoiser)
+    return denoiser
+
+
+def step(denoiser: Denoiser) -> torch.Tensor:
+    loss = denoiser(normals(1, 4, 3, 32, 32), Y, T, normals(2, 4, 3, 32, 32))
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_block_is_one_graph(graphs, name):
+    """For each length of the sequence, shared by all blocks; Spectral Forcing is another."""
+    denoiser, plain = (variant(**VARIANTS[name]) for _ in range(2))
+    compile_network(denoiser, BLOCK)
+    for _ in range(2):
+        loss = step(denoiser)
+        assert graphs.frame_count == (2 if name == "no_context" else 3)
+    torch.testing.assert_close(loss, step(plain), rtol=1e-2 if name != "float32" else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [{"proj_drop": 0.1}, {"attn_drop": 0.1, "recomputed": True}])
+def test_blocks_with_dropout_have_graphs_of_their_own(graphs, dropout):
+    """They are 1 and 2 of 4, and the in-context tokens come before 2."""
+    denoiser = variant(**dropout)
+    compile_network(denoiser, BLOCK)
+    for _ in range(2):
+        step(denoiser)
+        assert graphs.frame_count == 4 + 1
+
+
+@pytest.mark.parametrize("name", ["float32", "told", "recomputed_time"])
+def test_the_network_is_one_graph(graphs, name):
+    denoiser = variant(**VARIANTS[name])
+    compile_network(denoiser, MODEL)
+    for _ in range(2):
+        step(denoiser)
+        assert graphs.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [(BLOCK, {"train": 3, "sample": 9, "own_grids": 11}), (MODEL, {"train": 2, "sample": 6})]
+)
+def test_how_many_graphs_a_run_needs(graphs, mode, expected):
+    """Of batches of one size: training; sampling, with and without guidance; times of its own for each sample. And
+    nothing is traced again: not for another step or batch, nor with averages of the weights, nor back in training."""
+    denoiser = variant()
+    compile_network(denoiser, mode)
+    ema = EMA(denoiser, 0.9)
+    for _ in range(2):
+        step(denoiser)
+        assert graphs.frame_count == expected["train"]
+    velocity = guided(denoiser.velocity, Y, 10, 2.9, (0.3, 0.8))
+    shared, own = uniform_grid(4), uniform_grid(4)[:, None].expand(-1, 4).contiguous()
+    for name, grid in (("sample", shared), ("own_grids", own)):
+        if name not in expected:
+            continue
+        for seed in range(2):
+            with ema.applied_to(denoiser), torch.no_grad(), denoiser.fixed_weights():
+                sample(velocity, normals(seed, 4, 3, 32, 32), grid)
+            assert graphs.frame_count == expected[name]
+    step(denoiser)
+    assert graphs.frame_count == max(expected.values())
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_sharded_block_is_one_graph(monkeypatch, recomputed):
+    """Around it, where weights are gathered and freed, nothing is compiled."""
+    compile_as_traced, graphs = traced(fullgraph=False)
+    monkeypatch.setattr(nn.Module, "compile", compile_as_traced)
+    torch._dynamo.reset()
+
+    def build() -> Denoiser:
+        return Denoiser(JiT(**SMALL), SpectralForcing(32), autocast_dtype=torch.bfloat16)
+
+    with process_group(ONE, also_alone=True):
+        denoiser = build_sharded(build, ONE)
+        initialise(denoiser, build, ONE)
+        if recomputed:
+            checkpoint_activations(denoiser)
+        compile_network(denoiser, BLOCK)
+        for _ in range(2):
+            step(denoiser)
+            assert graphs.frame_count == 3
+        for _ in range(2):
+            with torch.no_grad(), gathered(denoiser):
+                denoiser.predict(normals(1, 4, 3, 32, 32), T, Y)
+            assert graphs.frame_count == 6
+    torch._dynamo.reset()
+
+
+# ---- what is computed ------------------------------------------------------------------------------------------------
+
+
 def loss_and_gradients(mode: str, dtype: torch.dtype | None) -> list[torch.Tensor]:
     denoiser = Denoiser(fill(JiT(**SMALL)), SpectralForcing(32), autocast_dtype=dtype)
     compile_network(denoiser, mode)
-    x, noise = normals(1, 4, 3, 32, 32), normals(2, 4, 3, 32, 32)
-    t, y = torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.tensor([0, 3, 9, 10])
-    loss = denoiser(x, y, t, noise)
+    x = normals(1, 4, 3, 32, 32)
+    loss = denoiser(x, Y, T, normals(2, 4, 3, 32, 32))
     with torch.no_grad():
-        out = denoiser.predict(x, t, y)
+        out = denoiser.predict(x, T, Y)
     return [loss.detach(), out, *torch.autograd.grad(loss, list(denoiser.parameters()))]
 
 
@@ -86,66 +217,6 @@ def test_a_last_batch_of_its_own_size_compiles_nothing():
     counter, denoiser = CompileCounter(), small_denoiser()
     denoiser.net.compile(backend=counter, dynamic=False)
     sampling, made = Sampling("heun", 3, 2.9, (0.1, 1.0), 0, 2), []
-    for batch in generate(denoiser, sampling, [0, 1, 2, 3, 4], (3, 32, 32), 10, World()):
+    for batch in generate(denoiser, sampling, [0, 1, 2, 3, 4], (3, 32, 32), 10, ONE):
         made.append((len(batch), counter.frame_count))
     assert made == [(2, 2), (2, 2), (1, 2)]  # guided and not
-
-
-# Padded widths.
-
-
-def test_padded_feed_forward_is_the_same():
-    mlp = SwiGLU(24, 4.0, 0.0).double()
-    x = normals(1, 2, 5, 24).double().requires_grad_()
-    expected = mlp(x)
-    gradients = torch.autograd.grad(expected.sin().sum(), [x, *mlp.parameters()])
-    state, widths = dict(mlp.state_dict()), []
-    mlp.multiple = 48
-    with Widths(widths):
-        found = mlp(x)
-    assert mlp.inner == 64 and widths == [192, 96]
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    again = torch.autograd.grad(found.sin().sum(), [x, *mlp.parameters()])
-    for a, b in zip(again, gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-    assert {n: v.shape for n, v in mlp.state_dict().items()} == {n: v.shape for n, v in state.items()}
-
-
-class Widths(TorchFunctionMode):
-    """Notes the inner width of linear layers: rows of the first, columns of the second."""
-
-    def __init__(self, found):
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear:
-            self.found.append(max(args[1].shape))
-        return function(*args, **(kwargs or {}))
-
-
-def test_which_widths_are_padded():
-    denoiser, widths = small_denoiser(), []  # 170, which becomes 176
-    pad_swiglu(denoiser)
-    z, t, y = normals(1, 2, 3, 32, 32), torch.full((2,), 0.5), torch.tensor([1, 2])
-    with Widths(widths), torch.no_grad():
-        denoiser(z, y, t, z)
-    assert widths.count(352) == widths.count(176) == 4 and 340 not in widths and 170 not in widths
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_padded_run_trains_as_a_plain_one_and_writes_the_same_shapes(tiny, tmp_path, precision):
-    padded = train(tmp_path / "padded", epochs=1, pad_swiglu=True, precision=precision)
-    plain = train(tmp_path / "plain", epochs=1, precision=precision)
-    tolerance = 1e-4 if precision == "fp32" else 2e-2
-    for name, value in raw(plain)["model"].items():
-        torch.testing.assert_close(raw(padded)["model"][name], value, rtol=tolerance, atol=tolerance)
-    assert [m.multiple for m in seen_by_sampling(padded)] == [8] * 4
-    train(padded, epochs=2, pad_swiglu=False)
-    assert raw(padded)["epoch"] == 1
-
-
-def seen_by_sampling(folder) -> list[SwiGLU]:
-    args, saved = load_for_inference({"resume": str(folder)}, "sample")
-    denoiser, _ = main_jit.load_denoiser(args, saved, World())
-    return [m for m in denoiser.modules() if isinstance(m, SwiGLU)]

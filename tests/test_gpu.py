@@ -26,6 +26,16 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """main_jit.py turns TF32 on for the process, and convolutions use it anyway: that is 2e-3 off the golden images."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def test_random_numbers_are_those_of_the_cpu():
     index = torch.arange(8)
     on_cpu = rng.normal(3, Stream.NOISE, 5, index, 1000)
@@ -68,9 +78,10 @@ def test_cutoffs_are_those_of_the_cpu(settings):
     torch.testing.assert_close(operator.cuda().cutoff(t.cuda()).cpu(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 5e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 5e-4), (torch.bfloat16, 0.05)])
 @torch.no_grad()
 def test_golden_samples(dtype, tolerance):
+    """In bf16 a CPU is 0.015 off in the mean."""
     denoiser = small_denoiser(autocast_dtype=dtype).cuda()
     velocity = guided(denoiser.velocity, torch.tensor([1, 5, 9], device="cuda"), 10, 2.9, (0.1, 1.0))
     images = sample(velocity, normals(13, 3, 3, 32, 32).cuda(), uniform_grid(6), "heun").cpu()
@@ -92,12 +103,14 @@ def test_a_step_that_is_not_finite_touches_nothing():
     assert all(torch.equal(a, b) for a, b in zip(ema.averages.values(), before, strict=True))
 
 
-def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatch):
-    """Synchronising calls are errors from the forward pass of a step to the sums for the log: all of a step."""
+@pytest.mark.parametrize("mode", ["off", "block"])
+def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatch, mode):
+    """Synchronising calls are errors from the forward pass of a step to the sums for the log: all of a step. Not in the
+    first one, in which blocks are compiled and tables come to the device."""
     steps = []
 
     def begin(*args, real=engine_jit._forward_backward):
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error" if steps else "default")
         return real(*args)
 
     def end(*args, real=Window.add):
@@ -108,7 +121,7 @@ def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatc
     monkeypatch.setattr(engine_jit, "_forward_backward", begin)
     monkeypatch.setattr(Window, "add", end)
     try:
-        train(tmp_path / "run", device="cuda", log_freq=100)
+        train(tmp_path / "run", device="cuda", log_freq=100, compile=mode)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert steps == [0, 1, 2, 3]
@@ -130,14 +143,20 @@ def test_train_resume_and_sample(tmp_path):
     alone = tmp_path / "cpu"
     assert main_jit.main(arguments(output_dir=alone, epochs=2, device="cpu")) == 0
     for a, b in zip(read_log(folder), read_log(alone), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)  # bf16 against float32
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)  # bf16 against float32; on a CPU 6e-5
     assert main_jit.main(flags(resume=folder, sample=True, labels="0-3", num_per_class=2, device="cuda")) == 0
 
 
-def test_compiled_blocks_train_as_plain_ones_do(tmp_path):
-    runs = [train(tmp_path / mode, device="cuda", compile=mode) for mode in ("block", "off")]
+@pytest.mark.parametrize("compile", ["off", "block", "model"])
+@pytest.mark.parametrize("how", [{}, {"activation_checkpointing": True}, {"parallel": "fsdp"}], ids=str)
+def test_what_makes_it_fast_or_small_does_not_change_the_loss(tmp_path, compile, how):
+    settings = {"device": "cuda", "spectral_residual": "time_label"}
+    runs = (
+        train(tmp_path / "run", **settings, **how, compile=compile),
+        train(tmp_path / "plain", **settings, compile="off"),
+    )
     for a, b in zip(*map(read_log, runs), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
 
 
 def test_attention_is_in_bf16_on_a_gpu(monkeypatch):
