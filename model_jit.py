@@ -53,8 +53,8 @@ def rope_table(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (2j, 2j+1) of x (B, h, n, d) by angles given as cos, sin (n, d/2)."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, h, n, d/2, 2)
+    """Rotate the interleaved pairs (2j, 2j+1) of x (..., d) by angles given as cos, sin, (..., d/2) or less."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (..., d/2, 2)
     return cpu_layers.rotate_pairs(pairs, cos, sin).flatten(-2).to(x.dtype)
 
 
@@ -117,9 +117,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, n, D); cos, sin (n, d/2), with angle 0 for the in-context tokens."""
         b, n, _ = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, n, d) each
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).unbind(2)  # (B, n, h, d) each
+        cos, sin = cos[:, None], sin[:, None]  # (n, 1, d/2)
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
+        # Heads are in front for attention alone, as a view: its output then has the layout of x, and is not copied.
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, h, n, d) each
         drop = self.attn_drop if self.training else 0.0
         if self.attn_fp32 or cpu_layers.applies(x):  # torch's attention in bf16 is slow on a CPU
             with torch.autocast(x.device.type, enabled=False):

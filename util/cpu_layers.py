@@ -132,8 +132,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate_pairs(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(a, b) -> (a cos - b sin, b cos + a sin) for float32 pairs (..., d/2, 2) and cos, sin (n, d/2)."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) for float32 pairs (..., d/2, 2) and cos, sin (..., d/2).
+
+    Elsewhere than on a CPU without a stack, which a compiler would not fuse with what comes before and after.
+    """
     if applies(pairs):
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos.float(), sin.float()))
-    a, b = pairs.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return pairs * cos[..., None] + pairs.flip(-1) * torch.stack([-sin, sin], dim=-1)
