@@ -19,7 +19,7 @@ from typing import Any
 from denoiser import Denoiser
 from util import checkpoint as ckpt
 from util import config, preemption, provenance, sweep, watch
-from util.acceleration import compile_network, pad_swiglu, resolve, use_tf32
+from util.acceleration import check_compiler, compile_network, pad_swiglu, resolve, use_tf32
 from util.build import DenoiserConfig
 from util.distributed import (
     World,
@@ -91,7 +91,7 @@ def run_sample(given: Mapping[str, Any], world: World) -> str:
 
 def run_evaluate(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_inference(given, "evaluate_gen")
-    warn([*saved.notes, *config.check(args, evaluates=True)], world)
+    warn([*saved.notes, *config.check(args, True), *check_compiler(args.compile, world.device)], world)
     plan, sampling, folder = sweep.Plan.from_args(args), Sampling.from_args(args), Path(args.output_dir)
     save_images = Path(args.save_images) if args.save_images else None
     with process_group(world, args.dist_timeout):

@@ -16,20 +16,39 @@ from spectral_conditioning import ImageSchedules
 from spectral_forcing import SpectralForcing
 from tests.conftest import ONE, raw, train
 from tests.golden_inputs import SMALL, fill, normals, small_denoiser
-from util.acceleration import compile_network, resolve
+from util import acceleration
+from util.acceleration import check_compiler, compile_network, resolve
 from util.build import DenoiserConfig
 from util.distributed import process_group
 from util.ema import EMA
+from util.errors import UserError
 from util.parallel import build_sharded, checkpoint_activations, gathered, initialise
 
 BLOCK, MODEL = "block", "model"
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 T, Y = torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.tensor([0, 3, 9, 10])
 
 
-def test_auto():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (resolve("auto", cpu), resolve("auto", gpu)) == ("off", "block")
-    assert all(resolve(mode, device) == mode for mode in ("off", BLOCK, MODEL) for device in (cpu, gpu))
+def test_auto(monkeypatch):
+    monkeypatch.setattr(acceleration, "lacking", lambda: None)
+    assert (resolve("auto", CPU), resolve("auto", GPU)) == ("off", "block")
+    assert all(resolve(mode, device) == mode for mode in ("off", BLOCK, MODEL) for device in (CPU, GPU))
+    assert check_compiler("auto", GPU) == check_compiler(BLOCK, GPU) == []
+
+
+def test_a_machine_that_cannot_compile_for_its_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(acceleration.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert "Python.h" in acceleration.lacking()
+    (tmp_path / "Python.h").touch()
+    assert acceleration.lacking() is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "C compiler" in acceleration.lacking()
+    assert resolve("auto", GPU) == "off" and "C compiler" in check_compiler("auto", GPU)[0]
+    with pytest.raises(UserError, match="--compile block needs a C compiler"):
+        check_compiler(BLOCK, GPU)
+    assert check_compiler("off", GPU) == check_compiler(BLOCK, CPU) == []
 
 
 @pytest.mark.parametrize(("mode", "count"), [("off", 0), (BLOCK, 4 + 1), (MODEL, 1 + 1)])

@@ -5,13 +5,18 @@ with and without the in-context tokens, in training and in sampling; all blocks 
 weights alone.
 """
 
+import os
+import shutil
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
 from denoiser import Denoiser
 from model_jit import SwiGLU
 from util import rng
+from util.errors import UserError
 
 MODES = ("auto", "off", "block", "model")
 MULTIPLE = 8  # bf16 rows of whole 16 bytes, which tensor cores and copies of a GPU are made for
@@ -27,8 +32,27 @@ def use_tf32(device: torch.device) -> None:
 def resolve(mode: str, device: torch.device) -> str:
     """What `auto` means. Compiling costs minutes: on a CPU more than it saves (docs/performance.md)."""
     if mode == "auto":
-        return "block" if device.type == "cuda" else "off"
+        return "block" if device.type == "cuda" and not lacking() else "off"
     return mode
+
+
+def lacking() -> str | None:
+    """What Triton, by which torch.compile makes kernels for a GPU, needs on this machine and does not find."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc, clang, or what CC names)"
+    if not Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h").is_file():
+        return "Python.h (package python3-dev on Debian)"
+    return None
+
+
+def check_compiler(mode: str, device: torch.device) -> list[str]:
+    """Warnings. Raises UserError where compiling for a GPU was asked for and cannot be done."""
+    missing = lacking() if device.type == "cuda" and mode != "off" else None
+    if missing is None:
+        return []
+    if mode == "auto":
+        return [f"nothing is compiled, and the GPU is slower for it: torch.compile needs {missing}"]
+    raise UserError(f"--compile {mode} needs {missing}, which is not there; --compile off trains without")
 
 
 def compile_network(denoiser: Denoiser, mode: str) -> None:

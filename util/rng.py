@@ -147,6 +147,6 @@ _drawn_by: Callable[..., Tensor] = _normal_on_device
 
 
 def use_compiler(on: bool) -> None:
-    """Whether `normal` is one kernel on a GPU: the same words, and the same numbers up to rounding."""
+    """Whether `normal` is fused on a GPU, into two kernels: the same words, and the same numbers up to rounding."""
     global _drawn_by
     _drawn_by = _compiled() if on else _normal_on_device

@@ -8,6 +8,7 @@ from typing import Any
 from engine_jit import Recipe
 from util import checkpoint as ckpt
 from util import config, provenance, watch
+from util.acceleration import check_compiler
 from util.build import DenoiserConfig
 from util.checkpoint_folder import NAME_SHARDED, NEXT, recover
 from util.checkpoint_writer import CheckpointWriter
@@ -30,7 +31,7 @@ from util.training_state import build_training
 
 def run_train(given: Mapping[str, Any], world: World) -> str:
     args, saved = load_for_training(given, world)
-    warn(config.check(args, evaluates=args.online_eval), world)
+    warn(config.check(args, evaluates=args.online_eval) + check_compiler(args.compile, world.device), world)
     warn(list(saved.notes) if saved else [], world)
     idle = [f"--{name}" for name in ("val_images", "val_freq", "val_rings") if name in given and args.val_split is None]
     warn([f"{', '.join(idle)}: no effect without --val_split"] if idle else [], world)
