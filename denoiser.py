@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.special import ndtr
 
-from spectral_conditioning import ImageSchedules
+from spectral_conditioning import ImageSchedules, ScheduleEmbedder
 from util import rng
 from util.rng import Stream
 
@@ -149,7 +149,7 @@ class Denoiser(nn.Module):
         The same to the bit, and compiled blocks find them cast as well. It holds a copy of them in `autocast_dtype`.
         The parameters themselves are left alone, since DDP holds on to them, and are back afterwards.
         """
-        layers = [m for m in self.net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        layers = [m for m in self.net.modules() if isinstance(m, nn.Linear | nn.Conv2d | ScheduleEmbedder)]
         held = [(m, name, p) for m in layers for name, p in m.named_parameters(recurse=False)]
         if self.autocast_dtype is None:
             held = []

@@ -19,7 +19,7 @@ from typing import Any
 from denoiser import Denoiser
 from util import checkpoint as ckpt
 from util import config, preemption, provenance, sweep, watch
-from util.acceleration import check_compiler, compile_network, pad_swiglu, resolve, use_tf32
+from util.acceleration import check_compiler, compile_network, pad_swiglu, prepare_device, resolve
 from util.build import DenoiserConfig
 from util.distributed import (
     World,
@@ -126,7 +126,7 @@ def run_evaluate(given: Mapping[str, Any], world: World) -> str:
 def run(argv: list[str] | None) -> str:
     given = vars(build_parser().parse_args(argv))
     world = find_world(given.get("device"))
-    use_tf32(world.device)
+    prepare_device(world.device)
     if given.get("cuda_graph") and world.device.type != "cuda":
         raise UserError("--cuda_graph is for CUDA devices, and this is the CPU")
     if given.get("evaluate_gen") and given.get("sample"):

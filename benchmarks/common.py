@@ -15,7 +15,7 @@ import torch
 from benchmarks.turns import CLOCKS, Turns, Variants, short
 from denoiser import Denoiser
 from util import provenance, rng
-from util.acceleration import compile_network, pad_swiglu, use_tf32
+from util.acceleration import compile_network, pad_swiglu, prepare_device
 from util.cpu_layers import from_onednn, product
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # name of a precision -> type of the autocast
@@ -85,7 +85,7 @@ class Ceiling:
 def start(options: argparse.Namespace, precisions: Sequence[str]) -> tuple[Variants, dict[str, Ceiling]]:
     """The variants of a benchmark, with a ceiling for each precision; of both the names of precisions as given."""
     device = torch.device(options.device)
-    use_tf32(device)
+    prepare_device(device)
     variants = Variants(device, options.clock)
     ceilings = {
         name: variants.add(lambda name=name: Ceiling(device, DTYPES[name]), {f"ceiling {name}": Ceiling.__call__})

@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from util import provenance
 REPOSITORY = provenance.REPOSITORY
 RESULTS = REPOSITORY / "benchmarks" / "results"
 NEVER, FAILED, DONE = range(3)  # states of a measurement
+SAID = 30  # lines of a failed one that are kept
 
 
 @dataclass(frozen=True)
@@ -46,30 +48,31 @@ class Measurement:
 IN_FP32 = "--img_size 256 --batch_size 128"
 IN_BF16 = f"{IN_FP32} --precision bf16"
 TRAIN = f"{IN_BF16} --sf on"
-SMALL = "--batch_size 64 --batches 2 --precision bf16 --num_sampling_steps 50 --repeats 3"
-SAMPLE = f"--img_size 256 {SMALL} --cfg 2.9 --interval 0.1 1.0"
+SMALL = "--batch_size 64 --precision bf16 --num_sampling_steps 50 --repeats 3"
+SAMPLE = f"--img_size 256 --batches 4 {SMALL} --cfg 2.9 --interval 0.1 1.0"
 PAD = "--pad_swiglu off on"
 BESIDE = "--compile block --reference tests/reference_checkout"
 PLAN = (  # the most important first
     Measurement("train B/16", 4, f"step --model JiT-B/16 {TRAIN} --steps 10 --compile off block"),
     Measurement("train 700M", 6, f"step --model JiT-700M {TRAIN} --steps 5 --repeats 3 --compile block {PAD}"),
     Measurement("operator 700M", 3, f"sf_operator --model JiT-700M {IN_BF16} --calls 20 --compile block"),
-    Measurement("sample B/16", 6, f"sampler --model JiT-B/16 {SAMPLE} --compile off block --cuda_graph off on"),
+    Measurement("sample B/16", 6, f"sampler --model JiT-B/16 {SAMPLE} --compile block --cuda_graph off on"),
     Measurement("train B/16 beside the stand-in", 6, f"step --model JiT-B/16 {TRAIN} --steps 10 {BESIDE}"),
     Measurement("operator B/16", 3, f"sf_operator --model JiT-B/16 {IN_BF16} --calls 20 --compile block"),
     Measurement("parts B/16", 3, f"step_parts --model JiT-B/16 {IN_BF16} --steps 10 --compile block"),
-    Measurement("sample 700M", 7, f"sampler --model JiT-700M {SAMPLE} --compile block {PAD}"),
+    Measurement("sample 700M", 7, f"sampler --model JiT-700M {SAMPLE} --batches 2 --compile block {PAD}"),
     Measurement("checkpoint B/16", 3, "checkpoint --model JiT-B/16"),
     Measurement("train B/32", 4, f"step --model JiT-B/32 {TRAIN} --steps 10 --compile off block"),
     Measurement("operator B/32", 3, f"sf_operator --model JiT-B/32 {IN_BF16} --calls 20 --compile block"),
     Measurement("parts 700M", 4, f"step_parts --model JiT-700M {IN_BF16} --steps 5 --compile block"),
     Measurement("evaluate", 3, "evaluate --precision bf16 --num_images 500 --batch_size 250"),
     Measurement("startup", 4, "startup"),
-    Measurement("checkpoint 700M", 4, "checkpoint --model JiT-700M"),
+    Measurement("checkpoint 700M", 4, "checkpoint --model JiT-700M --saves 2"),
     Measurement("train B/16, sf off", 4, f"step --model JiT-B/16 {IN_BF16} --steps 10 --sf on off --compile block"),
     Measurement("train B/16, float32", 5, f"step --model JiT-B/16 {IN_FP32} --steps 5 --sf on --compile block"),
     Measurement("train 700M, plain", 6, f"step --model JiT-700M {TRAIN} --steps 5 --repeats 3 {PAD}"),
-    Measurement("sample Ti/4", 4, f"sampler --model JiT-Ti/4 {SMALL} --compile off block --cuda_graph off on"),
+    Measurement("sample Ti/4", 4, f"sampler --model JiT-Ti/4 --batches 16 {SMALL} --compile block --cuda_graph off on"),
+    Measurement("sample B/16, not compiled", 6, f"sampler --model JiT-B/16 {SAMPLE} --cuda_graph off on"),
     Measurement("train B/16, one graph", 8, f"step --model JiT-B/16 {TRAIN} --steps 10 --compile block model"),
 )
 
@@ -83,9 +86,9 @@ def results_file(device: str) -> Path:
 
 
 def sources() -> str:
-    """A digest of the code that is measured, which a commit of results or of a text leaves as it is."""
-    digest = hashlib.sha256()
-    for folder in ("", "util", "benchmarks"):
+    """A digest of what is measured, torch included, which a commit of results or of a text leaves as it is."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for folder in ("", "util", "benchmarks", "tests/reference_checkout"):
         for path in sorted((REPOSITORY / folder).glob("*.py")):
             if path != Path(__file__).resolve():
                 digest.update(f"{path.name}\0".encode() + path.read_bytes())
@@ -110,25 +113,31 @@ def in_order(plan: Sequence[Measurement], there: dict[str, int]) -> Iterator[Mea
         yield from (m for m in plan if there[m.name] == state)
 
 
-def run(measurement: Measurement) -> dict:
-    """The line that it prints; or why there is none."""
+def run(measurement: Measurement, folder: str) -> dict:
+    """The line that it prints; or why there is none. Its temporary files are in `folder`."""
     process = subprocess.Popen(
         measurement.command(),
         **{"cwd": REPOSITORY, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+        env=os.environ | {"TMPDIR": folder},
         process_group=0,
     )
+    why = None
     try:
         out, said = process.communicate(timeout=60 * measurement.minutes)
     except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {measurement.minutes:g} minutes"}
+        why = f"not done after {measurement.minutes:g} minutes"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
-            process.communicate()
-    if process.returncode == 0 and out.strip():
-        return json.loads(out.splitlines()[-1])
+            out, said = process.communicate()
+    if process.returncode == 0:
+        try:
+            return json.loads((out.splitlines() or [""])[-1])
+        except json.JSONDecodeError:
+            why = "its last line is no JSON"
     print(said, file=sys.stderr)
-    return {"failed": (said.splitlines() or ["it said nothing"])[-1], "exit_code": process.returncode}
+    said = said.splitlines()[-SAID:]
+    return {"failed": why or (said or ["it said nothing"])[-1], "exit_code": process.returncode, "said": said}
 
 
 def main(argv: list[str] | None = None, plan: Sequence[Measurement] = PLAN) -> int:
@@ -155,7 +164,8 @@ def main(argv: list[str] | None = None, plan: Sequence[Measurement] = PLAN) -> i
             continue
         print(f"{measurement.name} ...", end=" ", flush=True)
         start = time.monotonic()
-        line = run(measurement)
+        with tempfile.TemporaryDirectory() as folder:
+            line = run(measurement, folder)
         seconds = round(time.monotonic() - start, 1)
         about = {"measurement": measurement.name, "argv": measurement.argv, "sources": code, "seconds_in_all": seconds}
         if "failed" in line:

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity
 import engine_jit
 from benchmarks.common import COMPILE, DTYPES, add_model, emit, parser
 from benchmarks.step import Steps, setting
-from benchmarks.turns import CLOCKS, Variants, short, spread
-from util.acceleration import use_tf32
+from benchmarks.turns import clock_of, short, spread
+from util.acceleration import prepare_device
 from util.distributed import World
 from util.ema import EMA
 
@@ -52,7 +52,7 @@ class Marks:
     """Begin and end of each part of each step, in the order in which the device computes."""
 
     def __init__(self, device: torch.device, clock: str):
-        self.device, self.clock = device, CLOCKS[clock]
+        self.device, self.clock = device, clock_of(clock, device)
         self.clear()
 
     def clear(self) -> None:
@@ -160,8 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     found.add_argument("--compile", default="off", choices=COMPILE)
     options = found.parse_args(argv)
     device = torch.device(options.device)
-    use_tf32(device)
-    Variants(device, options.clock)
+    prepare_device(device)
     args, batches = setting(options, options.steps)
     ours = Steps(args, [options.compile], options.steps, batches, World(device=device))
     emit("step_parts", options, {"results": measure(ours, options)})

@@ -74,13 +74,17 @@ class Turns:
         return {"median": short(statistics.median(each)), "range": spread(each)}
 
 
+def clock_of(name: str, device: torch.device) -> Callable[[], float]:
+    if name != "wall" and device.type != "cpu":
+        raise SystemExit("--clock process says nothing about a GPU")
+    return CLOCKS[name]
+
+
 class Variants:
     """What takes turns: each has been called twice before the first of them."""
 
     def __init__(self, device: torch.device, clock: str = "wall"):
-        if clock != "wall" and device.type != "cpu":
-            raise SystemExit("--clock process says nothing about a GPU")
-        self.device, self.now = device, CLOCKS[clock]
+        self.device, self.now = device, clock_of(clock, device)
         self.turns: dict[str, Callable[[], float]] = {}  # each returns its seconds
         self.peaks: dict[str, int] = {}
         self.failed: dict[str, str] = {}

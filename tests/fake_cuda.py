@@ -161,7 +161,6 @@ def fake_cuda(may_wait: bool = False) -> Iterator[FakeCuda]:
     ):
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-        patch.setattr(torch.Tensor, "pin_memory", lambda x: x)
         patch.setattr(torch.Tensor, "backward", lambda loss: (backward if on_device(loss) else engine)(loss))
         patch.setattr(torch, "load", unset_fake_temporarily()(torch.load))
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmarks.on_gpu import PLAN, Measurement
 from model_jit import JiT_models
 
 GOOD = """print('noise'); print('{"benchmark": "x", "commit": "unknown"}')"""
+SLOW = "import sys, time; print('before', file=sys.stderr, flush=True); time.sleep(60)"
 BAD = "import sys; print('first', file=sys.stderr); sys.exit('the last line')"
 
 
@@ -60,7 +62,7 @@ def test_another_command_or_other_sources_are_measured_again(here, monkeypatch):
 
 
 def test_what_fails_is_recorded_and_the_others_go_on(here, capsys):
-    plan = [Measurement("bad", 1, BAD), Measurement("slow", 0.02, "import time; time.sleep(60)")]
+    plan = [Measurement("bad", 1, BAD), Measurement("slow", 0.02, SLOW)]
     plan += [Measurement("silent", 1, ""), Measurement("good", 1, GOOD)]
     assert on_gpu.main([], plan) == 1
     assert names(here) == ["bad", "slow", "silent", "good"]
@@ -68,7 +70,8 @@ def test_what_fails_is_recorded_and_the_others_go_on(here, capsys):
     assert (
         found[0]["failed"] == "the last line" and found[0]["exit_code"] == 1 and found[0]["hardware"] == "NVIDIA H200"
     )
-    assert found[1]["failed"] == "not done after 0.02 minutes" and found[2]["failed"] == "it said nothing"
+    assert found[1]["failed"] == "not done after 0.02 minutes" and found[2]["failed"] == "its last line is no JSON"
+    assert found[0]["said"] == ["first", "the last line"] and found[1]["said"] == ["before"]
     assert "failed" not in found[3] and "first" in capsys.readouterr().err
     plan.append(Measurement("new", 1, GOOD))
     assert on_gpu.main([], plan) == 1
@@ -87,10 +90,17 @@ def test_a_measurement_starts_only_if_its_limit_fits(here, capsys):
 def test_nothing_of_a_measurement_goes_on_after_its_limit(here, tmp_path):
     """Neither it nor a process that it has started."""
     started = "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {!r}])"
-    child = f"import time; time.sleep(2); open({str(tmp_path / 'late')!r}, 'w')"
-    on_gpu.main([], [Measurement("slow", 0.01, started.format(child))])
-    time.sleep(2)
-    assert not (tmp_path / "late").exists()
+    child = f"import time; open({str(tmp_path / 'early')!r}, 'w'); time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    on_gpu.main([], [Measurement("slow", 0.03, started.format(child))])
+    time.sleep(3)
+    assert (tmp_path / "early").exists() and not (tmp_path / "late").exists()
+
+
+def test_temporary_files_of_a_measurement_are_removed(here, tmp_path):
+    where = tmp_path / "where"
+    argv = f"import os, time; open({str(where)!r}, 'w').write(os.environ['TMPDIR']); time.sleep(60)"
+    on_gpu.main([], [Measurement("slow", 0.02, argv)])
+    assert where.read_text() and not Path(where.read_text()).exists()
 
 
 def test_list(here, capsys):

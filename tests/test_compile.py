@@ -17,7 +17,7 @@ from spectral_forcing import SpectralForcing
 from tests.conftest import ONE, raw, train
 from tests.golden_inputs import SMALL, fill, normals, small_denoiser
 from util import acceleration
-from util.acceleration import check_compiler, compile_network, resolve
+from util.acceleration import check_compiler, compile_network, pad_swiglu, resolve
 from util.build import DenoiserConfig
 from util.distributed import process_group
 from util.ema import EMA
@@ -89,15 +89,17 @@ VARIANTS = {
     "attn_fp32": {"attn_fp32": True},
     "told": {"told_schedule": True},
     "recomputed": {"recomputed": True},
+    "padded": {"padded": True},
     **{mode: {"spectral_residual": mode} for mode in ("time", "time_label", "static")},
     "recomputed_time": {"spectral_residual": "time", "recomputed": True},
 }
 
 
-def variant(dtype=torch.bfloat16, forcing=None, recomputed=False, **network) -> Denoiser:
+def variant(dtype=torch.bfloat16, forcing=None, recomputed=False, padded=False, **network) -> Denoiser:
     schedules = ImageSchedules(32, [0.1, 0.0, -0.1], 0.1) if "told_schedule" in network else None
     net = fill(JiT(**{**SMALL, **network}))
     denoiser = Denoiser(net, SpectralForcing(32, **(forcing or {})), autocast_dtype=dtype, schedules=schedules)
+    pad_swiglu(denoiser, padded)
     if recomputed:
         checkpoint_activations(denoiser)
     return denoiser

@@ -1,5 +1,9 @@
 """Layers of a CPU against float64 and against what other devices compute: util/cpu_layers.py."""
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -123,3 +127,31 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+PAGES = """
+import resource, sys, torch
+from util.acceleration import prepare_device
+if sys.argv[1] == "keep":
+    prepare_device(torch.device("cpu"))
+def step():
+    tensors = [torch.ones(2**21) for _ in range(8)]  # 8 MB each
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another one")
+def test_memory_that_is_freed_stays_with_the_process():
+    """Without that, each page is asked for anew in each step."""
+    faults = {
+        mode: int(subprocess.run([sys.executable, "-c", PAGES, mode], capture_output=True, check=True).stdout)
+        for mode in ("keep", "plain")
+    }
+    assert faults["keep"] < 100 and faults["plain"] > 1000  # a page is 4 kB

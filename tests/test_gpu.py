@@ -1,12 +1,14 @@
 """What only a CUDA device can show: `make test-gpu`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import engine_jit
 import main_jit
-from engine_jit import build_optimizer
+from engine_jit import Sampling, build_optimizer, generate
 from sampler import guided, sample, uniform_grid
 from spectral_conditioning import ImageSchedules, InstanceTimes
 from spectral_forcing import SpectralForcing
@@ -14,7 +16,9 @@ from spectral_schedule import VARIANTS, TightSchedule, TrainingTimes
 from tests.conftest import arguments, flags, read_log, train
 from tests.golden_inputs import GOLDEN, normals, small_denoiser
 from util import rng
+from util.acceleration import compile_network
 from util.checkpoint_writer import HostCopy
+from util.distributed import World
 from util.ema import EMA
 from util.rng import Stream
 from util.window import Window
@@ -36,10 +40,32 @@ def exact_float32(monkeypatch):
     torch.set_float32_matmul_precision(before)
 
 
-def test_random_numbers_are_those_of_the_cpu():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_random_numbers_are_those_of_the_cpu(compiled):
     index = torch.arange(8)
-    on_cpu = rng.normal(3, Stream.NOISE, 5, index, 1000)
-    torch.testing.assert_close(rng.normal(3, Stream.NOISE, 5, index.cuda(), 1000).cpu(), on_cpu, rtol=1e-5, atol=1e-6)
+    rng.use_compiler(compiled)
+    try:
+        for draw, tolerance in ((rng.normal, 1e-6), (rng.uniform, 0.0)):
+            for n in (1, 1000):
+                on_cpu, on_gpu = (draw(3, Stream.NOISE, 5, i, n) for i in (index, index.cuda()))
+                torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=10 * tolerance, atol=tolerance)
+    finally:
+        rng.use_compiler(False)
+
+
+@pytest.mark.parametrize("mode", ["off", "block"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_images_of_a_recorded_network(mode, dtype):
+    """Guidance within an interval, three batches of which the last is smaller, while a thread draws noise."""
+    sampling, labels = Sampling("heun", 6, 2.9, (0.1, 1.0), 0, 4), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    plain, recorded = small_denoiser(autocast_dtype=dtype).cuda(), small_denoiser(autocast_dtype=dtype).cuda()
+    compile_network(recorded, mode)
+    images = [
+        torch.cat(list(generate(denoiser, how, labels, (3, 32, 32), 10, World(device=torch.device("cuda", 0))))).float()
+        for denoiser, how in ((plain, sampling), (recorded, replace(sampling, cuda_graph=True)))
+    ]
+    difference = (images[0] - images[1]).abs()
+    assert images[0].std() > 10 and difference.mean() < (0.05 if dtype is None else 3.0)  # levels of 255
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -148,7 +174,9 @@ def test_train_resume_and_sample(tmp_path):
 
 
 @pytest.mark.parametrize("compile", ["off", "block", "model"])
-@pytest.mark.parametrize("how", [{}, {"activation_checkpointing": True}, {"parallel": "fsdp"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"activation_checkpointing": True}, {"parallel": "fsdp"}, {"pad_swiglu": True}], ids=str
+)
 def test_what_makes_it_fast_or_small_does_not_change_the_loss(tmp_path, compile, how):
     settings = {"device": "cuda", "spectral_residual": "time_label"}
     runs = (

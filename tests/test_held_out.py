@@ -10,6 +10,7 @@ import scipy.stats
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import main_jit
 from denoiser import Denoiser, LogitNormal
@@ -99,6 +100,25 @@ def truth(measured, values, path):
                 power = (np.abs(np.fft.fft2(error)) ** 2 / 256).mean(0)
                 rings[w, b] += [power[(k <= radius) & (radius < k + 1)].mean() for k in range(12)]
     return loss / len(measured.images), rings / len(measured.images)
+
+
+def test_weights_are_cast_once_and_the_last_batch_compiles_nothing():
+    """Ten images in batches of four: one graph for the weights and both averages, with and without a smaller batch."""
+    counter, measured = CompileCounter(), part(10)
+    denoiser, emas = network()
+    denoiser.autocast_dtype = torch.bfloat16
+    plain = measured.measure(denoiser, emas, ONE).by_time
+    dtypes = set()
+    for layer in denoiser.net.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda layer, _: dtypes.add(layer.weight.dtype))
+    measured.measure(denoiser, emas, ONE)
+    assert dtypes == {torch.bfloat16}
+    denoiser, emas = network()
+    denoiser.autocast_dtype = torch.bfloat16
+    denoiser.net.compile(backend=counter, dynamic=False)
+    torch.testing.assert_close(measured.measure(denoiser, emas, ONE).by_time, plain, rtol=1e-2, atol=0)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

@@ -214,5 +214,5 @@ def test_noise_is_one_graph_for_all_steps():
 def test_compiled_noise():
     """The integers are the same; logarithm and sine are those of another library."""
     rng._compiled.cache_clear()
-    difference = on_device(rng._compiled()) - on_device(rng._normal_on_device)
+    difference = on_device(rng._compiled(rng._normal_on_device)) - on_device(rng._normal_on_device)
     assert difference.abs().max() < 1e-5

@@ -1,10 +1,11 @@
-"""How a GPU is made fast: TF32 for float32 products, widths that its matrix units like, and torch.compile.
+"""What makes a device fast: torch.compile, TF32 and padded widths on a GPU, memory that is kept on a CPU.
 
 Whatever is on, parameters and their names stay as they are. A compiled block has one graph for each shape that it sees:
 with and without the in-context tokens, in training and in sampling; all blocks share it, since they differ in their
 weights alone.
 """
 
+import ctypes
 import os
 import shutil
 import sysconfig
@@ -20,13 +21,24 @@ from util.errors import UserError
 
 MODES = ("auto", "off", "block", "model")
 MULTIPLE = 8  # bf16 rows of whole 16 bytes, which tensor cores and copies of a GPU are made for
+MALLOPT = {-3: 2**25, -1: 2**31 - 1, -2: 2**26}  # M_MMAP_THRESHOLD (its largest), M_TRIM_THRESHOLD, M_TOP_PAD in bytes
 GRAPHS = 64  # of one function: two lengths of the sequence, with and without gradients, a few sizes of a batch
 
 
-def use_tf32(device: torch.device) -> None:
-    """On a GPU float32 products round their factors to 10 bits: what is left in float32 beside autocast is small."""
+def prepare_device(device: torch.device) -> None:
+    """Settings of the process.
+
+    On a GPU float32 products round their factors to 10 bits: what is left in float32 beside autocast is small.
+
+    On a CPU what tensors free stays with the process, where the C library is glibc. It gives memory back to the system
+    and asks for it again within each step otherwise, and every page of 4 kB is then cleared anew.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for parameter, value in MALLOPT.items() if mallopt else ():
+        mallopt(parameter, value)
 
 
 def resolve(mode: str, device: torch.device) -> str:
@@ -52,7 +64,7 @@ def check_compiler(mode: str, device: torch.device) -> list[str]:
         return []
     if mode == "auto":
         return [f"nothing is compiled, and the GPU is slower for it: torch.compile needs {missing}"]
-    raise UserError(f"--compile {mode} needs {missing}, which is not there; --compile off trains without")
+    raise UserError(f"--compile {mode} needs {missing}, which is not there; --compile off works without")
 
 
 def compile_network(denoiser: Denoiser, mode: str) -> None:

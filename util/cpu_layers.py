@@ -134,7 +134,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate_pairs(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin) for float32 pairs (..., d/2, 2) and cos, sin (..., d/2).
 
-    Elsewhere than on a CPU without a stack, which a compiler would not fuse with what comes before and after.
+    Elsewhere than on a CPU as a sum over whole pairs, which a compiler fuses with what comes before and after.
     """
     if applies(pairs):
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos.float(), sin.float()))

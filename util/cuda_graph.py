@@ -20,7 +20,7 @@ Function = Callable[..., Tensor]  # of tensors, or None in the place of some
 class Recording:
     """`function` for inputs of one shape, without gradients."""
 
-    def __init__(self, function: Function, inputs: tuple[Tensor | None, ...]):
+    def __init__(self, function: Function, inputs: tuple[Tensor | None, ...], pool: tuple[int, int]):
         self.inputs = [None if given is None else given.clone() for given in inputs]
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
@@ -30,7 +30,7 @@ class Recording:
         here.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads, which copy a checkpoint or watch over nccl, may call CUDA meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
@@ -42,16 +42,19 @@ class Recording:
 
 
 class Replayed:
-    """Stands for `function`; makes a recording (by `record`) for each shape, and keeps it."""
+    """Stands for `function`; makes a recording (by `record`) for each shape, and keeps it.
+
+    They share their memory, since none of them leaves anything there that is used after another one was replayed.
+    """
 
     def __init__(self, function: Function, record: Callable[..., Function] = Recording):
-        self.function, self.record = function, record
+        self.function, self.record, self.pool = function, record, torch.cuda.graph_pool_handle()
         self.recordings: dict[tuple, Function] = {}
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         shapes = tuple(None if given is None else (given.shape, given.dtype) for given in inputs)
         if shapes not in self.recordings:
-            self.recordings[shapes] = self.record(self.function, inputs)
+            self.recordings[shapes] = self.record(self.function, inputs, self.pool)
         return self.recordings[shapes](*inputs)
 
 

@@ -109,7 +109,7 @@ def batches_of_noise(
     """The starting noise (B, 3, H, W) of each batch of image indices, drawn on the CPU while a GPU is at work."""
     if device.type == "cpu":
         return (start_noise(sampling.seed, index, image_shape) for index in batches)
-    return ahead(lambda index: start_noise(sampling.seed, index, image_shape).pin_memory(), batches)
+    return ahead(lambda index: start_noise(sampling.seed, index, image_shape), batches)
 
 
 def make_images(
@@ -195,7 +195,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """This process's share of the images 0 .. len(labels) - 1, in index order, as batches uint8 (B, 3, H, W).
 
-    With `may_stop` it ends between two batches where a process was asked to stop.
+    With `may_stop` it ends between two batches where a process was asked to stop. Until it ends the denoiser is in
+    `sampling_mode`: who saves, loads or trains its weights closes this first.
 
     Raises:
         UserError: an image with values that are not finite.

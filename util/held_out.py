@@ -185,7 +185,7 @@ class HeldOut:
         denoiser.eval()
         try:
             for row, average in enumerate((None, *emas)):
-                with average.applied_to(denoiser) if average else gathered(denoiser):
+                with average.applied_to(denoiser) if average else gathered(denoiser), denoiser.fixed_weights():
                     for batch, (x, y) in zip(batches, self._loader(batches, world), strict=True):
                         number = torch.as_tensor(self.images.numbers[batch], device=world.device)
                         x, y = to_float(x.to(world.device)), y.to(world.device)

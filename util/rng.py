@@ -96,9 +96,10 @@ def _key(seed: int) -> tuple[int, int]:
 
 def uniform(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> Tensor:
     """(B, n) float32, uniform in the open interval (0, 1), for samples `index` (B,) int64, on its device."""
-    block = torch.arange(-(-n // 4), device=index.device)
-    words = philox(_counter(stream, step, index, block), _key(seed))
-    return ((torch.stack(words, dim=-1).flatten(1)[:, :n] >> 9).float() + 0.5) * 2.0**-23
+    block, key = torch.arange(-(-n // 4), device=index.device), _key(seed)
+    counter = _counter(stream, step, index, block)
+    numbers = _uniform(counter, key) if index.device.type == "cpu" else _drawn(_uniform)(counter, key)
+    return numbers.flatten(1)[:, :n]
 
 
 def normal(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> Tensor:
@@ -107,8 +108,13 @@ def normal(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> T
     if index.device.type == "cpu":
         numbers = _normal_on_cpu(stream, step, index, block, key)
     else:
-        numbers = _drawn_by(_counter(stream, step, index, block), key)
+        numbers = _drawn(_normal_on_device)(_counter(stream, step, index, block), key)
     return numbers.flatten(1)[:, :n]
+
+
+def _uniform(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
+    """(B, K, 4)"""
+    return ((torch.stack(philox(counter, key), dim=-1) >> 9).float() + 0.5) * 2.0**-23
 
 
 def _polar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,14 +145,21 @@ def _normal_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tens
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_normal_on_device, dynamic=False)
+def _compiled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(draw, dynamic=False)
 
 
-_drawn_by: Callable[..., Tensor] = _normal_on_device
+def _drawn(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return _compiled(draw) if _compiles else draw
+
+
+_compiles = False
 
 
 def use_compiler(on: bool) -> None:
-    """Whether `normal` is fused on a GPU, into two kernels: the same words, and the same numbers up to rounding."""
-    global _drawn_by
-    _drawn_by = _compiled() if on else _normal_on_device
+    """Whether numbers on a GPU are drawn by compiled code: by a kernel or two instead of a hundred and more.
+
+    The words are the same, and normal numbers are up to rounding.
+    """
+    global _compiles
+    _compiles = on
