@@ -132,8 +132,9 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 PAGES = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from util.acceleration import prepare_device
+ctypes.CDLL(None).mallopt(-3, 2**17)  # glibc's default, which it changes as it goes on: what comes of it is chance
 if sys.argv[1] == "keep":
     prepare_device(torch.device("cpu"))
 def step():
@@ -149,9 +150,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another one")
 def test_memory_that_is_freed_stays_with_the_process():
-    """Without that, each page is asked for anew in each step."""
+    """Without that, each page may be asked for anew in each step."""
     faults = {
         mode: int(subprocess.run([sys.executable, "-c", PAGES, mode], capture_output=True, check=True).stdout)
         for mode in ("keep", "plain")
     }
-    assert faults["keep"] < 100 and faults["plain"] > 1000  # a page is 4 kB
+    assert faults["keep"] < 100 and faults["plain"] > 10 * 8 * 2**23 / 4096 / 2
