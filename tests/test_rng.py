@@ -196,16 +196,21 @@ def on_device(function, step=3, samples=(0, 5, 2**33), n=103, seed=2**63 + 7):
     return function(rng._counter(Stream.NOISE, step, index(*samples), block), rng._key(seed)).flatten(1)[:, :n]
 
 
-def test_numbers_of_a_cpu_are_those_of_other_devices():
+DRAWS = [(rng._normal_on_device, normal), (rng._uniform_on_device, uniform)]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), DRAWS)
+def test_numbers_of_a_cpu_are_those_of_other_devices(theirs, ours):
     """To the bit where logarithm and sine are; they compute with 64-bit integers throughout."""
-    assert torch.equal(on_device(rng._normal_on_device), normal(2**63 + 7, Stream.NOISE, 3, index(0, 5, 2**33), 103))
+    assert torch.equal(on_device(theirs), ours(2**63 + 7, Stream.NOISE, 3, index(0, 5, 2**33), 103))
 
 
-def test_noise_is_one_graph_for_all_steps():
+@pytest.mark.parametrize(("theirs", "_"), DRAWS)
+def test_numbers_are_one_graph_for_all_steps(theirs, _):
     counter = CompileCounter()
-    compiled = torch.compile(rng._normal_on_device, backend=counter, dynamic=False, fullgraph=True)
+    compiled = torch.compile(theirs, backend=counter, dynamic=False, fullgraph=True)
     for step in range(3):
-        assert torch.equal(on_device(compiled, step), on_device(rng._normal_on_device, step))
+        assert torch.equal(on_device(compiled, step), on_device(theirs, step))
     assert counter.frame_count == 1
 
 

@@ -98,7 +98,7 @@ def uniform(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> 
     """(B, n) float32, uniform in the open interval (0, 1), for samples `index` (B,) int64, on its device."""
     block, key = torch.arange(-(-n // 4), device=index.device), _key(seed)
     counter = _counter(stream, step, index, block)
-    numbers = _uniform(counter, key) if index.device.type == "cpu" else _drawn(_uniform)(counter, key)
+    numbers = _uniform(philox(counter, key)) if index.device.type == "cpu" else _drawn(_uniform_on_device)(counter, key)
     return numbers.flatten(1)[:, :n]
 
 
@@ -112,9 +112,9 @@ def normal(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> T
     return numbers.flatten(1)[:, :n]
 
 
-def _uniform(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
-    """(B, K, 4)"""
-    return ((torch.stack(philox(counter, key), dim=-1) >> 9).float() + 0.5) * 2.0**-23
+def _uniform(words: tuple[Tensor, ...]) -> Tensor:
+    """(B, K, 4) of four words of 32 bits, each (B, K)."""
+    return ((torch.stack(words, dim=-1) >> 9).float() + 0.5) * 2.0**-23
 
 
 def _polar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +135,11 @@ def _normal_on_cpu(stream: Stream, step: int, index: Tensor, block: Tensor, key:
                 torch.mul(radius, angle.cos(), out=numbers[..., i])
                 torch.mul(radius, angle.sin(), out=numbers[..., i + 1])
     return out
+
+
+def _uniform_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
+    """(B, K, 4)"""
+    return _uniform(_philox_on_device(counter, key))
 
 
 def _normal_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
