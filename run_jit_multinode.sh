@@ -32,7 +32,7 @@ start() {
         exit 0
     fi
     say "$what: ${line% }"
-    asked='' at_once=0 code=127
+    asked='' asked_at=0 at_once=0 code=127
     trap 'stop TERM' TERM
     trap 'stop HUP' HUP
     trap 'stop INT' INT
@@ -49,22 +49,36 @@ start() {
     if ((at_once)); then code=130; fi
 }
 
-# stop SIGNAL: asks what `start` runs to stop when it has saved; a second Ctrl-C does not wait for that.
+# stop SIGNAL: asks what `start` runs to stop when it has saved; a second Ctrl-C does not wait for that. One that comes
+# within 0.3 s is the first one, sent to this process and to its group, as `timeout` does. Builtins alone: a signal would
+# end another program in the middle, and with it this one.
 # shellcheck disable=SC2329  # the traps call it
 stop() {
+    local now=${EPOCHREALTIME:-$SECONDS.000000} before=$asked_at  # microseconds; bash before 5.0: whole seconds
+    now=${now/[.,]/}
     caught=1
     if [[ -z ${!:-} ]]; then exit 75; fi  # nothing is started yet
+    if [[ $1 == INT && -n $asked ]] && ((now - before < 300000)); then return 0; fi
     if [[ $1 == QUIT || ($1 == INT && -n $asked) ]]; then
         say "stopping at once"
         at_once=1
         kill -s "$ends_it" "$!"
-    elif [[ -n ${JIT_STATE_DIR:-} ]]; then  # see util/preemption.py
-        printf 'SIG%s\n' "$1" >"$JIT_STATE_DIR/new"
-        mv -- "$JIT_STATE_DIR/new" "$JIT_STATE_DIR/stop"
+        return 0
+    fi
+    asked=$1 asked_at=$now
+    if [[ -n ${JIT_STATE_DIR:-} ]]; then  # see util/preemption.py
+        printf 'SIG%s\n' "$1" >"$JIT_STATE_DIR/stop"
     else
         kill -s USR1 "$!"  # the only one that srun just forwards, to all processes of the step
     fi
-    asked=$1
+}
+
+# clean_up: also where this script ends too early, and what it has started would go on without it.
+# shellcheck disable=SC2329  # the trap calls it
+clean_up() {
+    local child
+    for child in $(jobs -pr); do kill -s "$ends_it" "$child" || true; done
+    rm -rf -- "$JIT_STATE_DIR"
 }
 
 # requeue: once a job, whichever of its launchers is outermost.
@@ -381,7 +395,7 @@ if [[ ${EVALUATE_GEN:-} == 1 ]]; then settings+=(--evaluate_gen); fi
 if [[ ${DRY_RUN:-0} != 1 ]]; then
     JIT_STATE_DIR=$(mktemp -d "${TMPDIR:-/tmp}/jit-XXXXXX")
     export JIT_STATE_DIR
-    trap 'rm -rf -- "$JIT_STATE_DIR"' EXIT
+    trap clean_up EXIT
 fi
 # torchrun answers the signals that it handles by ending its workers. USR2, which ends them in whatever call they
 # are, is kept for that.

@@ -15,7 +15,7 @@ from tests.launcher_stand_ins import STEP, TWO_NODES, Launcher, program
 
 WAITS = """
 printf %s "$JIT_STATE_DIR" > "{folder}/state"; echo "$PET_SIGNALS_TO_HANDLE" > "{folder}/handles"; touch "{folder}/up"
-for i in {{1..200}}; do if [[ -f $JIT_STATE_DIR/stop ]]; then break; fi; sleep 0.05; done
+for i in {{1..200}}; do if [[ -s $JIT_STATE_DIR/stop ]]; then break; fi; sleep 0.05; done
 cp "$JIT_STATE_DIR/stop" "{folder}/stop"; sleep {rest}
 echo 75 > "$JIT_STATE_DIR/exit-0"
 """
@@ -95,9 +95,21 @@ def test_stopping_at_once(launcher, tmp_path, names):
     began = time.monotonic()
     for name in names:
         os.kill(started.process.pid, getattr(signal, name))
-        time.sleep(0.3)
+        time.sleep(0.5)
     code, message = started.end()
     assert code == 130 and "at once" in message and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 1, 2, 3, 3])
+def test_ctrl_c_that_comes_twice_is_one(launcher, tmp_path, milliseconds):
+    """`timeout -s INT` sends it to its child and to the group; nothing is killed in the middle, nothing left behind."""
+    started = waiting(launcher, tmp_path)
+    os.killpg(started.process.pid, signal.SIGINT)
+    time.sleep(milliseconds / 1000)
+    os.killpg(started.process.pid, signal.SIGINT)
+    code, message = started.end()
+    assert code == 75 and "at once" not in message
+    assert (tmp_path / "stop").read_text() == "SIGINT\n"
 
 
 def test_several_requests_are_one(launcher, tmp_path):

@@ -51,10 +51,26 @@ def test_a_signal_is_noted_and_said_once(listening, number, capfd):
     assert preemption.requested() is None
     os.kill(os.getpid(), number)
     assert preemption.requested() == preemption.requested() == number.name
-    assert capfd.readouterr().err.count(f"{number.name}: stops after the current step") == 1
+    assert capfd.readouterr().err.count(f"{number.name}: stops when this step") == 1
 
 
-def test_ctrl_c_stops_at_once_when_asked_before(listening):
+def test_ctrl_c_that_comes_twice_is_one(listening, capfd):
+    """`timeout -s INT` sends it to a process and to its group."""
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert preemption.requested() == "SIGINT" and capfd.readouterr().err.count("SIGINT") == 1
+
+
+def test_a_file_that_is_still_empty_is_not_read(state):
+    preemption.listen()
+    (state / "stop").touch()
+    assert preemption.requested() is None
+    (state / "stop").write_text("SIGINT\n")
+    assert preemption.requested() == "SIGINT"
+
+
+def test_ctrl_c_stops_at_once_when_asked_before(listening, monkeypatch):
+    monkeypatch.setattr(preemption, "AGAIN", 0.0)
     os.kill(os.getpid(), signal.SIGINT)
     assert preemption.requested() == "SIGINT"
     with pytest.raises(KeyboardInterrupt):
@@ -84,7 +100,7 @@ def test_the_file_alone_counts(state, capfd):
     assert preemption.requested() is None
     (state / "stop").write_text("SIGTERM\n")
     assert preemption.requested() == "SIGTERM"
-    assert capfd.readouterr().err.count("SIGTERM: stops after the current step") == 1
+    assert capfd.readouterr().err.count("SIGTERM: stops when this step") == 1
 
 
 STUCK = """

@@ -23,7 +23,9 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, go
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 5.0  # seconds until the launcher, signalled at the same time, has certainly written the file
 
+AGAIN = 0.3  # seconds: a second SIGINT within is the first, sent to a process and to its group, as `timeout` does
 _reason: str | None = None
+_since = 0.0
 _previous: dict[int, object] = {}
 
 
@@ -58,6 +60,8 @@ def stop_listening() -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and _reason is not None:
+        if time.monotonic() - _since < AGAIN:
+            return
         raise KeyboardInterrupt
     _take(signal.Signals(number).name)
 
@@ -77,17 +81,19 @@ def _watch(heard: int) -> None:
 
 
 def _take(reason: str) -> None:
-    global _reason
-    _reason = reason
+    global _reason, _since
+    _reason, _since = reason, time.monotonic()
     if os.environ.get("RANK", "0") == "0":  # by a system call: a handler may interrupt what print does
-        line = f"main_jit.py: {reason}: stops after the current step or batch and saves; Ctrl-C stops at once\n"
+        line = f"main_jit.py: {reason}: stops when this step or batch of images is done; Ctrl-C again stops at once\n"
         os.write(sys.__stderr__.fileno(), line.encode())
 
 
 def requested() -> str | None:
     """The signal that asked this process to stop, None while nobody has."""
     if _reason is None and (folder := _folder()) and (stop := folder / "stop").exists():
-        _take(stop.read_text().strip())
+        reason = stop.read_text().strip()
+        if reason:  # else the launcher is about to write it
+            _take(reason)
     return _reason
 
 
