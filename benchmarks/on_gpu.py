@@ -148,10 +148,10 @@ def main(argv: list[str] | None = None, plan: Sequence[Measurement] = PLAN) -> i
     parser.add_argument("--commit", help="for the lines, where this is no checkout of git")
     options = parser.parse_args(argv)
     end, device = time.monotonic() + 60 * options.minutes, gpu()
-    if device is None:
+    if device is None and not options.list:
         print("torch sees no GPU here; `make bench` measures on a CPU", file=sys.stderr)
         return 2
-    file, code = options.results or results_file(device), sources()
+    file, code = options.results or results_file(device or "no GPU"), sources()
     there = states(file, code, plan)
     if options.list:
         for m in plan:

@@ -40,6 +40,8 @@ def test_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert on_gpu.main([]) == 2
     assert "no GPU" in capsys.readouterr().err
+    assert on_gpu.main(["--list"]) == 0
+    assert capsys.readouterr().out.count("to do") == len(PLAN)
 
 
 def test_each_is_measured_once_in_the_order_of_the_plan(here, capsys):

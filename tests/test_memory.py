@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from denoiser import Denoiser
 from spectral_forcing import SpectralForcing
 from tests.conftest import TINY, TINY_MODEL
+from tests.launcher_stand_ins import ROOT
 from tests.test_golden import PUBLISHED
 from util import cpu_layers, memory
 from util.memory import count, measure
@@ -76,3 +77,10 @@ def test_table(capsys):
     assert memory.main(["--models", TINY, "--gpus", "2", "4", "--img_size", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 2 * 3 and len({line.count("|") for line in lines}) == 1
+
+
+def test_table_of_the_documentation(capsys):
+    """docs/large_models.md shows what `python -m util.memory` prints."""
+    assert memory.main([]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) > 20 and "\n".join(printed) in (ROOT / "docs" / "large_models.md").read_text()

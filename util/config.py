@@ -138,7 +138,8 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
         enough = -(-args.num_images // args.class_num) * args.class_num
         raise UserError(
             f"--num_images {args.num_images} is not a multiple of the {args.class_num} classes: "
-            f"an evaluation needs equally many images of each class, as {enough} are"
+            f"an evaluation needs equally many images of each class, as {enough} are "
+            "(--no-online_eval, or ONLINE_EVAL=0, trains without)"
         )
     if args.grad_clip is not None and not args.grad_clip > 0:
         raise UserError(f"--grad_clip {args.grad_clip} must be above 0")
