@@ -132,6 +132,11 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(b, n, -1)))  # (B, n, D)
 
 
+def inner_width(dim: int, mlp_ratio: float = 4.0) -> int:
+    """m of SwiGLU."""
+    return int(int(dim * mlp_ratio) * 2 / 3)
+
+
 class SwiGLU(nn.Module):
     """w3(silu(a) * b) with (a, b) the halves of w12(x); inner width m = int(int(mlp_ratio * D) * 2 / 3).
 
@@ -142,7 +147,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float, drop: float):
         super().__init__()
-        self.inner = int(int(dim * mlp_ratio) * 2 / 3)
+        self.inner = inner_width(dim, mlp_ratio)
         self.w12 = Linear(dim, 2 * self.inner)
         self.w3 = Linear(self.inner, dim)
         self.drop = nn.Dropout(drop)

@@ -8,6 +8,7 @@ import model_jit
 from model_jit import SwiGLU
 from tests.conftest import ONE, raw, train
 from tests.golden_inputs import normals, small_denoiser
+from util import config
 from util.acceleration import pad_swiglu
 from util.resume import load_for_inference
 
@@ -70,3 +71,10 @@ def seen_by_sampling(folder) -> list[SwiGLU]:
     args, saved = load_for_inference({"resume": str(folder)}, "sample")
     denoiser, _ = main_jit.load_denoiser(args, saved, ONE)
     return [m for m in denoiser.modules() if isinstance(m, SwiGLU)]
+
+
+@pytest.mark.parametrize(("model", "warned"), [("JiT-B/16", True), ("JiT-700M", False)])
+def test_where_padding_changes_nothing_it_is_said(model, warned):
+    args = config.resolve({"dataset": "cifar10", "model": model, "pad_swiglu": True}, None, training=True)
+    args.img_size = 256
+    assert any("--pad_swiglu has no effect" in w and "2048" in w for w in config.check(args, evaluates=False)) == warned

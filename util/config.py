@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model_jit import JiT_models
+from model_jit import JiT_models, inner_width
 from util import schedules
+from util.acceleration import MULTIPLE
 from util.data import IN_MEMORY, KNOWN
 from util.errors import UserError
 from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
@@ -146,6 +147,9 @@ def check(args: Namespace, evaluates: bool) -> list[str]:
     if args.cuda_graph and args.parallel == "fsdp" and not (args.evaluate_gen or args.sample):
         raise UserError("--cuda_graph is for a network that is whole on each process: not with --parallel fsdp")
     warnings = schedules.check(args)
+    width = inner_width(JiT_models[args.model].keywords["hidden_size"])
+    if args.pad_swiglu and width % MULTIPLE == 0:
+        warnings.append(f"--pad_swiglu has no effect on {args.model}, whose inner width {width} is a multiple of 8")
     if not sf and (args.disable_dct_scale_schedule or args.window_size is not None or args.sf_schedule != "linear"):
         warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
     if sf and args.dct_fixed_scale != DEFAULTS["dct_fixed_scale"] and not args.disable_dct_scale_schedule:
