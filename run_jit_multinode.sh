@@ -40,12 +40,17 @@ start() {
     trap 'stop QUIT' QUIT
     # It ignores them itself: a scheduler sends them to every process of a job.
     (trap '' TERM HUP INT USR1; exec "$@") <&0 &
-    while true; do
-        caught=0
+    # A signal ends the wait, and two at once the next one too, before it has begun: what it says is the child's own
+    # status only below 128 or once the child is gone.
+    while kill -0 "$!" 2>/dev/null; do
+        wait "$!" 2>/dev/null && break || status=$?
+        if ((status < 128)); then break; fi
+    done
+    for _ in 1 2; do
         wait "$!" 2>/dev/null && status=0 || status=$?
         if ((status != 127)); then code=$status; fi
-        if ((!caught || status == 127)); then break; fi  # else a signal ended the wait, not the child
     done
+    trap '' TERM HUP INT USR1 QUIT  # what is left takes no time, and a signal would end it in the middle
     if ((at_once)); then code=130; fi
 }
 
@@ -54,22 +59,21 @@ start() {
 # end another program in the middle, and with it this one.
 # shellcheck disable=SC2329  # the traps call it
 stop() {
-    local now=${EPOCHREALTIME:-$SECONDS.000000} before=$asked_at  # microseconds; bash before 5.0: whole seconds
+    local now=${EPOCHREALTIME:-$SECONDS.000000}  # microseconds; bash before 5.0: whole seconds
     now=${now/[.,]/}
-    caught=1
     if [[ -z ${!:-} ]]; then exit 75; fi  # nothing is started yet
-    if [[ $1 == INT && -n $asked ]] && ((now - before < 300000)); then return 0; fi
+    if [[ $1 == INT && -n $asked ]] && ((now - asked_at < 300000)); then return 0; fi
     if [[ $1 == QUIT || ($1 == INT && -n $asked) ]]; then
         say "stopping at once"
         at_once=1
-        kill -s "$ends_it" "$!"
+        kill -s "$ends_it" "$!" 2>/dev/null || true  # it may just have ended
         return 0
     fi
-    asked=$1 asked_at=$now
+    asked_at=$now asked=$1
     if [[ -n ${JIT_STATE_DIR:-} ]]; then  # see util/preemption.py
         printf 'SIG%s\n' "$1" >"$JIT_STATE_DIR/stop"
     else
-        kill -s USR1 "$!"  # the only one that srun just forwards, to all processes of the step
+        kill -s USR1 "$!" 2>/dev/null || true  # the only one that srun just forwards, to all processes of the step
     fi
 }
 

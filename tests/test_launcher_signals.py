@@ -100,7 +100,7 @@ def test_stopping_at_once(launcher, tmp_path, names):
     assert code == 130 and "at once" in message and time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("milliseconds", [0, 1, 1, 2, 3, 3])
+@pytest.mark.parametrize("milliseconds", [0, 0.05, 1, 1, 2, 3])
 def test_ctrl_c_that_comes_twice_is_one(launcher, tmp_path, milliseconds):
     """`timeout -s INT` sends it to its child and to the group; nothing is killed in the middle, nothing left behind."""
     started = waiting(launcher, tmp_path)
@@ -110,6 +110,15 @@ def test_ctrl_c_that_comes_twice_is_one(launcher, tmp_path, milliseconds):
     code, message = started.end()
     assert code == 75 and "at once" not in message
     assert (tmp_path / "stop").read_text() == "SIGINT\n"
+
+
+def test_wait_that_a_signal_of_before_ends(launcher, tmp_path):
+    """bash: a signal between the end of a `wait` and its trap is handled with it, and ends the next `wait` as well."""
+    stale = """() { if [[ -n $asked && -z ${stale:-} ]]; then stale=1; return 130; fi; builtin wait "$@"; }"""
+    started = waiting(launcher, tmp_path, rest=0.5, **{"BASH_FUNC_wait%%": stale})
+    started.process.send_signal(signal.SIGINT)
+    code, message = started.end()
+    assert code == 75, message
 
 
 def test_several_requests_are_one(launcher, tmp_path):
