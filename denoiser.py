@@ -86,6 +86,41 @@ def random_flip(x: Tensor, seed: int, step: int, position: Tensor) -> Tensor:
     return torch.where(flip[:, None, None, None], x.flip(-1), x)
 
 
+def one_minus(t: Tensor, t_eps: float) -> Tensor:
+    """What a velocity is divided by: max(1 - t, t_eps), (B, 1, 1, 1)."""
+    return (1 - t).clamp_min(t_eps)[:, None, None, None]
+
+
+class NoisyImages(nn.Module):
+    """Images x, unit noise (B, C, H, W) and t (B,) to z and v. Without parameters: a module is what can be compiled."""
+
+    def __init__(self, noise_scale: float, t_eps: float):
+        super().__init__()
+        self.noise_scale, self.t_eps = noise_scale, t_eps
+
+    def forward(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        e = self.noise_scale * noise
+        t_ = t[:, None, None, None]
+        z = t_ * x + (1 - t_) * e
+        return z, x - e if self.t_eps == 0 else (x - z) / one_minus(t, self.t_eps)
+
+
+class VelocityLoss(nn.Module):
+    """Mean of (v - v_pred)^2, where v_pred follows from the network's output at (z, t). Without parameters."""
+
+    def __init__(self, pred_param: str, t_eps: float):
+        super().__init__()
+        self.pred_param, self.t_eps = pred_param, t_eps
+
+    def velocity(self, out: Tensor, z: Tensor, t: Tensor, t_eps: float | None = None) -> Tensor:
+        if self.pred_param == "v":
+            return out
+        return (out - z) / one_minus(t, self.t_eps if t_eps is None else t_eps)
+
+    def forward(self, v: Tensor, out: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return (v - self.velocity(out, z, t)).square().mean()
+
+
 class Denoiser(nn.Module):
     """The network behind Spectral Forcing, with the loss and the velocity that follow from its output.
 
@@ -121,6 +156,8 @@ class Denoiser(nn.Module):
         self.spectral_forcing = spectral_forcing
         self.schedules = schedules
         self.pred_param, self.t_eps, self.noise_scale = pred_param, t_eps, noise_scale
+        self.noisy_images = NoisyImages(noise_scale, t_eps)
+        self.loss = VelocityLoss(pred_param, t_eps)
         self.autocast_dtype = autocast_dtype
 
     def predict(self, z: Tensor, t: Tensor, y: Tensor, bounds: Tensor | None = None) -> Tensor:
@@ -168,20 +205,18 @@ class Denoiser(nn.Module):
 
         bounds: (lambda_0, lambda_1) of each sample, (B, 2), for a network that is told them.
         """
-        out = self.predict(z, t, y, bounds)
-        return out if self.pred_param == "v" else (out - z) / self._one_minus(t, t_eps)
+        return self.loss.velocity(self.predict(z, t, y, bounds), z, t, t_eps)
 
     def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Mean of (v - v_pred)^2 over the batch, a scalar. `noise` has unit variance."""
-        return self.error(x, y, t, noise).square().mean()
+        z, v = self.noisy_images(x, noise, t)
+        return self.loss(v, self.predict(z, t, y, self._bounds(x)), z, t)
 
     def error(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v - v_pred (B, C, H, W), of which `forward` is the mean square. A network is told the schedules of x."""
-        e = self.noise_scale * noise
-        t_ = t[:, None, None, None]
-        z = t_ * x + (1 - t_) * e
-        v = x - e if self.t_eps == 0 else (x - z) / self._one_minus(t)
-        return v - self.velocity(z, t, y, bounds=None if self.schedules is None else self.schedules(x).bounds)
+        """v - v_pred (B, C, H, W), of which `forward` is the mean square."""
+        z, v = self.noisy_images(x, noise, t)
+        return v - self.velocity(z, t, y, bounds=self._bounds(x))
 
-    def _one_minus(self, t: Tensor, t_eps: float | None = None) -> Tensor:
-        return (1 - t).clamp_min(self.t_eps if t_eps is None else t_eps)[:, None, None, None]
+    def _bounds(self, x: Tensor) -> Tensor | None:
+        """(B, 2) of the schedules of x, for a network that is told them."""
+        return None if self.schedules is None else self.schedules(x).bounds

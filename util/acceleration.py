@@ -68,13 +68,14 @@ def check_compiler(mode: str, device: torch.device) -> list[str]:
 
 
 def compile_network(denoiser: Denoiser, mode: str) -> None:
-    """Of the network, Spectral Forcing and a GPU's noise; `mode` is "off", "block" or "model". First calls compile."""
+    """`mode` is "off", "block" or "model": of the network. Besides, what lies around it: Spectral Forcing, z and the loss
+    in training, a GPU's noise. First calls compile."""
     rng.use_compiler(mode != "off")
     if mode == "off":
         return
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    operator = [] if denoiser.spectral_forcing is None else [denoiser.spectral_forcing]
-    for module in [*(denoiser.net.blocks if mode == "block" else [denoiser.net]), *operator]:
+    around = [m for m in (denoiser.noisy_images, denoiser.spectral_forcing, denoiser.loss) if m is not None]
+    for module in [*(denoiser.net.blocks if mode == "block" else [denoiser.net]), *around]:
         module.compile(dynamic=False)
 
 
