@@ -68,8 +68,8 @@ def check_compiler(mode: str, device: torch.device) -> list[str]:
 
 
 def compile_network(denoiser: Denoiser, mode: str) -> None:
-    """`mode` is "off", "block" or "model": of the network. Besides, what lies around it: Spectral Forcing, z and the loss
-    in training, a GPU's noise. First calls compile."""
+    """`mode` is "off", "block" or "model": of the network. Besides, what lies around it: Spectral Forcing, a GPU's
+    noise, and in training z, v and the loss. First calls compile."""
     rng.use_compiler(mode != "off")
     if mode == "off":
         return
