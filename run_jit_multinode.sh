@@ -24,7 +24,7 @@ say() {
 
 # start WHAT COMMAND...: prints the command, quoted so that it can be pasted, and runs it until it ends. Sets `code`.
 start() {
-    local what=$1 line status
+    local what=$1 line status gone=0
     shift
     line=$(printf '%q ' "$@")
     if [[ ${DRY_RUN:-0} == 1 ]]; then
@@ -40,15 +40,13 @@ start() {
     trap 'stop QUIT' QUIT
     # It ignores them itself: a scheduler sends them to every process of a job.
     (trap '' TERM HUP INT USR1; exec "$@") <&0 &
-    # A signal ends the wait, and two at once the next one too, before it has begun: what it says is the child's own
-    # status only below 128 or once the child is gone.
-    while kill -0 "$!" 2>/dev/null; do
-        wait "$!" 2>/dev/null && break || status=$?
-        if ((status < 128)); then break; fi
-    done
-    for _ in 1 2; do
+    # A signal ends a `wait`, and two at once end the next one too, before it has begun. So what it says is the child's
+    # own status only below 128, or when it has been asked twice since the child is gone.
+    while ((gone < 2)); do
+        kill -0 "$!" 2>/dev/null || gone=$((gone + 1))
         wait "$!" 2>/dev/null && status=0 || status=$?
         if ((status != 127)); then code=$status; fi
+        if ((status < 128)); then break; fi
     done
     trap '' TERM HUP INT USR1 QUIT  # what is left takes no time, and a signal would end it in the middle
     if ((at_once)); then code=130; fi
@@ -81,7 +79,7 @@ stop() {
 # shellcheck disable=SC2329  # the trap calls it
 clean_up() {
     local child
-    for child in $(jobs -pr); do kill -s "$ends_it" "$child" || true; done
+    for child in $(jobs -pr); do kill -s "$ends_it" "$child" 2>/dev/null || true; done
     rm -rf -- "$JIT_STATE_DIR"
 }
 
