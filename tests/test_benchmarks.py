@@ -237,11 +237,11 @@ def test_ways_to_compile_share_the_weights(monkeypatch):
     options = SimpleNamespace(model=TINY, img_size=16, class_num=10, batch_size=2, device="cpu")
     args, batches = step.setting(options, 1)
     ours = step.Steps(args, ["off", "block", "model"], 1, batches, step.World())
-    graphs, made = {"off": 0, "block": 4 + 1, "model": 1 + 1}, []
+    graphs, made = {"off": 0, "block": 4 + 3, "model": 1 + 3}, []
     for mode in ("off", "block", "off", "model", "block", "model"):
         called.clear()
         ours((mode, False), True, None)
-        assert len(called) == graphs[mode]  # a graph for each block, or for the network; and for Spectral Forcing
+        assert len(called) == graphs[mode]  # blocks or network; and Spectral Forcing, z and v, loss
         made.append(len(compiled))
     assert made[0] == 0 and made[3] == made[-1]  # nothing is compiled twice
     assert int(next(iter(ours.training.optimizer.state.values()))["step"]) == 6
