@@ -40,6 +40,12 @@ def launcher(tmp_path):
     return Launcher(tmp_path)
 
 
+def _in_the_foreground() -> None:
+    """A shell starts what runs in its background, these tests perhaps, with signals ignored, and bash keeps to that."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Started:
     """The launcher with a stand-in that has left its mark."""
 
@@ -48,7 +54,9 @@ class Started:
         command = ["bash", str(launcher.script)]
         self.said = folder / "said"
         with self.said.open("w") as said:  # not a pipe, which what it leaves behind would hold open
-            self.process = subprocess.Popen(command, env=env, cwd=folder, stderr=said, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=env, cwd=folder, stderr=said, start_new_session=True, preexec_fn=_in_the_foreground
+            )
         end = time.monotonic() + 20
         while not (folder / "up").exists():
             assert time.monotonic() < end and self.process.poll() is None
