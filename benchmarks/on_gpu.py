@@ -35,14 +35,17 @@ SAID = 30  # lines of a failed one that are kept
 
 @dataclass(frozen=True)
 class Measurement:
-    """`python -m benchmarks.<argv>`, which is stopped after `minutes`."""
+    """`python -m benchmarks.<argv>`, which is stopped after `minutes`; NAME=value may come before, as in a shell."""
 
     name: str
     minutes: float
     argv: str
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", *f"benchmarks.{self.argv}".split()]
+        words = self.argv.split()
+        variables = [word for word in words if re.match("[A-Z_]+=", word)]
+        module, *flags = words[len(variables) :]
+        return [*(["env", *variables] if variables else []), sys.executable, "-m", f"benchmarks.{module}", *flags]
 
 
 IN_FP32 = "--img_size 256 --batch_size 128"
@@ -52,6 +55,7 @@ SMALL = "--batch_size 64 --precision bf16 --num_sampling_steps 50 --repeats 3"
 SAMPLE = f"--img_size 256 --batches 4 {SMALL} --cfg 2.9 --interval 0.1 1.0"
 PAD = "--pad_swiglu off on"
 BESIDE = "--compile block --reference tests/reference_checkout"
+FLASH = "TORCH_CUDNN_SDPA_DEPRIORITIZED=1"  # instead of cuDNN's attention, which torch 2.11 prefers on an H200
 PLAN = (  # the most important first
     Measurement("train B/16", 4, f"step --model JiT-B/16 {TRAIN} --steps 10 --compile off block"),
     Measurement("train 700M", 6, f"step --model JiT-700M {TRAIN} --steps 5 --repeats 3 --compile block {PAD}"),
@@ -70,6 +74,7 @@ PLAN = (  # the most important first
     Measurement("checkpoint 700M", 4, "checkpoint --model JiT-700M --saves 2"),
     Measurement("train B/16, sf off", 4, f"step --model JiT-B/16 {IN_BF16} --steps 10 --sf on off --compile block"),
     Measurement("train B/16, float32", 5, f"step --model JiT-B/16 {IN_FP32} --steps 5 --sf on --compile block"),
+    Measurement("train B/16, flash attention", 4, f"{FLASH} step --model JiT-B/16 {TRAIN} --steps 10 --compile block"),
     Measurement("train 700M, plain", 6, f"step --model JiT-700M {TRAIN} --steps 5 --repeats 3 {PAD}"),
     Measurement("sample Ti/4", 4, f"sampler --model JiT-Ti/4 --batches 16 {SMALL} --compile block --cuda_graph off on"),
     Measurement("sample B/16, not compiled", 6, f"sampler --model JiT-B/16 {SAMPLE} --cuda_graph off on"),

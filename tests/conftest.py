@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -188,22 +189,30 @@ def run_on(ranks: int, work, folder, calls: int) -> None:
             pytest.fail(f"{ranks} processes did not finish in 180 s")
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """TINY and FEW digits are there, and one thread computes."""
+@contextmanager
+def tiny_world():
+    """Within the block TINY and FEW digits are there, and one thread computes: more round sums in another way."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        register(patch)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            register(patch)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """TINY and FEW digits, on one thread."""
+    with tiny_world():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The folder of a finished run of two epochs. Read it, do not write to it."""
-    with pytest.MonkeyPatch.context() as patch:
-        register(patch)
+    with tiny_world():
         return train(tmp_path_factory.mktemp("trained") / "run")
 
 

@@ -122,6 +122,12 @@ class _Parsed(Exception):
     pass
 
 
+def test_variables_before_a_command():
+    command = Measurement("a", 1, "SOME_THING=1 step --steps 2").command()
+    assert command == ["env", "SOME_THING=1", sys.executable, "-m", "benchmarks.step", "--steps", "2"]
+    assert Measurement("a", 1, "step --steps 2").command() == command[2:]
+
+
 @pytest.mark.parametrize("measurement", PLAN, ids=lambda m: m.name)
 def test_the_commands_of_the_plan(measurement, monkeypatch):
     """Their flags are those of the benchmarks, and each fits into a call of 9 minutes."""
@@ -131,9 +137,10 @@ def test_the_commands_of_the_plan(measurement, monkeypatch):
         raise _Parsed(real(self, argv, namespace))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    name, *flags = measurement.argv.split()
+    command = measurement.command()
+    module, *flags = command[command.index("-m") + 1 :]
     with pytest.raises(_Parsed) as found:
-        importlib.import_module(f"benchmarks.{name}").main(flags)
+        importlib.import_module(module).main(flags)
     assert getattr(found.value.args[0], "model", "JiT-B/16") in JiT_models
     assert measurement.minutes < 9 and [m.name for m in PLAN].count(measurement.name) == 1
 

@@ -185,6 +185,25 @@ def test_host_copy_keeps_its_memory_and_copies_everything():
     assert copy({"a": torch.zeros(5)})["a"].shape == (5,)  # another shape has other memory
 
 
+def test_thread_of_the_writer_is_on_the_device_of_training(monkeypatch, tmp_path):
+    """A thread begins with device 0, and torch's writer of shards opens a context on whatever device it is on."""
+    calls, thread = [], threading.current_thread
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((thread().name, device)))
+    writer = CheckpointWriter(tmp_path, keep_last=1, last_step=None)
+    for step in (1, 2):
+        writer.save(content(step), step)
+    writer.close()
+    assert [(name.split("_")[0], device) for name, device in calls] == [("checkpoint", 3)]
+
+
+def test_a_run_on_a_cpu_leaves_the_gpu_of_its_machine_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: pytest.fail("that opens a context on it"))
+    assert HostCopy()({"x": torch.ones(2)})["x"].tolist() == [1, 1]
+
+
 # --- in a run -------------------------------------------------------------------------------------------------------
 
 

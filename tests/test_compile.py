@@ -192,6 +192,19 @@ def test_a_sharded_block_is_one_graph(monkeypatch, recomputed):
     torch._dynamo.reset()
 
 
+def test_what_ddp_wraps_is_not_cut_into_pieces(graphs):
+    """torch cuts what is compiled within DDP at the limits of its buckets, the first of which is 1 MB."""
+    wide = {"hidden_size": 256, "num_heads": 4}
+    denoiser = Denoiser(fill(JiT(**{**SMALL, **wide})), SpectralForcing(32))
+    compile_network(denoiser, BLOCK)
+    assert sum(p.nbytes for p in denoiser.net.blocks[0].parameters()) > 2**21
+    with process_group(ONE, also_alone=True):
+        wrapped = nn.parallel.DistributedDataParallel(denoiser)
+        for _ in range(2):
+            wrapped(normals(1, 4, 3, 32, 32), Y, T, normals(2, 4, 3, 32, 32)).backward()
+            assert graphs.frame_count == 5
+
+
 # ---- what is computed ------------------------------------------------------------------------------------------------
 
 

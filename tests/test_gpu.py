@@ -104,6 +104,16 @@ def test_cutoffs_are_those_of_the_cpu(settings):
     torch.testing.assert_close(operator.cuda().cutoff(t.cuda()).cpu(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("highest", 2e-6), ("high", 5e-3)])
+def test_spectral_forcing_in_float32_and_tf32(precision, tolerance):
+    """TF32 cut off to 10 bits, not rounded, would be 3e-3."""
+    operator, z, t = SpectralForcing(256), normals(1, 4, 3, 256, 256), torch.tensor([0.1, 0.4, 0.7, 1.0])
+    expected = operator(z, t)
+    torch.set_float32_matmul_precision(precision)
+    error = operator.cuda()(z.cuda(), t.cuda()).cpu() - expected
+    assert error.square().mean().sqrt() < tolerance * expected.square().mean().sqrt()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 5e-4), (torch.bfloat16, 0.05)])
 @torch.no_grad()
 def test_golden_samples(dtype, tolerance):

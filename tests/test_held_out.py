@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pytest
@@ -240,6 +241,18 @@ def test_nothing_of_training_changes():
     assert loss.by_time.equal(again.by_time) and loss.by_ring.equal(again.by_ring)
     other = part(seed=SEED + 1).measure(denoiser, emas, ONE)
     assert not (loss.by_time == other.by_time).any()
+
+
+def test_workers_are_started_once_and_are_gone():
+    denoiser, emas = constant()
+    alone, here = part().measure(denoiser, emas, ONE), set(torch.multiprocessing.active_children())
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        start = BaseProcess.start
+        patch.setattr(BaseProcess, "start", lambda self: (started.append(self), start(self)))
+        loss = part(num_workers=2).measure(denoiser, emas, ONE)
+    assert loss.by_time.equal(alone.by_time)
+    assert len(started) == 2 and set(torch.multiprocessing.active_children()) == here
 
 
 # --- which images ---------------------------------------------------------------------------------------------------

@@ -423,6 +423,15 @@ def test_image_of_another_size(shape):
         net(torch.zeros(1, 3, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 
 
+def test_gradients_of_one_image_lie_in_memory_as_the_parameters_do():
+    """DDP, which is given them in a pass over one image, warns of others, and copies."""
+    net = filled(JiT(**SMALL))
+    net(noise(1, 3, 16, 16), torch.tensor([0.5]), torch.tensor([3])).sum().backward()
+    assert [(n, p.grad.stride()) for n, p in net.named_parameters()] == [
+        (n, p.stride()) for n, p in net.named_parameters()
+    ]
+
+
 def test_start_of_the_context_does_not_matter_without_context():
     net = JiT(**{**SMALL, "in_context_len": 0, "in_context_start": 99})
     assert "in_context_posemb" not in net.state_dict()

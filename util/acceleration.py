@@ -73,6 +73,8 @@ def compile_network(denoiser: Denoiser, mode: str) -> None:
     rng.use_compiler(mode != "off")
     if mode == "off":
         return
+    # Blocks are pieces for DDP's all-reduce already. torch would cut each in two or three more.
+    torch._dynamo.config.optimize_ddp = mode != "block"
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     around = [m for m in (denoiser.noisy_images, denoiser.spectral_forcing, denoiser.loss) if m is not None]
     for module in [*(denoiser.net.blocks if mode == "block" else [denoiser.net]), *around]:

@@ -2,8 +2,10 @@
 
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,18 @@ class HostCopy:
 
     def __init__(self):
         self._buffers: dict[tuple, Tensor] = {}
+        self._from_device = False
 
     def __call__(self, content: Any) -> Any:
         copied = self._copy(content, ())
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # the copies from the device have been started only
+        if self._from_device:
+            torch.cuda.current_stream().synchronize()  # the copies from it have been started only
         return copied
 
     def _copy(self, content: Any, place: tuple) -> Any:
         if isinstance(content, Tensor):
             content = content.detach()
+            self._from_device |= content.is_cuda
             buffer = self._buffers.get(place)
             if buffer is None or buffer.shape != content.shape or buffer.dtype != content.dtype:
                 buffer = torch.empty_like(content, device="cpu", pin_memory=content.is_cuda)
@@ -55,6 +59,14 @@ class HostCopy:
         if isinstance(content, (list, tuple)):
             return type(content)(self._copy(value, (*place, i)) for i, value in enumerate(content))
         return content
+
+
+def _same_device() -> Callable[[], None] | None:
+    """What a new thread calls to be on the CUDA device of this one. It begins on device 0 otherwise, where torch's
+    writer of shards then opens a context of every process."""
+    if not torch.cuda.is_initialized():
+        return None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 class CheckpointWriter:
@@ -70,7 +82,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep_last: int, last_step: int | None, first_step: int | None = None):
         self.folder, self.keep_last, self.last_step, self.first_step = folder, keep_last, last_step, first_step
         self._copy = HostCopy()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_same_device())
         self._writing: Future[Written] | None = None
         self._done: list[Written] = []
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from denoiser import Denoiser, Density
 from util import rng
@@ -32,7 +31,7 @@ from util.data import DataError, Images, build_dataset, to_float
 from util.distributed import World, all_reduce_mean, share
 from util.ema import EMA
 from util.errors import UserError
-from util.loader import build_loader
+from util.loader import ImageLoader, build_loader
 from util.logger import RunLog
 from util.parallel import gathered
 from util.rng import Stream
@@ -183,21 +182,23 @@ class HeldOut:
         sums = torch.zeros(len(WEIGHTS), BINS, width, dtype=torch.float64, device=world.device)
         was_training = denoiser.training
         denoiser.eval()
+        loader = self._loader(batches, world)
         try:
             for row, average in enumerate((None, *emas)):
                 with average.applied_to(denoiser) if average else gathered(denoiser), denoiser.fixed_weights():
-                    for batch, (x, y) in zip(batches, self._loader(batches, world), strict=True):
+                    for batch, (x, y) in zip(batches, loader, strict=True):
                         number = torch.as_tensor(self.images.numbers[batch], device=world.device)
                         x, y = to_float(x.to(world.device)), y.to(world.device)
                         with no_more_graphs(len(x) < self.batch_size):
                             for b in range(BINS):
                                 sums[row, b] += self._one_bin(denoiser, x, y, number, b)
         finally:
+            loader.end_workers()
             denoiser.train(was_training)
         means = (all_reduce_mean(sums, world) * (world.size / len(self.images))).cpu()
         return Loss(means[..., 0], means[..., 1:] if self.by_ring else None)
 
-    def _loader(self, batches: list[list[int]], world: World) -> DataLoader:
+    def _loader(self, batches: list[list[int]], world: World) -> ImageLoader:
         workers = self.num_workers if batches else 0
         return build_loader(self.images, batches, workers, pin_memory=world.device.type == "cuda")
 
