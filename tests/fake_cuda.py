@@ -11,6 +11,7 @@ that is allowed, what is read is 1, and -1 of integers.
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def _through_the_graph(loss: Tensor) -> None:
 
 @contextmanager
 def fake_cuda(may_wait: bool = False) -> Iterator[FakeCuda]:
-    """Within the block there is such a device; it shows in no function of torch.cuda."""
+    """Within the block there is such a device; it shows in no function of torch.cuda but `current_stream`."""
     engine, before = torch.Tensor.backward, torch.__future__.get_overwrite_module_params_on_conversion()
     rings_on.cache_clear()
     with (
@@ -161,6 +162,8 @@ def fake_cuda(may_wait: bool = False) -> Iterator[FakeCuda]:
     ):
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        stream = SimpleNamespace(synchronize=lambda: None)  # which only a checkpoint does, and that may wait
+        patch.setattr(torch.cuda, "current_stream", lambda: stream)
         patch.setattr(torch.Tensor, "backward", lambda loss: (backward if on_device(loss) else engine)(loss))
         patch.setattr(torch, "load", unset_fake_temporarily()(torch.load))
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -168,7 +168,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
         Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
-        Flag("precision", "auto", str, FREE, "auto: bf16 on CUDA (fp32 is TF32), fp32 on CPU", ("auto", "bf16", "fp32")),
+        Flag("precision", "auto", str, FREE, "auto: bf16 on CUDA (fp32: TF32), else fp32", ("auto", "bf16", "fp32")),
         Flag("compile", "auto", str, FREE, "torch.compile; auto: block on CUDA, off on CPU", MODES_OF_COMPILE),
         Flag("pad_swiglu", False, argparse.BooleanOptionalAction, FREE, "feed-forward products at multiples of 8"),
         Flag("cuda_graph", False, argparse.BooleanOptionalAction, OWN, "sample with a CUDA graph of the network"),
