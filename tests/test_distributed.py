@@ -37,6 +37,7 @@ from util.distributed import (
     everywhere_or_nowhere,
     find_world,
     gather_by_index,
+    gloo_group,
     in_group,
     launched_by_torchrun,
     process_group,
@@ -291,3 +292,16 @@ def test_world_size_alone_is_not_torchrun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert not launched_by_torchrun() and find_world("cpu") == World()
+
+
+@pytest.mark.parametrize(("said", "error"), [("Gloo connectFullMesh failed with [", UserError), ("else", RuntimeError)])
+def test_nodes_that_do_not_reach_each_other(monkeypatch, said, error):
+    """Also in a run on GPUs, whose default group does not use gloo."""
+
+    def fail(**_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.distributed, "new_group", fail)
+    with pytest.raises(error) as raised:
+        gloo_group()
+    assert ("GLOO_SOCKET_IFNAME" in str(raised.value)) == (error is UserError)

@@ -115,7 +115,8 @@ def process_group(world: World, timeout_minutes: float = 30.0, also_alone: bool 
             dist.destroy_process_group()
         return
     timeout = 60 * timeout_minutes
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout + watch.margin(timeout)))
+    with _network_interface():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout + watch.margin(timeout)))
     watch.start(world.rank, world.size, timeout, _end_the_job)
     yield  # not in try: see above
     watch.stop()
@@ -158,8 +159,33 @@ def _patient_group() -> dist.ProcessGroup:
     """
     global _patient
     if _patient is None:
-        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _patient = gloo_group(PATIENCE)
     return _patient
+
+
+def gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """A group of all processes for what is in host memory, also in runs on GPUs. Making it is a collective.
+
+    Raises:
+        UserError: the processes do not reach each other.
+    """
+    with _network_interface():
+        return dist.new_group(backend="gloo", timeout=timeout)
+
+
+@contextmanager
+def _network_interface() -> Iterator[None]:
+    """Where gloo cannot connect, what to do. A node's own name often stands for 127.0.1.1, which no other reaches."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise UserError(
+            "the processes do not reach each other by the address that their nodes' own names stand for "
+            f"({str(error).splitlines()[0]}). Set GLOO_SOCKET_IFNAME to the network interface between the nodes, as "
+            "`ip addr` lists it; runs on GPUs need it too, beside NCCL_SOCKET_IFNAME"
+        ) from error
 
 
 def wait_for_all(world: World) -> None:

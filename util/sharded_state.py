@@ -17,6 +17,7 @@ from util import checkpoint_folder, sharded_checkpoint
 from util.checkpoint import Checkpoint, check_fit
 from util.checkpoint_folder import NEXT
 from util.checkpoint_writer import CheckpointWriter
+from util.distributed import gloo_group
 from util.errors import UserError
 from util.parallel import local_parameters, own_rows
 from util.sharded_content import MOMENTS, STEP, WEIGHTS, Lazy, flatten
@@ -30,7 +31,7 @@ class HostShards:
 
     def __init__(self, denoiser: Denoiser, groups: tuple[list[str], list[str]]):
         self.groups = groups  # names of the parameters of each group of the optimizer
-        self.group = dist.new_group(backend="gloo")
+        self.group = gloo_group()
         self.mesh = DeviceMesh.from_group(self.group, "cpu")
         self.parameters = {name: p.detach() for name, p in denoiser.named_parameters()}
 

@@ -36,6 +36,18 @@ def test_two_hosts_train_as_two_processes_of_one(hosts, whole, tmp_path):
     assert state_differences(tmp_path / "run", whole) == []
 
 
+def test_an_interface_that_does_not_lead_to_the_other_host(hosts, tmp_path):
+    """As that of a node whose own name stands for 127.0.1.1."""
+    launchers, said = start(hosts, tmp_path, GLOO_SOCKET_IFNAME="lo")
+    try:
+        assert launchers[0].wait(60) == 2
+        assert "error: the processes do not reach each other" in said[0].read_text()
+        assert "GLOO_SOCKET_IFNAME" in said[0].read_text()
+    finally:
+        hosts[1].kill()  # it waits for the first one to connect
+        launchers[1].wait(30)
+
+
 def test_one_host_is_asked_to_stop_and_both_do(hosts, whole, tmp_path):
     launchers, said = start(hosts, tmp_path, SECONDS_PER_STEP="0.2")
     wait_for(lambda: has_trained(tmp_path / "run", 4))
