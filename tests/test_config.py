@@ -593,9 +593,46 @@ def test_check_accepts_and_warns():
     assert check(fresh(dct_fixed_scale=0.5, disable_dct_scale_schedule=True), evaluates=True) == []
 
 
-def test_describe_lists_what_differs():
-    text = config.describe(fresh(model="JiT-L/16", cfg=1.5))
-    assert "model JiT-L/16" in text and "cfg 1.5" in text and "epochs" not in text
+DESCRIBED = [  # given, on so many processes -> what is listed, apart from --model, which always is
+    ({"cfg": 1.5}, 1, ["cfg 1.5"]),
+    ({"dataset": "digits"}, 1, ["dataset digits"]),
+    (
+        {"dataset": "digits", "img_size": 32, "flip": False, "metrics": "class_agreement", "accum_iter": 1},
+        2,
+        ["dataset digits"],
+    ),
+    ({"dataset": "digits", "img_size": 64, "flip": True}, 1, ["img_size 64", "dataset digits", "flip True"]),
+    ({"flip": False, "metrics": "fid"}, 1, ["flip False", "metrics fid"]),
+    ({"class_num": 10, "metrics": "is,fid"}, 1, ["class_num 10", "metrics is,fid"]),
+    ({"batch_size": 64}, 4, ["batch_size 64"]),
+    ({"global_batch": 1024}, 8, []),  # as 128 on 8 are
+    ({"global_batch": 1024}, 4, ["global_batch 1024"]),
+    ({"accum_iter": 2}, 4, ["global_batch 1024", "accum_iter 2"]),
+    ({"num_workers": 3, "device": "cpu", "output_dir": "x"}, 1, ["num_workers 3", "output_dir x", "device cpu"]),
+]
+
+
+@pytest.mark.parametrize(("given", "processes", "listed"), DESCRIBED)
+def test_describe_lists_what_differs_and_nothing_that_was_settled(given, processes, listed):
+    given = {"model": "JiT-L/16", **given}
+    args = fresh(processes, **given)
+    args.output_dir, args.start_epoch = given.get("output_dir", "output/a_name"), 3  # as util/resume.py settles them
+    lines = config.describe(args, given, processes).splitlines()
+    assert [item for line in lines for item in line.split(": ")[1].split(", ")] == ["model JiT-L/16", *listed]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_goes_on_lists_what_its_checkpoint_has(tmp_path, capsys):
+    """Its settings hold, and are listed, though nobody gives them again; with those that are given now."""
+    from tests.conftest import arguments
+
+    listed = []
+    for changes in ({"global_batch": 32, "grad_clip": 1.0, "epochs": 1}, {"grad_clip": None, "lr": None, "epochs": 2}):
+        assert main_jit.main(arguments(output_dir=tmp_path, **changes)) == 0
+        said = capsys.readouterr().out.partition("settings that differ from the defaults:\n")[2]
+        listed.append([line for line in said.splitlines() if line.startswith("  ")])
+    assert [line.replace("epochs 1,", "epochs 2,") for line in listed[0]] == listed[1]
+    assert any("global_batch 32, lr 0.001" in line and "grad_clip 1.0" in line for line in listed[1])
 
 
 # --- which checkpoint -----------------------------------------------------------------------------------------------

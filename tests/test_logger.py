@@ -1,9 +1,12 @@
 """A run's log: lines of JSON, one run of Weights & Biases over all restarts, and no secret in any file."""
 
 import json
+import re
+import time
 
 import pytest
 
+import engine_jit
 import main_jit
 from tests.conftest import ONE, SECRET, arguments, flags, read_log, train
 from util.distributed import World
@@ -62,6 +65,32 @@ def test_means_between_log_lines(tmp_path, trained):
     assert [line["step"] for line in coarse] == [1, 3]
     for i, line in enumerate(coarse):
         assert line["loss"] == pytest.approx((fine[2 * i]["loss"] + fine[2 * i + 1]["loss"]) / 2, rel=1e-6)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_first_step_of_each_call_is_said(tmp_path, monkeypatch, capsys):
+    """With its time and the step of the next line; also in the middle of an epoch, here of five steps."""
+    draw, slow = engine_jit.draw, 0
+
+    def delayed(seed, step, *args):
+        if step == 6 and slow == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.4 if step == slow else 0)
+        return draw(seed, step, *args)
+
+    monkeypatch.setattr(engine_jit, "draw", delayed)
+    settings = {"batch_size": 8, "log_freq": 4, "save_every_steps": 3}
+    train(tmp_path, code=130, **settings)
+    first = capsys.readouterr().out
+    slow = 6
+    train(tmp_path, **settings)
+    for said, follows, line in ((first, 4, "step 4/10"), (capsys.readouterr().out, 8, "step 8/10")):
+        (found,) = re.finditer(r"first step done (\S+) s after training began; the loss follows at step (\d+)\n", said)
+        assert 0.4 <= float(found[1]) < 30 and int(found[2]) == follows and found.end() <= said.index(line)
+    lines = map(json.loads, (tmp_path / LOG_NAME).read_text().splitlines())
+    assert {line["event"] for line in lines} == {"start", "train", "save"}  # it is for people alone
+    train(tmp_path, batch_size=8, epochs=3)
+    assert re.search(r"step 11/15 .*\nfirst step done \S+ s after training began\n", capsys.readouterr().out)
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------------------------

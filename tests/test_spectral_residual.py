@@ -491,6 +491,18 @@ def test_picture_of_gates(mode, tmp_path):
     assert picture.shape == flat.shape and (picture != flat).any(axis=-1).mean() > 0.1
 
 
+def test_gates_that_have_hardly_left_zero_look_like_zero(tmp_path):
+    """In levels of 255, with the axes and their numbers."""
+
+    def picture(size):
+        value = torch.linspace(-size, size, gates.TIMES).expand(2, 4, -1)
+        found = gates.Gates(torch.linspace(0, 1, gates.TIMES), value, value.abs())
+        return np.asarray(Image.open(gates.plot_gates(found, tmp_path / "gates.png", "gates"))).astype(int)
+
+    zero, hardly, some = (picture(size) for size in (0.0, 1e-5, 0.01))
+    assert np.abs(hardly - zero).max() < 8 < 100 < np.abs(some - zero).max()
+
+
 def test_command(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -29,6 +29,7 @@ from util.parallel import checkpoint_activations, total_norm
 from util.replicas import checksums
 from util.spectrum import SpectrumSums
 from util.spectrum_file import save_spectrum
+from util.training_loop import Loop
 from util.window import Window
 
 pytestmark = [pytest.mark.usefixtures("tiny"), pytest.mark.filterwarnings("ignore:'pin_memory' argument")]
@@ -338,6 +339,21 @@ def test_a_run(steps, tmp_path, spectrum_file, name):
     spectral = {} if name == "accumulated" else {"spectrum_file": spectrum_file}
     train(tmp_path / "run", device="cuda", compile="off", log_freq=100, epochs=1, **RUNS[name], **spectral)
     assert steps == [0, 1]
+
+
+def test_the_host_waits_once_to_say_that_the_first_step_is_done(run_device, tmp_path, monkeypatch, capsys):
+    """Between two log lines it waits for nothing after a step, but once in a call."""
+    waits = []
+
+    def after_step(*args, real=Loop._after_step):
+        run_device.waited.clear()
+        real(*args)
+        waits.append(len(run_device.waited))
+
+    monkeypatch.setattr(Loop, "_after_step", after_step)
+    for epochs in (1, 2):
+        train(tmp_path / "run", device="cuda", compile="off", batch_size=10, log_freq=100, epochs=epochs)
+    assert waits == [1, 0, 0, 0] * 2 and capsys.readouterr().out.count("first step done") == 2
 
 
 def test_a_run_goes_on_and_is_sampled_and_evaluated(steps, tmp_path):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,9 @@ def _complete(args: Namespace) -> Namespace:
     for name, flag in FLAGS.items():
         if flag.choices and getattr(args, name) not in flag.choices:
             raise UserError(f"--{name} {getattr(args, name)} must be one of {', '.join(flag.choices)}")
-    known = KNOWN[args.dataset]
-    args.img_size = known.img_size if args.img_size is None else args.img_size
-    args.class_num = known.class_num if args.class_num is None else args.class_num
+    for name, value in of_data_set(args.dataset).items():
+        if getattr(args, name) in (None, ""):
+            setattr(args, name, value)
     for lowest, names in AT_LEAST.items():
         for name in names:
             value = getattr(args, name)
@@ -102,9 +102,14 @@ def _complete(args: Namespace) -> Namespace:
         raise UserError(f"--dist_timeout {args.dist_timeout} must be a number of minutes above 0")
     if args.seed >= 2**64:
         raise UserError(f"--seed {args.seed} must be below 2^64")
-    args.flip = args.dataset != "digits" if args.flip is None else args.flip
-    args.metrics = args.metrics or ("class_agreement" if args.dataset == "digits" else "fid,is")
     return args
+
+
+def of_data_set(name: str) -> dict[str, Any]:
+    """The defaults that depend on the data set."""
+    known, digits = KNOWN[name], name == "digits"
+    sizes = {"img_size": known.img_size, "class_num": known.class_num}
+    return {**sizes, "flip": not digits, "metrics": "class_agreement" if digits else "fid,is"}
 
 
 def check(args: Namespace, evaluates: bool) -> list[str]:
@@ -223,11 +228,20 @@ def run_name(args: Namespace) -> str:
     return "_".join(parts)
 
 
-def describe(args: Namespace) -> str:
-    """The settings that differ from the defaults, by section."""
+def describe(args: Namespace, given: Collection[str], world_size: int) -> str:
+    """The settings that differ from what they are where nobody says anything, by section.
+
+    Args:
+        args: resolved, with its batches split.
+        given: names of the flags on the command line. Those that belong to a call alone (OWN) differ only if given:
+            else what they have now was settled.
+    """
+    batch = {"global_batch": args.batch_size * world_size, "accum_iter": 1}
+    defaults = {**DEFAULTS, **of_data_set(args.dataset), **batch}
     lines = []
     for title, flags in SECTIONS.items():
-        changed = [f"{f.name} {getattr(args, f.name)}" for f in flags if getattr(args, f.name) != f.default]
+        names = [flag.name for flag in flags if flag.bound != OWN or flag.name in given]
+        changed = [f"{name} {getattr(args, name)}" for name in names if getattr(args, name) != defaults[name]]
         if changed:
             lines.append(f"  {title.partition(' (')[0]}: " + ", ".join(changed))
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from util.logger import RunLog
 
 TIMES = 41
 NAME = "gates.png"
+LEAST = 0.01  # range of the colours: gates start at zero, and those that have hardly moved are to look like it
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def plot_gates(gates: Gates, path: Path, title: str) -> Path:
     half = 0.5 / (len(gates.t) - 1)
     extent = (-half, 1 + half, blocks - 0.5, -0.5)  # a cell around each t and each number of a block
     for row, (tables, meaning, colours, lowest) in zip(grid, rows, strict=True):
-        limit = max(float(tables.abs().max()), 1e-6)
+        limit = max(float(tables.abs().max()), LEAST)
         for axes, table, name in zip(row, tables, ("g_lo: low frequencies", "g_hi: high frequencies"), strict=True):
             image = axes.imshow(
                 table.numpy(),

@@ -79,6 +79,7 @@ class Loop:
             self.log.say(f"the look at samples after epoch {step // length} was due and is missing: it comes first")
             with watch.paused(f"the look at samples after epoch {step // length}"):
                 self._look(step // length - 1)
+        self.first_step, self.began = step, time.perf_counter()
         for epoch in range(step // length, self.recipe.epochs):
             start = time.perf_counter()
             self.sampler.set_epoch(epoch, self.step - epoch * length)
@@ -95,6 +96,8 @@ class Loop:
 
     def _after_step(self, step: int) -> None:
         self.step = step
+        if step == self.first_step + 1:
+            self._say_first_step()
         self._tell_what_is_written()
         if step % self.args.log_freq == 0:
             self._report_bad_images()
@@ -114,6 +117,14 @@ class Loop:
                 self._save()
             if self.stopping:
                 self._stop()
+
+    def _say_first_step(self) -> None:
+        """How long it took, with what happens once (workers start, blocks are compiled), and where the next line is."""
+        stop_if_non_finite(self.training.window, self.recipe)  # waits for the device, where the step may only be queued
+        seconds, every, length = time.perf_counter() - self.began, self.recipe.log_freq, self.recipe.steps_per_epoch
+        logged = min(-(-self.step // n) * n for n in (every, length))
+        follows = f"; the loss follows at step {logged}" if logged > self.step else ""
+        self.log.say(f"first step done {seconds:.1f} s after training began{follows}")
 
     def _end_epoch(self, epoch: int) -> None:
         args, done = self.args, epoch + 1

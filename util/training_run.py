@@ -70,7 +70,7 @@ def run_train(given: Mapping[str, Any], world: World) -> str:
             return said
         log = open_log(folder, args, world, step)
         from_main(world, lambda: recover(folder, args.keep_last, whole_last))
-        write_start(folder, args, shape, recipe, training.denoiser, world, log, source, step)
+        write_start(folder, args, given, shape, recipe, training.denoiser, world, log, source, step)
         if suite is not None and not appears(config_file(folder, step)):
             raise UserError(f"{folder} must be a folder that all processes share, or set ONLINE_EVAL=0")
         writer = None
@@ -134,7 +134,7 @@ def config_file(folder: Path, step: int) -> Path:
     return folder / ("config.json" if step == 0 else f"config-from-step{step:09d}.json")
 
 
-def write_start(folder, args, shape, recipe, denoiser, world, log, source, step) -> None:
+def write_start(folder, args, given, shape, recipe, denoiser, world, log, source, step) -> None:
     """The resolved configuration, to a file and to the terminal."""
     if not world.main:
         return
@@ -161,7 +161,7 @@ def write_start(folder, args, shape, recipe, denoiser, world, log, source, step)
         f"  global batch {args.global_batch} = {args.batch_size} x {world.size} processes x {args.accum_iter} passes, "
         f"learning rate {recipe.peak_lr:.3g}, {recipe.steps_per_epoch} steps an epoch\n"
         f"  epochs {args.start_epoch + 1}{at} to {args.epochs}, in {folder} ({path.name})\n"
-        f"settings that differ from the defaults:\n{config.describe(args)}"
+        f"settings that differ from the defaults:\n{config.describe(args, given, world.size)}"
     )
 
 
