@@ -298,7 +298,8 @@ def test_start_step_continues_the_epoch():
 
 
 def test_too_few_images_says_the_numbers():
-    with pytest.raises(DataError, match=r"23 images.*24 = 4 .*3 .*2 .*BATCH_SIZE or GLOBAL_BATCH"):
+    said = r"23 images.*24 = 4 .*3 .*2 .*--batch_size \(BATCH_SIZE\) or --global_batch \(GLOBAL_BATCH\)"
+    with pytest.raises(DataError, match=said):
         GlobalBatchSampler(23, 4, 0, 3, 2, 0)
     assert GlobalBatchSampler(24, 4, 0, 3, 2, 0).steps_per_epoch == 1
     with pytest.raises(ValueError, match="rank=3"):

@@ -11,6 +11,8 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from util.bad_images import FEW, MOST
 from util.data import BadImage, DataError, ImageFolderImages, Images, NoSplit
 from util.distributed import World
 from util.files import replacing
-from util.image_cache import FILES, INDEX, MAKE_AGAIN, Index, files_sha256, write_files
+from util.image_cache import FILES, INDEX, MAKE_AGAIN, Index, files_sha256, find, read_files, write_files
 from util.loader import build_loader
 from util.progress import ImageProgress
 from util.provenance import provenance
@@ -48,14 +50,15 @@ def write_cache(
     Raises:
         DataError: what cannot be read or written, and a folder that holds something else.
     """
-    done = []
-    for split in SPLITS:
-        try:
-            images = ImageFolderImages(data_path, img_size, split)
-        except NoSplit:
-            continue
-        done.append(_write_split(images, out / split, num_workers, on_bad_image))
-    return done
+    if find(data_path):
+        raise DataError(
+            f"--data_path {data_path} is an image cache already: name the folder of image files that it was made from."
+        )
+    found = {}
+    for split in SPLITS:  # all are looked at before hours go into the first
+        with suppress(NoSplit):
+            found[split] = ImageFolderImages(data_path, img_size, split)
+    return [_write_split(images, out / split, num_workers, on_bad_image) for split, images in found.items()]
 
 
 def _write_split(images: ImageFolderImages, folder: Path, num_workers: int | None, on_bad_image: str) -> str:
@@ -70,13 +73,13 @@ def _write_split(images: ImageFolderImages, folder: Path, num_workers: int | Non
             _fill(images, folder, index, sorted(todo), num_workers, on_bad_image)
     except OSError as e:
         raise DataError(
-            f"the cache cannot be written to {folder}: {e.strerror or e}. The shards that are whole stay: make that "
-            "good, and the same command goes on."
+            f"the cache cannot be written to {folder}: {e.strerror or e}. Make that good, or name another folder in "
+            "--out; the same command goes on, and the shards that are whole stay."
         ) from e
     bad = len(index.bad())
     return (
         f"{folder}: {'written' if todo else 'complete already'}, {index.num_images} images of {index.img_size} pixels, "
-        f"{_gigabytes(index.num_images * index.image_bytes)} in {len(index.names())} shards"
+        f"{_size(index.num_images * index.image_bytes)} in {len(index.names())} shards"
         f"{f'; {bad} of them cannot be read, {INDEX} names them and training needs --on_bad_image skip' if bad else ''}"
     )
 
@@ -119,6 +122,8 @@ def _begin(images: ImageFolderImages, folder: Path) -> Index:
             "--out, or remove this one."
         )
     index.source = str(images.folder)
+    if not (folder / FILES).exists():
+        write_files(folder, files)
     return index
 
 
@@ -143,19 +148,23 @@ def _say_size(index: Index, folder: Path, todo: set[int]) -> None:
     free = shutil.disk_usage(folder).free
     there = sum((folder / index.names()[k]).stat().st_size for k in todo if (folder / index.names()[k]).exists())
     print(
-        f"{folder}: {index.num_images} images of {index.img_size} pixels take {_gigabytes(total)} in "
-        f"{len(index.names())} shards; {_gigabytes(missing)} are to be written, {_gigabytes(free)} are free",
+        f"{folder}: {index.num_images} images of {index.img_size} pixels take {_size(total)} in "
+        f"{len(index.names())} shards; {_size(missing)} are to be written, {_size(free)} are free",
         flush=True,
     )
     if missing - there > free:
         raise DataError(
-            f"{folder} needs {_gigabytes(missing)} more and {_gigabytes(free)} are free on its disk: make room, or "
-            "name a folder on another disk in --out."
+            f"{folder} needs {_size(missing)} more and {_size(free)} are free on its disk: make room, or name a folder "
+            "on another disk in --out."
         )
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"
+def _size(count: int) -> str:
+    """Bytes, in three digits: 768 bytes, 13.8 kB, 252 GB."""
+    for unit, one in {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
+        if count >= 0.9995 * one:  # what is rounded to it
+            return f"{count / one:.3g} {unit}"
+    return f"{count} bytes"
 
 
 class _Marked(Images):
@@ -221,20 +230,30 @@ def verify(cache: Path) -> list[str]:
     Raises:
         DataError: no cache, or the shards that are missing or not what was written.
     """
-    folders = [folder for folder in (cache, *(cache / split for split in SPLITS)) if (folder / INDEX).is_file()]
-    if not folders:
-        raise DataError(f"{cache} holds no image cache: neither {INDEX} nor a folder {' or '.join(SPLITS)} with one.")
-    return [_verify_split(folder, Index.load(folder)) for folder in folders]
+    try:
+        folders = [folder for folder in (cache, *(cache / split for split in SPLITS)) if (folder / INDEX).is_file()]
+        if not folders:
+            what = "holds no image cache" if cache.is_dir() else "is no folder" if cache.exists() else "does not exist"
+            raise DataError(
+                f"{cache} {what}. Expected {INDEX} in it, or in {' or '.join(SPLITS)} below it: name the folder that "
+                "was --out of `python prepare_data.py cache`."
+            )
+        return [_verify_split(folder, Index.load(folder)) for folder in folders]
+    except OSError as e:
+        raise DataError(
+            f"{e.filename or cache} cannot be read: {e.strerror or e}. Check the disk and permissions."
+        ) from e
 
 
 def _verify_split(folder: Path, index: Index) -> str:
+    read_files(folder, index)
     faults = index.faults(folder)
     whole = [k for k in range(len(index.names())) if k not in faults]
     progress = ImageProgress(f"verify {folder.name}", index.num_images, 0, World())
     with ThreadPoolExecutor(READERS) as pool:
-        for k, sha256 in zip(whole, pool.map(_sha256, [folder / index.names()[k] for k in whole]), strict=True):
-            if sha256 != index.shards[index.names()[k]]["sha256"]:
-                faults[k] = f"{folder / index.names()[k]} is damaged: it has another SHA-256 than when it was written"
+        for k, fault in zip(whole, pool.map(partial(_fault, folder, index), whole), strict=True):
+            if fault:
+                faults[k] = fault
             progress.update(progress.done + len(index.images(k)))
     progress.close()
     if faults:
@@ -246,6 +265,14 @@ def _verify_split(folder: Path, index: Index) -> str:
     return f"{folder}: {index.num_images} images in {len(index.names())} shards are what was written"
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _fault(folder: Path, index: Index, k: int) -> str | None:
+    """What is wrong with the content of shard k."""
+    path = folder / index.names()[k]
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        return f"{path} cannot be read: {e.strerror or e} (check the disk and permissions)"
+    if found != index.shards[path.name]["sha256"]:
+        return f"{path} is damaged: it has another SHA-256 than when it was written"
+    return None

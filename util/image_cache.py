@@ -88,8 +88,13 @@ class Index:
         path = folder / INDEX
         try:
             content = json.loads(path.read_bytes())
-        except (OSError, ValueError) as e:
-            raise DataError(f"the index of the image cache, {path}, cannot be read: {e}.") from None
+        except OSError as e:
+            raise _refused(path, e) from None
+        except ValueError as e:
+            raise DataError(
+                f"the index of the image cache, {path}, is damaged and cannot be read: {e}. Copy it again, or remove "
+                f"{folder} and make the cache again."
+            ) from None
         version = content.get("version") if isinstance(content, dict) else None
         if version != VERSION or content.keys() != {f.name for f in fields(cls)}:
             raise DataError(
@@ -99,11 +104,22 @@ class Index:
         return cls(**content)
 
 
+def _refused(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}. Check the disk and permissions.")
+
+
 def find(data_path: str | os.PathLike | None, split: str = "train") -> Path | None:
-    """The folder of a split where data_path is a cache, or the train folder of one; None where it is none."""
+    """The folder of a split where data_path is a cache, or the train folder of one; None where it is none.
+
+    Raises:
+        DataError: the file system does not let one look.
+    """
     root = Path(data_path).expanduser().absolute() if data_path else None
-    if root is None or not any((folder / INDEX).is_file() for folder in (root, root / "train")):
-        return None
+    try:
+        if root is None or not any((folder / INDEX).is_file() for folder in (root, root / "train")):
+            return None
+    except OSError as e:
+        raise _refused(Path(e.filename).parent, e) from None
     train = root if (root / INDEX).is_file() else root / "train"
     return train if split == "train" else train.parent / split
 
@@ -121,16 +137,18 @@ def _encoded(files: dict[str, list[str]]) -> bytes:
     return (json.dumps(files, indent=0) + "\n").encode()  # names that are not UTF-8 are escaped, and come back
 
 
-def _read_files(folder: Path, index: Index) -> dict[str, list[str]]:
-    """files.json, held against its checksum."""
+def read_files(folder: Path, index: Index) -> dict[str, list[str]]:
+    """files.json, held against its checksum. Raises DataError."""
     try:
         content = (folder / FILES).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{folder / FILES} of the image cache is missing. Copy it again, or {MAKE_AGAIN}.") from None
     except OSError as e:
-        raise DataError(f"the image cache {folder} is damaged: {e}. Copy it again, or {MAKE_AGAIN}.") from None
+        raise _refused(folder / FILES, e) from None
     if hashlib.sha256(content).hexdigest() != index.files_sha256:
         raise DataError(
             f"the image cache {folder} is damaged: {FILES} is not the one that {INDEX} was written for. Copy it again, "
-            "or make it in a new folder with prepare_data.py."
+            f"or remove {FILES} and {MAKE_AGAIN}."
         )
     return json.loads(content)
 
@@ -168,7 +186,7 @@ class CachedImages(Images):
                 f"{f', and {len(faults) - 1} more of {len(index.names())}' if faults[1:] else ''}. Copy it again, or "
                 f"{MAKE_AGAIN}."
             )
-        files = _read_files(folder, index)
+        files = read_files(folder, index)
         labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files.values()])
         if list(files) != index.class_names or len(labels) != index.num_images:
             raise DataError(f"the image cache {folder} is damaged: {FILES} and {INDEX} contradict each other.")

@@ -47,7 +47,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             raise DataError(
                 f"the dataset has {num_images} images, fewer than one global batch of {self.global_batch} "
                 f"= {batch_size} per process x {world_size} processes x {accum_iter} accumulated. "
-                "Lower BATCH_SIZE or GLOBAL_BATCH, or use more images."
+                "Lower --batch_size (BATCH_SIZE) or --global_batch (GLOBAL_BATCH), or use more images."
             )
         self.set_epoch(0)
 
