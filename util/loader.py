@@ -106,13 +106,15 @@ def end_workers() -> None:
 class ImageLoader(DataLoader):
     """A DataLoader over images that notes in `replaced` the bad ones for which it gave others (None: it gives none).
 
-    It ends its workers at once when one of them fails, and starts new ones if iterated over again.
-    Left to the garbage collector, as the iterator is when a worker's exception has been raised through it, that takes
-    torch 2.11 a time-out of 5 s per worker.
+    It ends its workers at once when one of them fails, and starts new ones if iterated over again. They end with it,
+    whatever becomes of it. The garbage collector alone, which finds it in a cycle when an exception has been raised
+    through it, may close their queues before torch 2.11 has told them: they would wait for ever, and this process for
+    them.
     """
 
     def __init__(self, images: Images, **options):
         self.replaced = images.replaced
+        self._end: weakref.finalize | None = None
         _loaders.add(self)
         if self.replaced is None:
             super().__init__(images, **options)
@@ -132,13 +134,25 @@ class ImageLoader(DataLoader):
             self.end_workers()
             raise
 
+    def _get_iterator(self) -> Iterator:
+        batches = super()._get_iterator()
+        if self.num_workers > 0:
+            self._end = weakref.finalize(self, _end, batches, os.getpid())  # keeps it from the collector until then
+            self._end.atexit = False
+        return batches
+
     def end_workers(self) -> None:
         """Tell them to end, and kill one that does not; where there are none nothing happens."""
-        batches, self._iterator = self._iterator, None
-        if batches is not None and self.num_workers > 0:
-            batches._shutdown_workers()  # torch has no public name for it
-            for worker in batches._workers:
-                worker.kill()
+        self._iterator = None
+        if self._end is not None:
+            self._end()
+
+
+def _end(batches: Iterator, process: int) -> None:
+    if os.getpid() == process:  # else in a worker, which has copies of all that was there
+        batches._shutdown_workers()  # torch has no public name for it
+        for worker in batches._workers:
+            worker.kill()
 
 
 def build_loader(
