@@ -24,7 +24,7 @@ say() {
 
 # start WHAT COMMAND...: prints the command, quoted so that it can be pasted, and runs it until it ends. Sets `code`.
 start() {
-    local what=$1 line status gone=0
+    local what=$1 line
     shift
     line=$(printf '%q ' "$@")
     if [[ ${DRY_RUN:-0} == 1 ]]; then
@@ -32,24 +32,38 @@ start() {
         exit 0
     fi
     say "$what: ${line% }"
-    asked='' asked_at=0 at_once=0 code=127
+    asked='' asked_at=0 at_once=0
     trap 'stop TERM' TERM
     trap 'stop HUP' HUP
     trap 'stop INT' INT
     trap 'stop USR1' USR1
     trap 'stop QUIT' QUIT
-    # It ignores them itself: a scheduler sends them to every process of a job.
-    (trap '' TERM HUP INT USR1; exec "$@") <&0 &
-    # A signal ends a `wait`, and two at once end the next one too, before it has begun. So what it says is the child's
-    # own status only below 128, or when it has been asked twice since the child is gone.
-    while ((gone < 2)); do
-        kill -0 "$!" 2>/dev/null || gone=$((gone + 1))
+    # Another shell waits for it, which nothing interrupts, and writes its status: where signals are handled, bash's
+    # `wait` can lose a status, and itself. All of it ignores what this shell handles: a scheduler sends that to every
+    # process of a job.
+    (
+        trap '' TERM HUP INT USR1 QUIT
+        "$@" <&0 3>&- &
+        printf '%s\n' "$!" >"$state/child"
         wait "$!" 2>/dev/null && status=0 || status=$?
-        if ((status != 127)); then code=$status; fi
-        if ((status < 128)); then break; fi
+        printf '%s\n' "$status" >&3
+    ) <&0 &
+    until read -r -t 1 code <&3; do
+        if ! kill -0 "$!" 2>/dev/null; then  # it has written meanwhile, or was killed
+            read -r -t 1 code <&3 || code=1
+            break
+        fi
     done
-    trap '' TERM HUP INT USR1 QUIT  # what is left takes no time, and a signal would end it in the middle
+    trap '' TERM HUP INT USR1 QUIT  # what is left is short, and a signal would end it in the middle
     if ((at_once)); then code=130; fi
+}
+
+# to_child SIGNAL: to what `start` runs, if it does.
+# shellcheck disable=SC2329  # the traps call it
+to_child() {
+    local child=
+    while [[ -z $child ]] && kill -0 "$!" 2>/dev/null; do read -r child 2>/dev/null <"$state/child" || true; done
+    if [[ -n $child ]]; then kill -s "$1" "$child" 2>/dev/null || true; fi  # it may just have ended
 }
 
 # stop SIGNAL: asks what `start` runs to stop when it has saved; a second Ctrl-C does not wait for that. One that comes
@@ -57,44 +71,55 @@ start() {
 # end another program in the middle, and with it this one.
 # shellcheck disable=SC2329  # the traps call it
 stop() {
+    local before=$asked before_at=$asked_at  # as they are now: another signal may come in between
     local now=${EPOCHREALTIME:-$SECONDS.000000}  # microseconds; bash before 5.0: whole seconds
     now=${now/[.,]/}
     if [[ -z ${!:-} ]]; then exit 75; fi  # nothing is started yet
-    if [[ $1 == INT && -n $asked ]] && ((now - asked_at < 300000)); then return 0; fi
-    if [[ $1 == QUIT || ($1 == INT && -n $asked) ]]; then
+    if [[ $1 == INT && -n $before ]] && ((now - before_at < 300000)); then return 0; fi
+    if [[ $1 == QUIT || ($1 == INT && -n $before) ]]; then
         say "stopping at once"
         at_once=1
-        kill -s "$ends_it" "$!" 2>/dev/null || true  # it may just have ended
+        to_child "$ends_it"
         return 0
     fi
     asked_at=$now asked=$1
     if [[ -n ${JIT_STATE_DIR:-} ]]; then  # see util/preemption.py
         printf 'SIG%s\n' "$1" >"$JIT_STATE_DIR/stop"
     else
-        kill -s USR1 "$!" 2>/dev/null || true  # the only one that srun just forwards, to all processes of the step
+        to_child USR1  # the only one that srun just forwards, to all processes of the step
     fi
+}
+
+# make_state: a folder for what is known of what runs; see also util/preemption.py.
+make_state() {
+    state=
+    if [[ ${DRY_RUN:-0} == 1 ]]; then return; fi
+    state=$(mktemp -d "${TMPDIR:-/tmp}/jit-XXXXXX")
+    trap clean_up EXIT
+    mkfifo "$state/status"
+    exec 3<>"$state/status"
 }
 
 # clean_up: also where this script ends too early, and what it has started would go on without it.
 # shellcheck disable=SC2329  # the trap calls it
 clean_up() {
-    local child
-    for child in $(jobs -pr); do kill -s "$ends_it" "$child" 2>/dev/null || true; done
-    rm -rf -- "$JIT_STATE_DIR"
+    if [[ -n ${!:-} ]]; then to_child "$ends_it"; fi
+    rm -rf -- "$state"
 }
 
 # requeue: once a job, whichever of its launchers is outermost.
 requeue() {
-    local state
+    local job
     if [[ ${REQUEUE:-0} != 1 || $code != 75 ]]; then return; fi
-    state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' JobState=[A-Z_]*') || true
-    state=${state#*=}
-    if [[ $state != RUNNING ]]; then  # it was cancelled, its time is over, or SLURM itself requeues it
-        say "job $SLURM_JOB_ID is not requeued: its state is ${state:-unknown}"
+    # KILL: they ignore what this script ignores now.
+    job=$(timeout --signal=KILL 60 scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' JobState=[A-Z_]*') || true
+    job=${job#*=}
+    if [[ $job != RUNNING ]]; then  # it was cancelled, its time is over, or SLURM itself requeues it
+        say "job $SLURM_JOB_ID is not requeued: its state is ${job:-unknown}"
         return
     fi
     say "job $SLURM_JOB_ID is requeued and goes on from its checkpoint"
-    scontrol requeue "$SLURM_JOB_ID" || say "scontrol refused: submit the job with sbatch --requeue"
+    timeout --signal=KILL 60 scontrol requeue "$SLURM_JOB_ID" || say "scontrol refused: submit the job with sbatch --requeue"
 }
 
 help() {
@@ -286,6 +311,7 @@ if [[ ${AUTO_SRUN:-1} == 1 && -n ${SLURM_JOB_ID:-} && ${JIT_SRUN_JOB:-} != "${SL
     export JIT_SRUN_JOB=$SLURM_JOB_ID
     unset JIT_STATE_DIR
     ends_it=TERM
+    make_state
     start "$nnodes nodes" "${command[@]}"
     requeue
     exit "$code"
@@ -396,11 +422,8 @@ if [[ ${EVALUATE_GEN:-} == 1 ]]; then settings+=(--evaluate_gen); fi
 
 # ---- run it ----------------------------------------------------------------------------------
 
-if [[ ${DRY_RUN:-0} != 1 ]]; then
-    JIT_STATE_DIR=$(mktemp -d "${TMPDIR:-/tmp}/jit-XXXXXX")
-    export JIT_STATE_DIR
-    trap clean_up EXIT
-fi
+make_state
+export JIT_STATE_DIR=$state
 # torchrun answers the signals that it handles by ending its workers. USR2, which ends them in whatever call they
 # are, is kept for that.
 export PET_SIGNALS_TO_HANDLE=SIGUSR2
