@@ -155,10 +155,21 @@ class Denoiser(nn.Module):
         self.net = net
         self.spectral_forcing = spectral_forcing
         self.schedules = schedules
-        self.pred_param, self.t_eps, self.noise_scale = pred_param, t_eps, noise_scale
         self.noisy_images = NoisyImages(noise_scale, t_eps)
         self.loss = VelocityLoss(pred_param, t_eps)
         self.autocast_dtype = autocast_dtype
+
+    @property
+    def noise_scale(self) -> float:
+        return self.noisy_images.noise_scale
+
+    @property
+    def t_eps(self) -> float:
+        return self.loss.t_eps
+
+    @property
+    def pred_param(self) -> str:
+        return self.loss.pred_param
 
     def predict(self, z: Tensor, t: Tensor, y: Tensor, bounds: Tensor | None = None) -> Tensor:
         """The network's output in float32: x or v, as `pred_param` says.

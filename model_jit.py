@@ -340,6 +340,7 @@ class JiT(nn.Module):
         cos, sin = self.rope_cos, self.rope_sin
         for i, block in enumerate(self.blocks):
             if self.in_context_len and i == self.in_context_start:
+                # [0]: the gradient of one image then has the strides of the parameter, as DDP wants them.
                 x = torch.cat([(y_emb[:, None] + self.in_context_posemb[0]).to(x.dtype), x], dim=1)  # (B, K + N, D)
                 cos = F.pad(cos, (0, 0, self.in_context_len, 0), value=1.0)
                 sin = F.pad(sin, (0, 0, self.in_context_len, 0), value=0.0)

@@ -171,8 +171,8 @@ CONDA_ENV_PATH              -                       environment to use, conda or
 PYTHON                      active environment,     interpreter, where CONDA_ENV_PATH is not set
                             .venv here, python3
 OMP_NUM_THREADS, NCCL_*     -                       passed through when set, never forced
-NCCL_SOCKET_IFNAME,         that of the host's name network interface between nodes: of GPUs, and of what
-  GLOO_SOCKET_IFNAME                                CPUs tell each other, also in a run on GPUs
+NCCL_SOCKET_IFNAME          NCCL's choice           network interface between nodes for GPUs
+GLOO_SOCKET_IFNAME          that of the host's name for what processes tell each other, also in runs on GPUs
 JIT_DIR                     SLURM_SUBMIT_DIR        folder of main_jit.py, for sbatch from elsewhere
 DRY_RUN                     0                       1 prints the command and starts nothing
 ONLINE_EVAL, EVALUATE_GEN, ENABLE_WANDB, AUTO_SRUN, REQUEUE and DRY_RUN are 0 or 1.

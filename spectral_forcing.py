@@ -193,8 +193,8 @@ class SpectralForcing(nn.Module):
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """z (B, C, H, W) and t (B,) in [0, 1] -> (B, C, H, W) in float32, whatever autocast says.
 
-        Where TF32 is on for the process (util/acceleration.py), its products keep 10 bits of their factors: by
-        calculation an error of 6e-4 (rms, of the output's) where they are rounded, 3e-3 where the others are cut off.
+        Where TF32 is on for the process (util/acceleration.py), its products keep 10 bits of their factors: an error
+        of 6e-4 of the output's rms if the hardware rounds them, 3e-3 if it truncates (calculated, not measured).
 
         Raises:
             ValueError: an image of another size than the one the tables were made for.

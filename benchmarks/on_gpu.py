@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class Measurement:
 
     def command(self) -> list[str]:
         words = self.argv.split()
-        variables = [word for word in words if re.match("[A-Z_]+=", word)]
+        variables = list(takewhile(lambda word: re.match("[A-Z][A-Z0-9_]*=", word), words))
         module, *flags = words[len(variables) :]
         return [*(["env", *variables] if variables else []), sys.executable, "-m", f"benchmarks.{module}", *flags]
 

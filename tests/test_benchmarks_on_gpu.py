@@ -123,9 +123,9 @@ class _Parsed(Exception):
 
 
 def test_variables_before_a_command():
-    command = Measurement("a", 1, "SOME_THING=1 step --steps 2").command()
-    assert command == ["env", "SOME_THING=1", sys.executable, "-m", "benchmarks.step", "--steps", "2"]
-    assert Measurement("a", 1, "step --steps 2").command() == command[2:]
+    command = Measurement("a", 1, "SOME_2=1 step --like A=1").command()
+    assert command == ["env", "SOME_2=1", sys.executable, "-m", "benchmarks.step", "--like", "A=1"]
+    assert Measurement("a", 1, "step --like A=1").command() == command[2:]
 
 
 @pytest.mark.parametrize("measurement", PLAN, ids=lambda m: m.name)

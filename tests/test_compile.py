@@ -76,7 +76,8 @@ def graphs(monkeypatch):
     compile_as_traced, graphs = traced()
     monkeypatch.setattr(nn.Module, "compile", compile_as_traced)
     torch._dynamo.reset()
-    yield graphs
+    with torch._dynamo.config.patch(optimize_ddp=True):  # compile_network sets it for the process
+        yield graphs
     torch._dynamo.reset()
 
 

@@ -101,6 +101,13 @@ def test_defaults_are_the_published_ones():
     assert settings == ("x", 0.05, 1.0, None)
 
 
+@pytest.mark.parametrize("name", ["pred_param", "t_eps", "noise_scale"])
+def test_what_the_loss_is_made_of_is_not_changed_later(name):
+    denoiser = Denoiser(torch.nn.Identity())
+    with pytest.raises(AttributeError):
+        setattr(denoiser, name, getattr(denoiser, name))
+
+
 def test_target_without_clamp_is_exactly_x_minus_e():
     """At t = 1 too, where the quotient (x - z) / (1 - t) would be 0 / 0."""
     x, n = noise(6, *SHAPE, seed=1), noise(6, *SHAPE, seed=2)

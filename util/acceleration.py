@@ -73,7 +73,7 @@ def compile_network(denoiser: Denoiser, mode: str) -> None:
     rng.use_compiler(mode != "off")
     if mode == "off":
         return
-    # Blocks are pieces for DDP's all-reduce already. torch would cut each in two or three more.
+    # Blocks are pieces for DDP's all-reduce already. torch would cut each in two to four, by its width.
     torch._dynamo.config.optimize_ddp = mode != "block"
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     around = [m for m in (denoiser.noisy_images, denoiser.spectral_forcing, denoiser.loss) if m is not None]

@@ -63,7 +63,7 @@ class HostCopy:
 
 def _same_device() -> Callable[[], None] | None:
     """What a new thread calls to be on the CUDA device of this one. It begins on device 0 otherwise, where torch's
-    writer of shards then opens a context of every process."""
+    writer of shards would make every process open a context."""
     if not torch.cuda.is_initialized():
         return None
     return partial(torch.cuda.set_device, torch.cuda.current_device())

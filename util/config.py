@@ -229,7 +229,7 @@ def run_name(args: Namespace) -> str:
 
 
 def describe(args: Namespace, given: Collection[str], world_size: int) -> str:
-    """The settings that differ from what they are where nobody says anything, by section.
+    """The settings that differ from their defaults, those of the data set and of the batch included, by section.
 
     Args:
         args: resolved, with its batches split.

@@ -184,7 +184,7 @@ def _network_interface() -> Iterator[None]:
         raise UserError(
             "the processes do not reach each other by the address that their nodes' own names stand for "
             f"({str(error).splitlines()[0]}). Set GLOO_SOCKET_IFNAME to the network interface between the nodes, as "
-            "`ip addr` lists it; runs on GPUs need it too, beside NCCL_SOCKET_IFNAME"
+            "`ip addr` lists it, for runs on GPUs as well"
         ) from error
 
 

@@ -19,6 +19,7 @@ from util.errors import UserError
 from util.parallel import PARALLEL
 
 ALWAYS, TRAINING, FREE, OWN = "always", "training", "free", "own"
+PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def _default(function, name: str) -> Any:
@@ -168,7 +169,7 @@ SECTIONS: dict[str, list[Flag]] = {
         Flag("log_freq", 100, int, FREE, "steps between log lines"),
         Flag("dist_timeout", _default(process_group, "timeout_minutes"), float, OWN, "minutes for a missing process"),
         Flag("device", None, str, OWN, "cpu or cuda (default: cuda where there is one)"),
-        Flag("precision", "auto", str, FREE, "auto: bf16 on CUDA (fp32: TF32), else fp32", ("auto", "bf16", "fp32")),
+        Flag("precision", "auto", str, FREE, "autocast; auto: bf16 on CUDA, else fp32 (on CUDA: TF32)", PRECISIONS),
         Flag("compile", "auto", str, FREE, "torch.compile; auto: block on CUDA, off on CPU", MODES_OF_COMPILE),
         Flag("pad_swiglu", False, argparse.BooleanOptionalAction, FREE, "feed-forward products at multiples of 8"),
         Flag("cuda_graph", False, argparse.BooleanOptionalAction, OWN, "sample with a CUDA graph of the network"),

@@ -180,9 +180,8 @@ class HeldOut:
         batches = [list(range(start, min(start + self.batch_size, mine.stop))) for start in starts]
         width = 1 + (num_rings(self.images.img_size) if self.by_ring else 0)
         sums = torch.zeros(len(WEIGHTS), BINS, width, dtype=torch.float64, device=world.device)
-        was_training = denoiser.training
+        was_training, loader = denoiser.training, self._loader(batches, world)
         denoiser.eval()
-        loader = self._loader(batches, world)
         try:
             for row, average in enumerate((None, *emas)):
                 with average.applied_to(denoiser) if average else gathered(denoiser), denoiser.fixed_weights():
