@@ -115,7 +115,8 @@ def test_a_process_of_one_host_dies(script, whole, tmp_path):
     with (tmp_path / "said").open("w") as said:
         launcher = subprocess.Popen(["bash", script, *run_flags(tmp_path / "run")], env=env, stdout=said, stderr=said)
     wait_for(lambda: has_trained(tmp_path / "run", 7))
-    (torchrun,) = children(launcher.pid)
+    (waiting,) = children(launcher.pid)  # the shell that waits for it
+    (torchrun,) = children(waiting)
     os.kill(children(torchrun)[-1], signal.SIGKILL)
     assert launcher.wait(90) == 0, (tmp_path / "said").read_text()
     assert len(read_log(tmp_path / "run", "start")) == 2
