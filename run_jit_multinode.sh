@@ -32,7 +32,7 @@ start() {
         exit 0
     fi
     say "$what: ${line% }"
-    asked='' asked_at=0 at_once=0
+    asked='' asked_at=0 at_once=0 running=1
     trap 'stop TERM' TERM
     trap 'stop HUP' HUP
     trap 'stop INT' INT
@@ -50,20 +50,24 @@ start() {
     ) <&0 &
     until read -r -t 1 code <&3; do
         if ! kill -0 "$!" 2>/dev/null; then  # it has written meanwhile, or was killed
-            read -r -t 1 code <&3 || code=1
-            break
+            if read -r -t 1 code <&3; then break; fi
+            say "the shell that waits for it was killed: all is ended"
+            exit 1
         fi
     done
+    running=0
     trap '' TERM HUP INT USR1 QUIT  # what is left is short, and a signal would end it in the middle
     if ((at_once)); then code=130; fi
 }
 
-# to_child SIGNAL: to what `start` runs, if it does.
+# to_child SIGNAL: to what `start` runs.
 # shellcheck disable=SC2329  # the traps call it
 to_child() {
-    local child=
-    while [[ -z $child ]] && kill -0 "$!" 2>/dev/null; do read -r child 2>/dev/null <"$state/child" || true; done
-    if [[ -n $child ]]; then kill -s "$1" "$child" 2>/dev/null || true; fi  # it may just have ended
+    local child
+    until read -r child 2>/dev/null <"$state/child"; do
+        if ! kill -0 "$!" 2>/dev/null; then return; fi
+    done
+    kill -s "$1" "$child" 2>/dev/null || true  # it may just have ended
 }
 
 # stop SIGNAL: asks what `start` runs to stop when it has saved; a second Ctrl-C does not wait for that. One that comes
@@ -92,7 +96,7 @@ stop() {
 
 # make_state: a folder for what is known of what runs; see also util/preemption.py.
 make_state() {
-    state=
+    state='' running=0
     if [[ ${DRY_RUN:-0} == 1 ]]; then return; fi
     state=$(mktemp -d "${TMPDIR:-/tmp}/jit-XXXXXX")
     trap clean_up EXIT
@@ -103,7 +107,7 @@ make_state() {
 # clean_up: also where this script ends too early, and what it has started would go on without it.
 # shellcheck disable=SC2329  # the trap calls it
 clean_up() {
-    if [[ -n ${!:-} ]]; then to_child "$ends_it"; fi
+    if ((running)); then to_child "$ends_it"; fi
     rm -rf -- "$state"
 }
 

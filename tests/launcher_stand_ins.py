@@ -63,6 +63,19 @@ class Launcher:
         return done.stderr
 
 
+def state_and_parent(pid: int) -> tuple[str, int]:
+    """Of a process; ("X", 0) where there is none."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "X", 0
+    return state, int(parent)
+
+
+def children(pid: int) -> list[int]:
+    return sorted(int(p.name) for p in Path("/proc").glob("[0-9]*") if state_and_parent(int(p.name))[1] == pid)
+
+
 TINY_MAIN = """
 import os, runpy, sys, time
 sys.path[0] = {root!r}

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.launcher_stand_ins import STEP, TWO_NODES, Launcher, program
+from tests.launcher_stand_ins import STEP, TWO_NODES, Launcher, children, program, state_and_parent
 
 WAITS = """
 printf %s "$JIT_STATE_DIR" > "{folder}/state"; echo "$PET_SIGNALS_TO_HANDLE" > "{folder}/handles"; touch "{folder}/up"
@@ -72,6 +72,14 @@ def waiting(launcher, folder, rest=0, **variables):
     return Started(launcher, folder, PYTHON=str(python), **variables)
 
 
+def wait_until_gone(pid: int, seconds: float = 5) -> None:
+    """Whoever is its parent now may take a moment to ask for its status."""
+    end = time.monotonic() + seconds
+    while state_and_parent(pid)[0] not in "XZ":
+        assert time.monotonic() < end, f"{pid} still runs"
+        time.sleep(0.05)
+
+
 # ---- signals ---------------------------------------------------------------------------------
 
 
@@ -123,6 +131,17 @@ def test_ctrl_c_that_comes_more_than_once_is_one(launcher, tmp_path, times, mill
     if "at once" not in message:
         assert code == 75, message
         assert (tmp_path / "stop").read_text() == "SIGINT\n"
+
+
+def test_shell_that_waits_is_killed(launcher, tmp_path):
+    """By the system, for want of memory: what it has waited for does not go on unseen."""
+    started = waiting(launcher, tmp_path)
+    (shell,) = children(started.process.pid)
+    (python,) = children(shell)
+    os.kill(shell, signal.SIGKILL)
+    code, message = started.end()
+    assert code == 1 and "was killed" in message
+    wait_until_gone(python)
 
 
 def test_several_requests_are_one(launcher, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.conftest import STEPS, has_trained, run_flags, wait_for
 from tests.conftest import raw, read_log, state_differences
-from tests.launcher_stand_ins import basics
+from tests.launcher_stand_ins import basics, children
 from util.flags import FLAGS
 from util.preemption import EXIT_CODE
 
@@ -121,8 +121,3 @@ def test_a_process_of_one_host_dies(script, whole, tmp_path):
     assert launcher.wait(90) == 0, (tmp_path / "said").read_text()
     assert len(read_log(tmp_path / "run", "start")) == 2
     assert state_differences(tmp_path / "run", whole) == []
-
-
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(child) for child in found.stdout.split()]
