@@ -39,7 +39,7 @@ start() {
     trap 'stop USR1' USR1
     trap 'stop QUIT' QUIT
     # Another shell waits for it, which nothing interrupts, and writes its status: where signals are handled, bash's
-    # `wait` can lose a status, and itself. All of it ignores what this shell handles: a scheduler sends that to every
+    # `wait` can lose a status, or hang. All of it ignores what this shell handles: a scheduler sends that to every
     # process of a job.
     (
         trap '' TERM HUP INT USR1 QUIT
