@@ -2,10 +2,10 @@
 
     z = t x + (1 - t) e,    v = (x - z) / max(1 - t, t_eps)                               (arXiv 2511.13720)
 
-t = 0 is noise and t = 1 is data. The network predicts x (`pred_param="x"`) or v itself, and sees z through
-Spectral Forcing where that is on; z in the formulae is always the unfiltered one.
+t = 0 is noise and t = 1 is data. The network predicts x (`pred_param="x"`) or v itself, and sees z through an input
+operator such as Spectral Forcing; z in the formulae is always the unfiltered one.
 
-Shapes: x, z, e, v (B, C, H, W); t, y (B,); in `predict` and `velocity` also t (1,), one time for all samples.
+Shapes: x, z, e, v (B, C, H, W); t, y (B,), in sampling also t (1,) for all samples; logsnr_range (B, 2).
 """
 
 from collections.abc import Iterator
@@ -17,82 +17,77 @@ import torch
 from torch import Tensor, nn
 from torch.special import ndtr
 
-from spectral_conditioning import ImageSchedules, ScheduleEmbedder
-from util import rng
-from util.rng import Stream
+from spectral_ops.conditioning import ImageSchedules, ScheduleEmbedder
 
 
-class Density(Protocol):
-    """Density of training times: LogitNormal, spectral_schedule.TrainingTimes, spectral_conditioning.InstanceTimes."""
+class RandomNumbers(Protocol):
+    """Random numbers (B, n) of the B samples of a batch, float32; each stream has its own (util.rng.CounterRNG)."""
 
-    def of_images(self, x: Tensor) -> "Density":
-        """The density that draws for the images x (B, C, H, W)."""
+    def normal(self, stream: str, n: int = 1) -> Tensor: ...
+    def uniform(self, stream: str, n: int = 1) -> Tensor: ...
 
-    def draw(self, seed: int, step: int, position: Tensor) -> Tensor:
-        """t (B,) float32 of the samples at `position` (B,) in the global batch of `step`."""
 
-    def cdf(self, t: Tensor) -> Tensor:
-        """Probability of a time below t: (M,) in [0, 1] -> float64 (M,)."""
+class TimeSampler(Protocol):
+    """Distribution of training times: LogitNormal, or one of spectral_ops."""
+
+    def for_images(self, x: Tensor) -> "TimeSampler": ...  # that of the images x (B, C, H, W)
+    def sample(self, rng: RandomNumbers) -> Tensor: ...  # t (B,), float32
+    def cdf(self, t: Tensor) -> Tensor: ...  # probability of a time below t: (M,) in [0, 1] -> float64 (M,)
 
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """Density of training times: t = sigmoid(P_mean + P_std * n) with n ~ N(0, 1)."""
+    """t = sigmoid(P_mean + P_std n) with n ~ N(0, 1)."""
 
     P_mean: float = -0.8
     P_std: float = 0.8
 
-    def __call__(self, n: Tensor) -> Tensor:
-        return torch.sigmoid(self.P_mean + self.P_std * n)
-
-    def of_images(self, x: Tensor) -> "LogitNormal":
+    def for_images(self, x: Tensor) -> "LogitNormal":
         return self
 
-    def draw(self, seed: int, step: int, position: Tensor) -> Tensor:
-        return self(rng.normal(seed, Stream.TIME, step, position)[:, 0])
+    def sample(self, rng: RandomNumbers) -> Tensor:
+        return torch.sigmoid(self.P_mean + self.P_std * rng.normal("time")[:, 0])
 
     def cdf(self, t: Tensor) -> Tensor:
         return ndtr((t.double().logit() - self.P_mean) / max(abs(self.P_std), 1e-12))
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The random part of a training step for B samples: time t (B,), unit noise (B, C, H, W), labels (B,)."""
+class StepNoise:
+    """The random part of a training step: times t (B,), unit noise (B, C, H, W), labels y (B,) with some dropped."""
 
     t: Tensor
     noise: Tensor
     y: Tensor
 
 
-def draw(
-    seed: int,
-    step: int,
-    position: Tensor,
+def sample_step(
+    rng: RandomNumbers,
     y: Tensor,
     image_shape: tuple[int, int, int],
-    density: Density,
+    time_sampler: TimeSampler,
     label_drop_prob: float,
     null_class: int,
-) -> Draw:
-    """Time, noise and label drop of the samples at `position` (B,) in the global batch of `step`."""
-    noise = rng.normal(seed, Stream.NOISE, step, position, image_shape[0] * image_shape[1] * image_shape[2])
-    dropped = rng.uniform(seed, Stream.LABEL_DROP, step, position)[:, 0] < label_drop_prob
-    return Draw(density.draw(seed, step, position), noise.view(-1, *image_shape), torch.where(dropped, null_class, y))
+) -> StepNoise:
+    """Draw times and noise, and replace labels y (B,) by `null_class` with probability `label_drop_prob`."""
+    noise = rng.normal("noise", image_shape[0] * image_shape[1] * image_shape[2]).view(-1, *image_shape)
+    dropped = rng.uniform("label_drop")[:, 0] < label_drop_prob
+    return StepNoise(time_sampler.sample(rng), noise, torch.where(dropped, null_class, y))
 
 
-def random_flip(x: Tensor, seed: int, step: int, position: Tensor) -> Tensor:
+def random_flip(x: Tensor, rng: RandomNumbers) -> Tensor:
     """Mirror each image of x (B, C, H, W) left to right with probability 1/2."""
-    flip = rng.uniform(seed, Stream.FLIP, step, position)[:, 0] < 0.5
+    flip = rng.uniform("flip")[:, 0] < 0.5
     return torch.where(flip[:, None, None, None], x.flip(-1), x)
 
 
 def one_minus(t: Tensor, t_eps: float) -> Tensor:
-    """What a velocity is divided by: max(1 - t, t_eps), (B, 1, 1, 1)."""
+    """Return the divisor of a velocity, max(1 - t, t_eps), (B, 1, 1, 1)."""
     return (1 - t).clamp_min(t_eps)[:, None, None, None]
 
 
 class NoisyImages(nn.Module):
-    """Images x, unit noise (B, C, H, W) and t (B,) to z and v. Without parameters: a module is what can be compiled."""
+    """Images x, unit noise (B, C, H, W) and t (B,) -> z, v. It is a module because those can be compiled in place."""
 
     def __init__(self, noise_scale: float, t_eps: float):
         super().__init__()
@@ -106,7 +101,7 @@ class NoisyImages(nn.Module):
 
 
 class VelocityLoss(nn.Module):
-    """Mean of (v - v_pred)^2, where v_pred follows from the network's output at (z, t). Without parameters."""
+    """Mean of (v - v_pred)^2, where v_pred follows from the network's output at (z, t). It has no parameters."""
 
     def __init__(self, pred_param: str, t_eps: float):
         super().__init__()
@@ -122,23 +117,22 @@ class VelocityLoss(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The network behind Spectral Forcing, with the loss and the velocity that follow from its output.
+    """The network behind its input operator, with the loss and the velocity that follow from its output.
 
     Args:
-        net: network(z (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W); with `schedules` it takes (B, 2) as well.
-        spectral_forcing: operator(z, t) -> z as the network sees it; None for plain JiT.
+        net: network(z (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W); with `schedules` it takes logsnr_range as well.
+        input_operator: operator(z, t) -> z as the network sees it; None for plain JiT.
         pred_param: "x" if the network's output is the data, "v" if it is the velocity.
-        t_eps: lower bound of 1 - t where it divides; 0 is for `pred_param="v"`, whose target then is x - e exactly.
+        t_eps: lower bound of 1 - t as a divisor; 0 is for `pred_param="v"`, whose target then is x - e exactly.
         noise_scale: standard deviation of e.
-        autocast_dtype: type of the matrix products in the network; None for no autocast. Casting the module itself
-            does not work with Spectral Forcing, whose output is float32.
-        schedules: of images, where the network is told (lambda_0, lambda_1) of the schedule of each sample.
+        autocast_dtype: type of the matrix products in the network; None for no autocast.
+        schedules: of images, for a network that is conditioned on (lambda_0, lambda_1) of each sample's schedule.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        spectral_forcing: nn.Module | None = None,
+        input_operator: nn.Module | None = None,
         pred_param: str = "x",
         t_eps: float = 0.05,
         noise_scale: float = 1.0,
@@ -147,61 +141,38 @@ class Denoiser(nn.Module):
     ):
         super().__init__()
         if pred_param not in ("x", "v"):
-            raise ValueError(f"pred_param is {pred_param!r}: it must be 'x' or 'v'")
+            raise ValueError(f"pred_param is {pred_param!r}; it must be 'x' or 'v'.")
         if not 0 <= t_eps < 1 or (t_eps == 0 and pred_param == "x"):
-            raise ValueError(f"t_eps is {t_eps}: it must be in (0, 1), or 0 together with pred_param v")
+            raise ValueError(f"t_eps is {t_eps}; it must be in (0, 1), or 0 together with pred_param v.")
         if not noise_scale > 0:
-            raise ValueError(f"noise_scale is {noise_scale}: it must be positive")
-        self.net = net
-        self.spectral_forcing = spectral_forcing
-        self.schedules = schedules
+            raise ValueError(f"noise_scale is {noise_scale}; it must be positive.")
+        self.net, self.input_operator, self.schedules = net, input_operator, schedules
+        self.autocast_dtype = autocast_dtype
         self.noisy_images = NoisyImages(noise_scale, t_eps)
         self.loss = VelocityLoss(pred_param, t_eps)
-        self.autocast_dtype = autocast_dtype
 
-    @property
-    def noise_scale(self) -> float:
-        return self.noisy_images.noise_scale
+    noise_scale = property(lambda self: self.noisy_images.noise_scale)
 
-    @property
-    def t_eps(self) -> float:
-        return self.loss.t_eps
-
-    @property
-    def pred_param(self) -> str:
-        return self.loss.pred_param
-
-    def predict(self, z: Tensor, t: Tensor, y: Tensor, bounds: Tensor | None = None) -> Tensor:
-        """The network's output in float32: x or v, as `pred_param` says.
-
-        Raises:
-            ValueError: `bounds` (B, 2) given to a network that is not told them, or not given to one that is.
-        """
-        if (bounds is None) != (self.schedules is None):
-            raise ValueError(
-                "this network is told (lambda_0, lambda_1) of the schedule of each sample: `bounds` (B, 2) is missing"
-                if bounds is None
-                else "this network is not told of schedules, and `bounds` were given"
-            )
-        told = () if bounds is None else (bounds,)
-        seen = z if self.spectral_forcing is None else self.spectral_forcing(z, t)
-        # No cache: each weight is used once, and it would hold a copy of all until the end.
-        on = self.autocast_dtype is not None
+    def predict(self, z: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None) -> Tensor:
+        """Return the network's output in float32: x or v, as `pred_param` says. `logsnr_range` goes with schedules."""
+        if (logsnr_range is None) != (self.schedules is None):
+            kind = "that is not conditioned on schedules takes no" if self.schedules is None else "with schedules needs"
+            raise ValueError(f"A network {kind} logsnr_range (B, 2).")
+        seen = z if self.input_operator is None else self.input_operator(z, t)
+        on = self.autocast_dtype is not None  # without a cache: each weight is used once, and it would hold them all
         with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
-            return self.net(seen, t, y, *told).float()
+            return self.net(seen, t, y, *([] if logsnr_range is None else [logsnr_range])).float()
 
     @contextmanager
-    def fixed_weights(self) -> Iterator[None]:
-        """Within the block the weights that autocast casts at each use are cast once; they must not change meanwhile.
+    def cast_weights(self) -> Iterator[None]:
+        """Cast the weights that autocast casts at each use once for the block, in which they must not change.
 
-        The same to the bit, and compiled blocks find them cast as well. It holds a copy of them in `autocast_dtype`.
-        The parameters themselves are left alone, since DDP holds on to them, and are back afterwards.
+        Results are the same to the bit, and compiled blocks use the copies as well. The parameters themselves are set
+        aside, since DDP refers to them, and are back afterwards.
         """
         layers = [m for m in self.net.modules() if isinstance(m, nn.Linear | nn.Conv2d | ScheduleEmbedder)]
         held = [(m, name, p) for m in layers for name, p in m.named_parameters(recurse=False)]
-        if self.autocast_dtype is None:
-            held = []
-        for layer, name, parameter in held:
+        for layer, name, parameter in held if self.autocast_dtype else ():
             layer._parameters[name] = nn.Parameter(parameter.detach().to(self.autocast_dtype), requires_grad=False)
         try:
             yield
@@ -210,24 +181,20 @@ class Denoiser(nn.Module):
                 layer._parameters[name] = parameter
 
     def velocity(
-        self, z: Tensor, t: Tensor, y: Tensor, t_eps: float | None = None, bounds: Tensor | None = None
+        self, z: Tensor, t: Tensor, y: Tensor, t_eps: float | None = None, logsnr_range: Tensor | None = None
     ) -> Tensor:
-        """v at (z, t) for labels y, clamped as in training or, for a sampling grid of its own, at `t_eps` > 0.
-
-        bounds: (lambda_0, lambda_1) of each sample, (B, 2), for a network that is told them.
-        """
-        return self.loss.velocity(self.predict(z, t, y, bounds), z, t, t_eps)
+        """Return v at (z, t) for labels y, with the divisor clamped at `t_eps` > 0, or as in training."""
+        return self.loss.velocity(self.predict(z, t, y, logsnr_range), z, t, t_eps)
 
     def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean of (v - v_pred)^2 over the batch, a scalar. `noise` has unit variance."""
+        """Return the mean of (v - v_pred)^2 over the batch, a scalar. `noise` has unit variance."""
         z, v = self.noisy_images(x, noise, t)
-        return self.loss(v, self.predict(z, t, y, self._bounds(x)), z, t)
+        return self.loss(v, self.predict(z, t, y, self._logsnr_range(x)), z, t)
 
-    def error(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v - v_pred (B, C, H, W), of which `forward` is the mean square."""
+    def residual(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return v - v_pred (B, C, H, W), the mean square of which is the loss."""
         z, v = self.noisy_images(x, noise, t)
-        return v - self.velocity(z, t, y, bounds=self._bounds(x))
+        return v - self.velocity(z, t, y, logsnr_range=self._logsnr_range(x))
 
-    def _bounds(self, x: Tensor) -> Tensor | None:
-        """(B, 2) of the schedules of x, for a network that is told them."""
-        return None if self.schedules is None else self.schedules(x).bounds
+    def _logsnr_range(self, x: Tensor) -> Tensor | None:
+        return None if self.schedules is None else self.schedules(x).logsnr_range

@@ -1,215 +1,538 @@
-"""What happens between a checkpoint and the next: an epoch of training; sampling and evaluation by their names here.
+"""Training, top to bottom: build, one step, an epoch, checkpoints, samples and evaluations, the run.
 
-Shapes: B images of a micro-batch on one process; images (B, 3, H, W).
+    images x, labels y  ->  flip, time t, noise e  ->  denoiser: mean of (v - v_pred)^2  ->  AdamW  ->  two EMAs
+
+Time, noise, label drop and flip of an image are functions of (seed, step, position in the global batch). So the numbers
+do not depend on how many ranks and microbatches share a step, nor on interruptions.
+
+Shapes: B images of a microbatch on one rank; images (B, 3, H, W), labels and positions (B,).
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from denoiser import Denoiser, Density, draw, random_flip
-from util import watch
-from util.data import to_float
-from util.distributed import World, all_reduce_mean
-from util.ema import EMA
-from util.errors import NonFiniteError
-from util.evaluation import evaluate
-from util.flags import DEFAULTS
-from util.generation import Sampling, generate, generate_all
-from util.learning_rate import learning_rate
-from util.loader import Waiting, positions
-from util.logger import RunLog, progress
-from util.parallel import accumulating, local_parameters, total_norm
-from util.window import Window, finite_or_none
-
-__all__ = [
-    "Recipe",
-    "Sampling",
-    "Training",
-    "build_optimizer",
-    "evaluate",
-    "generate",
-    "generate_all",
-    "parameter_groups",
-    "stop_if_non_finite",
-    "train_one_epoch",
-]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a run trains: settings that no epoch changes."""
-
-    epochs: int
-    steps_per_epoch: int
-    accum_iter: int
-    peak_lr: float
-    min_lr: float
-    warmup_epochs: float
-    lr_schedule: str
-    density: Density
-    label_drop_prob: float
-    null_class: int
-    flip: bool
-    dropout: bool
-    seed: int
-    log_freq: int
-    grad_clip: float | None = None
-
-    def lr(self, step: int) -> float:
-        return learning_rate(
-            step, self.steps_per_epoch, self.epochs, self.warmup_epochs, self.peak_lr, self.min_lr, self.lr_schedule
-        )
+from denoiser import random_flip, sample_step
+from util.build import autocast_dtype, build_denoiser, describe_operators
+from util.checkpoint import files
+from util.checkpoint.published import Checkpoint
+from util.checkpoint.train_state import load_initial_weights, load_train_state, train_state
+from util.checkpoint.writer import CheckpointWriter
+from util.compile import check_compiler, compile_denoiser
+from util.config import check, describe, run_name
+from util.cpu_layers import speed_up_on_cpu
+from util.data.datasets import to_float
+from util.data.loader import DataTimer, GlobalBatchSampler, build_loader, open_images, positions
+from util.dist import preemption
+from util.dist.context import (
+    DistContext,
+    all_reduce_mean,
+    assert_same_across_ranks,
+    barrier,
+    process_group,
+    raise_on_all_ranks,
+    run_on_rank0,
+)
+from util.dist.parallel import (
+    assert_equal_replicas,
+    build_sharded,
+    grad_norm,
+    init_sharded,
+    no_sync,
+    unsharded,
+    wrap_ddp,
+)
+from util.dist.preemption import Preempted, StepVotes
+from util.errors import NonFiniteError, UserError
+from util.evaluation import gates
+from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write, loggable, metric_line, report_exists
+from util.evaluation.generate import sample_grid, setting_name
+from util.evaluation.images import spread_labels
+from util.evaluation.validation import hold_out, init_overlap_warnings
+from util.io import commit, provenance, versions, wait_for_file, write_json
+from util.log import LOG_NAME, RunLog, progress, wandb_settings, warn
+from util.optim import EMA, build_optimizer, learning_rate, peak_lr
+from util.profile import dry_run
+from util.resume import init_warnings, load_for_training, start_step
+from util.rng import CounterRNG
+from util.schedules import build_time_sampler
+from util.train_metrics import TrainMetrics, finite_or_none
 
 
-@dataclass(frozen=True)
-class Training:
-    """The state that training changes."""
-
-    denoiser: Denoiser
-    forward: nn.Module  # the denoiser itself (which may be sharded), or DDP around it
-    optimizer: torch.optim.Optimizer
-    emas: tuple[EMA, EMA]
-    window: Window
-
-
-def parameter_groups(denoiser: Denoiser) -> tuple[list[str], list[str]]:
-    """Names of the parameters without weight decay, which are vectors and biases, and of those with it."""
-    no_decay, decay = [], []
-    for name, parameter in denoiser.named_parameters():
-        (no_decay if parameter.dim() == 1 or name.endswith(".bias") else decay).append(name)
-    return no_decay, decay
-
-
-def build_optimizer(
-    denoiser: Denoiser,
-    weight_decay: float,
-    betas: tuple[float, float] = (DEFAULTS["beta1"], DEFAULTS["beta2"]),
-) -> torch.optim.AdamW:
-    """AdamW over what this process holds; group 0 has no weight decay (`parameter_groups`)."""
-    mine = local_parameters(denoiser)
-    no_decay, decay = ([mine[name] for name in names] for names in parameter_groups(denoiser))
-    groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-
-def train_one_epoch(
-    training: Training,
-    loader: DataLoader,
-    epoch: int,
-    first_step: int,
-    recipe: Recipe,
-    world: World,
-    log: RunLog,
-    after_step: Callable[[int], None],
-) -> None:
-    """One pass over the data, `recipe.steps_per_epoch` steps, or what is left of it from `first_step` on.
-
-    Steps are counted from 0 over the whole run. Time, noise, label drop and flips of an image are functions of (seed,
-    step, its position in the global batch), so the number of processes and of accumulated passes does not change them.
-    A loss or gradient that is not finite on any process suppresses that update of weights, averages and optimizer on
-    all of them, on the device; the host learns of it when it next logs (on a CPU at once).
-
-    Args:
-        after_step: called with the number of steps that are done.
+def train(given: Mapping[str, Any], ctx: DistContext) -> str:
+    """Train as the flags say, from a checkpoint if there is one. Return a line that names what was written.
 
     Raises:
-        NonFiniteError: on all processes alike, naming step and learning rate.
+        UserError: settings that cannot work, data that cannot be read, a loss that is not finite.
+        Preempted: on all ranks, when one was asked to stop; the run is saved.
     """
-    training.denoiser.train()
-    window = training.window
-    batches = Waiting(loader)
-    steps = range(first_step, (epoch + 1) * recipe.steps_per_epoch)
-    bar = progress(steps, world, len(steps), f"epoch {epoch + 1}/{recipe.epochs}", "step")
-    for step in bar:
-        lr = recipe.lr(step)
-        for group in training.optimizer.param_groups:
-            group["lr"] = lr
-        loss, images = _forward_backward(training, batches, step, recipe, world)
-        norm = total_norm(training.denoiser)
-        if recipe.grad_clip is not None:
-            parameters = local_parameters(training.denoiser).values()
-            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.grad_clip, norm)
-        suppress = (~torch.isfinite(loss + norm)).float()
-        training.optimizer.found_inf = suppress  # fused AdamW leaves everything as it is where this is 1
-        training.optimizer.step()
-        training.optimizer.zero_grad()
-        training.denoiser.zero_grad()
-        for ema in training.emas:
-            ema.update(training.denoiser, suppress)
-        window.add(step, loss, suppress, images)
-
-        logs = (step + 1) % recipe.log_freq == 0 or step == steps[-1]
-        if logs or world.device.type == "cpu":
-            stop_if_non_finite(window, recipe)
-        if logs:
-            values = {
-                "epoch": epoch,
-                **window.read(),
-                "data_wait": round(batches.share(), 4),
-                "lr": lr,
-                "grad_norm": finite_or_none(float(norm)),
-            }
-            _report(values, step, bar, recipe, log)
-            window.reset()
-        after_step(step + 1)
+    config, checkpoint, source = load_for_training(given, ctx)
+    warn(check(config, config.online_eval) + check_compiler(config.compile, ctx.device), ctx)
+    warn(checkpoint.notes if checkpoint else (), ctx)
+    if checkpoint and config.start_epoch >= config.epochs and not samples_are_missing(config, config.start_epoch):
+        run = checkpoint.path.parent
+        return (
+            f"Nothing to train: {run} has finished {config.start_epoch} of {config.epochs} epochs. "
+            f"EPOCHS={config.epochs * 2} continues, RESUME={run} EVALUATE_GEN=1 evaluates. "
+            f"Its samples and metrics are in {run}/samples and {run}/eval."
+        )
+    with process_group(ctx, config.dist_timeout, single_process=config.parallel == "fsdp"):
+        trainer = Trainer(config, given, checkpoint, source, ctx)
+        del checkpoint, source  # their memory, and the disk space of a file that is replaced
+        if config.dry_run:
+            report = dry_run(trainer)
+            del trainer  # DDP must be destroyed before its process group
+            return report
+        products = trainer.run()
+        del trainer
+    return "   ".join(f"{name}: {path}" for name, path in products.items())
 
 
-def _forward_backward(
-    training: Training, batches: Iterator, step: int, recipe: Recipe, world: World
-) -> tuple[Tensor, int]:
-    """Gradients of one global batch. Returns its mean loss (on the device, the same everywhere) and its size."""
-    if recipe.dropout:  # dropout's masks alone come from torch's generator, set anew for each step and process
-        torch.manual_seed(((recipe.seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)
-    total, images = torch.zeros((), device=world.device), 0
-    for micro in range(recipe.accum_iter):
-        x, y = (part.to(world.device, non_blocking=True) for part in next(batches))
-        watch.arrived(f"step {step}" if recipe.accum_iter == 1 else f"step {step}, pass {micro + 1}")
-        where = positions(world.rank, world.size, micro, len(x))
-        position = torch.arange(where.start, where.stop, device=world.device)
-        x = to_float(x)
-        if recipe.flip:
-            x = random_flip(x, recipe.seed, step, position)
-        shape, density = tuple(x.shape[1:]), recipe.density.of_images(x)
-        d = draw(recipe.seed, step, position, y, shape, density, recipe.label_drop_prob, recipe.null_class)
-        last = micro == recipe.accum_iter - 1
-        with nullcontext() if last else accumulating(training.forward):
-            loss = training.forward(x, d.y, d.t, d.noise) / recipe.accum_iter
-            loss.backward()
-        total += loss.detach()
-        images += len(x) * world.size
-    return all_reduce_mean(total, world), images
+class Trainer:
+    """A training run. The constructor builds it; `run` trains to the end."""
 
+    # ---------------------------------------------------------------------------------------------------------- build
 
-def stop_if_non_finite(window: Window, recipe: Recipe) -> None:
-    """Wait for the device, and raise a NonFiniteError where more steps in a row were not finite than are tolerated."""
-    steps = window.too_many()
-    if steps is not None:
-        step = steps[0]
+    def __init__(
+        self,
+        config: Any,
+        given: Mapping[str, Any],
+        checkpoint: Checkpoint | None,
+        source: Checkpoint | None,
+        ctx: DistContext,
+    ):
+        """Build everything that training needs, on all ranks together.
+
+        Args:
+            config: the resolved configuration.
+            given: the flags on the command line.
+            checkpoint: what the run resumes from; None for a new run.
+            source: the checkpoint whose weights a new run starts from; None for fresh weights.
+        """
+        self.config, self.given, self.ctx = config, given, ctx
+        self.folder = Path(config.output_dir)
+        self.sharded = config.parallel == "fsdp"
+
+        # Data: uint8 images in an order that (seed, epoch) decides.
+        self.images, self.validation = hold_out(open_images(config), config, checkpoint.args if checkpoint else None)
+        self.sampler = GlobalBatchSampler(
+            len(self.images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed
+        )
+        self.loader = build_loader(self.images, self.sampler, config.num_workers, ctx.device.type == "cuda")
+        self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.step = start_step(checkpoint, config.start_epoch, self.steps_per_epoch)
+        if source is not None:
+            warn(init_warnings(config, source) + init_overlap_warnings(config, source.args), ctx)
+        held_out = len(self.validation.images) if self.validation else 0
+        assert_same_across_ranks("run", (run_name(config), self.step, len(self.images), held_out), ctx)
+        self.suite = build_suite(config, ctx, config.num_images) if config.online_eval else None
+        warn([*(self.suite.warnings if self.suite else ()), *ema_warnings(config, self.total_steps)], ctx)
+
+        # Model: network and operators, replicated or sharded, with the weights of a checkpoint or fresh ones.
+        torch.manual_seed(config.seed)
+        self.denoiser = self._build_denoiser(fresh=checkpoint is None)
+        self.emas = EMA(self.denoiser, config.ema_decay1), EMA(self.denoiser, config.ema_decay2)
+        self.optimizer = build_optimizer(self.denoiser, config.weight_decay, (config.beta1, config.beta2))
+        self.metrics = TrainMetrics(ctx.device, config.skip_nonfinite)
+        self.started_from = raise_on_all_ranks(ctx, lambda: self._load(checkpoint, source))
+        for block in self.denoiser.net.blocks:
+            block.recompute = config.activation_checkpointing
+        if ctx.device.type == "cpu" and not self.sharded:
+            speed_up_on_cpu(self.denoiser)
+        compile_denoiser(self.denoiser, config.compile, ctx.device)
+        self.time_sampler = build_time_sampler(config, ctx.device)
+        self.model = self.denoiser if self.sharded else wrap_ddp(self.denoiser, ctx)
+
+        # Checkpoints: the step of the newest intact one, if it lies in this folder.
+        here = checkpoint is not None and checkpoint.path.parent.resolve() == self.folder.resolve()
+        self.newest_step = self.step if here and checkpoint.path.name in files.NEWEST else None
+        self.newest = self.folder / (files.NAME_SHARDED if self.sharded else files.NAME)
+
+    def _build_denoiser(self, fresh: bool) -> torch.nn.Module:
+        config, ctx = self.config, self.ctx
+        dtype = autocast_dtype(config, ctx.device)
+        if not self.sharded:
+            return build_denoiser(config, dtype).to(ctx.device)
+        denoiser = build_sharded(lambda: build_denoiser(config, dtype), ctx)
+        if fresh:
+            init_sharded(denoiser, lambda: build_denoiser(config, dtype), ctx)
+        return denoiser
+
+    def _load(self, checkpoint: Checkpoint | None, source: Checkpoint | None) -> str:
+        """Load weights, EMAs and optimizer. Return a phrase on where the run starts from."""
+        if checkpoint is not None:
+            load_train_state(checkpoint, self.denoiser, self.optimizer, self.emas)
+            self.metrics.load_state_dict(checkpoint.run.get("metrics", checkpoint.run.get("window", {})))
+            return f"resumed {checkpoint.path}"
+        if source is None:
+            return "fresh weights"
+        added = load_initial_weights(source, self.config.init_weights, self.denoiser)
+        for ema in self.emas:
+            ema.load(self.denoiser.state_dict())
+        return "; ".join([f"weights {self.config.init_weights} of {source.path}", *added])
+
+    # ------------------------------------------------------------------------------------------------------- one step
+
+    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]], step: int) -> Tensor:
+        """Do one optimizer step on the next `accum_iter` microbatches. Return the norm of the gradient.
+
+        A loss or gradient that is not finite on any rank changes neither weights nor optimizer nor EMAs on any of them.
+        The device decides that; the host does not wait for it.
+        """
+        config, ctx = self.config, self.ctx
+        if config.attn_dropout or config.proj_dropout:  # only dropout uses torch's generator
+            torch.manual_seed(((config.seed * 1_000_003 + step) * 65_537 + ctx.rank) % 2**63)
+        total, images = torch.zeros((), device=ctx.device), 0
+        for micro in range(config.accum_iter):
+            x, y = (part.to(ctx.device, non_blocking=True) for part in next(batches))
+            where = positions(ctx.rank, ctx.world_size, micro, len(x))
+            rng = CounterRNG(config.seed, step, torch.arange(where.start, where.stop, device=ctx.device))
+            x = to_float(x)  # (B, 3, H, W) in [-1, 1]
+            if config.flip:
+                x = random_flip(x, rng)
+            time_sampler = self.time_sampler.for_images(x)
+            s = sample_step(rng, y, config.image_shape, time_sampler, config.label_drop_prob, config.null_class)
+            last = micro == config.accum_iter - 1
+            with nullcontext() if last else no_sync(self.model):
+                loss = self.model(x, s.y, s.t, s.noise) / config.accum_iter
+                loss.backward()
+            total += loss.detach()
+            images += len(x) * ctx.world_size
+        total = all_reduce_mean(total, ctx)
+
+        parameters = list(self.denoiser.parameters())
+        norm = grad_norm(parameters)
+        if config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+        found_inf = (~torch.isfinite(total + norm)).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, self.steps_per_epoch)
+        self.optimizer.found_inf = found_inf
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for ema in self.emas:
+            ema.update(found_inf if config.skip_nonfinite else None)
+        self.metrics.add(step, total, found_inf, images)
+        return norm
+
+    # ------------------------------------------------------------------------------------------------------- an epoch
+
+    def train_one_epoch(self, epoch: int) -> None:
+        """Train from `self.step` to the end of the epoch.
+
+        Raises:
+            NonFiniteError: on all ranks, naming step and learning rate.
+            Preempted: on all ranks, once the run is saved.
+        """
+        config, end = self.config, (epoch + 1) * self.steps_per_epoch
+        self.denoiser.train()
+        self.sampler.set_epoch(epoch, self.step - epoch * self.steps_per_epoch)
+        batches = DataTimer(self.loader)
+        bar = progress(range(self.step, end), self.ctx, end - self.step, f"epoch {epoch + 1}/{config.epochs}", "step")
+        for step in bar:
+            norm = self.train_step(batches, step)
+            self.step = step + 1
+            if self.ctx.device.type == "cpu":
+                self._stop_if_non_finite()  # there is nothing to wait for
+            if self.step % config.log_freq == 0 or self.step == end:
+                self._stop_if_non_finite()
+                self._log_step(epoch, float(norm), batches.share(), bar)
+            if self.step == self.first_step + 1:
+                self._log_first_step(end)
+            self._after_step()
+
+    def _log_step(self, epoch: int, norm: float, data_wait: float, bar: Any) -> None:
+        config, step = self.config, self.step - 1
+        lr = learning_rate(config, step, self.steps_per_epoch)
+        values = {"epoch": epoch, **self.metrics.read(), "data_wait": round(data_wait, 4), "lr": lr}
+        self.metrics.reset()
+        self.log.log("train", step, {**values, "grad_norm": finite_or_none(norm)})
+        loss = float("nan") if values["loss"] is None else values["loss"]
+        text = f"loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.3g}  {values['images_per_s']:.0f} images/s"
+        text += f"  {data_wait:.0%} waiting for data" if data_wait >= 0.1 else ""
+        text += f"  {values['skipped']} non-finite steps skipped" if "skipped" in values else ""
+        if hasattr(bar, "set_postfix_str"):
+            bar.set_postfix_str(text)
+        else:
+            self.log.info(f"epoch {epoch + 1}/{config.epochs}  step {self.step}/{self.total_steps}  {text}")
+
+    def _log_first_step(self, end: int) -> None:
+        """Say how long the first step took, start of workers and compilation included, and where the next line is."""
+        self._stop_if_non_finite()  # waits for the device
+        following = min(-(-self.step // n) * n for n in (self.config.log_freq, end))
+        then = f"; next log line at step {following}" if following > self.step else ""
+        self.log.info(f"first step took {time.perf_counter() - self.began:.1f} s{then}")
+
+    def _after_step(self) -> None:
+        """Save and stop if it is due, after the same step on all ranks."""
+        config = self.config
+        self._log_saves()
+        if self.step % config.log_freq == 0:
+            self._report_bad_images()
+        minutes = (time.monotonic() - self.saved_at) / 60
+        wishes = {
+            "stop": preemption.requested() is not None,
+            "save": self.ctx.is_main and minutes >= config.save_every_minutes,
+        }
+        decided = self.votes(wishes)
+        self.stopping |= "stop" in decided
+        # A vote is read some steps later on a GPU: a save in between has fulfilled it.
+        self.save_due |= "save" in decided and self.step - self.votes.lag > self.saved_step
+        self.save_due |= bool(config.save_every_steps) and self.step % config.save_every_steps == 0
+        if self.step % self.steps_per_epoch:  # at the end of an epoch there is more to do before
+            if self.save_due or self.stopping:
+                self.save()
+            if self.stopping:
+                self._stop()
+
+    def _report_bad_images(self) -> None:
+        if self.images.bad_image_log is not None:  # --on_bad_image skip
+            self.images.bad_image_log.report(self.ctx, self.log, self.step)
+
+    def _stop_if_non_finite(self) -> None:
+        """Wait for the device; raise a NonFiniteError after more consecutive non-finite steps than tolerated."""
+        steps = self.metrics.non_finite_steps()
+        if steps is None:
+            return
+        step, count = steps[0], len(steps)
+        path = self.folder / f"nonfinite-step{step:09d}.json"
+        if self.ctx.is_main:
+            write_json(path, {"steps": [self._describe_step(s) for s in steps]})
         raise NonFiniteError(
-            f"the loss or a gradient stopped being finite at step {step} (epoch {step // recipe.steps_per_epoch}), "
-            f"learning rate {recipe.lr(step):.3g}"
-            f"{f', and {len(steps)} steps in a row were not' if len(steps) > 1 else ''}. That has touched no weight, "
-            "and the last checkpoint is as it was. A lower BLR, a longer warm-up or --attn_fp32 are the usual "
-            "remedies; --skip_nonfinite tolerates single steps",
+            f"The loss or a gradient is not finite at step {step} (epoch {step // self.steps_per_epoch}), "
+            f"learning rate {learning_rate(self.config, step, self.steps_per_epoch):.3g}"
+            f"{f', and in {count} consecutive steps' if count > 1 else ''}. No weight was changed by it, and the last "
+            "checkpoint is intact. Usual remedies are a lower BLR, a longer warm-up or --attn_fp32; --skip_nonfinite "
+            f"tolerates single steps. The images and times of the step are in {path}.",
             steps,
         )
 
+    def _describe_step(self, step: int) -> dict[str, Any]:
+        """Return what the global batch of a step was made of, in the order of its positions."""
+        config, device = self.config, self.ctx.device
+        epoch, within = divmod(step, self.steps_per_epoch)
+        size = self.sampler.global_batch
+        self.sampler.set_epoch(epoch)
+        index = self.sampler.permutation()[within * size : (within + 1) * size].tolist()
+        labels = torch.as_tensor(self.images.labels[index], device=device)
+        x = torch.stack([self.images[i][0] for i in index]) if config.t_sampler == "spectral_instance" else None
+        time_sampler = self.time_sampler if x is None else self.time_sampler.for_images(to_float(x.to(device)))
+        rng = CounterRNG(config.seed, step, torch.arange(size, device=device))
+        s = sample_step(rng, labels, (1, 1, 1), time_sampler, config.label_drop_prob, config.null_class)
+        found = {"step": step, "epoch": epoch, "lr": learning_rate(config, step, self.steps_per_epoch)}
+        found |= {"index": index, "t": s.t.tolist(), "label": labels.tolist(), "label_after_drop": s.y.tolist()}
+        return found if self.images.in_memory else {**found, "file": [self.images.path(i) for i in index]}
 
-def _report(values: dict[str, float | None], step: int, bar, recipe: Recipe, log: RunLog) -> None:
-    log.record("train", step, values)
-    lr, rate = values["lr"], values["images_per_s"]
-    loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
-    skipped = f"  {values['skipped']} steps not finite, skipped" if "skipped" in values else ""
-    waits = f"  {values['data_wait']:.0%} of it waiting for data" if values["data_wait"] >= 0.1 else ""
-    if hasattr(bar, "set_postfix_str"):
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:.0f} images/s{waits}{skipped}")
-    else:
-        log.say(
-            f"epoch {values['epoch'] + 1}/{recipe.epochs}  step {step + 1}/{recipe.epochs * recipe.steps_per_epoch}  "
-            f"loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.3g}  {rate:.0f} images/s{waits}{skipped}"
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, keep_as_epoch: int | None = None) -> None:
+        """Copy the state to host memory and write it in the background; with `keep_as_epoch` keep it for good."""
+        self._report_bad_images()
+        self._stop_if_non_finite()
+        self.save_due, self.saved_step, self.saved_at = False, self.step, time.monotonic()
+        if not self.sharded:
+            states = {"model": dict(self.denoiser.named_parameters())}
+            states |= {f"ema{i}": ema.shadow for i, ema in enumerate(self.emas, start=1)}
+            assert_equal_replicas(self.ctx, states)
+        run = {"metrics": self.metrics.state_dict(), "commit": commit(), "versions": versions()}
+        state = train_state(
+            self.denoiser, self.optimizer, self.emas, self.step, self.steps_per_epoch, self.config.as_dict(), run
         )
+        self.writer.save(state, self.step, keep_as_epoch)
+
+    def _log_saves(self) -> None:
+        for saved in self.writer.finished():
+            epoch, step = divmod(saved.step, self.steps_per_epoch)
+            at = f"epoch {epoch}" + (f", step {step} of the next" if step else "")
+            self.log.info(f"saved {saved.path} ({at}, blocked training {saved.blocked:.2f} s)")
+            seconds = {"blocked_s": round(saved.blocked, 4), "seconds": round(saved.seconds, 3)}
+            self.log.log("save", saved.step, {**seconds, "bytes": saved.num_bytes})
+
+    def _wait_for_saves(self) -> None:
+        run_on_rank0(self.ctx, self.writer.wait)
+        self._log_saves()
+
+    def _keeps(self, epochs_done: int) -> bool:
+        """Whether the checkpoint after so many epochs is kept for good."""
+        return bool(self.config.keep_every_epochs) and epochs_done % self.config.keep_every_epochs == 0
+
+    def _stop(self) -> None:
+        self._wait_for_saves()
+        barrier(self.ctx)
+        reason = run_on_rank0(self.ctx, preemption.requested) or "another rank"
+        raise Preempted(
+            f"Stopped by {reason} after step {self.step} of {self.total_steps}, saved in {self.newest}. "
+            "The same command resumes."
+        )
+
+    # ------------------------------------------------------------------------------------------ samples and evaluation
+
+    def sample_and_evaluate(self, epoch: int) -> None:
+        """Draw a grid of samples and, with --online_eval, compute the metrics, with the weights that --ema names."""
+        config, ctx = self.config, self.ctx
+        step = (epoch + 1) * self.steps_per_epoch
+        ema = {"ema1": self.emas[0], "ema2": self.emas[1]}.get(config.ema)
+        grid = self.folder / "samples" / f"{setting_name(config, epoch)}.png"
+        self.products["samples"] = grid
+        with ema.applied() if ema else nullcontext():
+            with unsharded(self.denoiser):
+                self.products |= gates.record(self.denoiser.net, config, epoch, step, ctx, self.log)
+            labels = spread_labels(config.wandb_num_vis, config.class_num)
+            sample_grid(
+                self.denoiser, config, labels, ctx, grid, f"{config.model}  epoch {epoch + 1}  cfg {config.cfg:g}"
+            )
+            self.log.image("samples", step, grid)
+            if self.suite is None:
+                return
+            path = run_on_rank0(ctx, lambda: files.find(self.folder))
+            target = EvalTarget(self.denoiser, config, epoch, path)
+            report, self.products["metrics"] = evaluate_and_write(target, self.suite, self.folder / "eval", ctx)
+        self.log.log("eval", step, loggable(report))
+        self.log.info(f"epoch {epoch + 1}: {metric_line(report)}  ({config.num_images} images)")
+
+    def _validate(self, epoch: int) -> None:
+        start, step = time.perf_counter(), (epoch + 1) * self.steps_per_epoch
+        values = self.validation.measure(self.denoiser, self.emas, self.ctx, self.time_sampler)
+        seconds = time.perf_counter() - start
+        count = len(self.validation.images)
+        self._report_bad_images()
+        self.log.log("val", step, {"epoch": epoch, "num_images": count, "seconds": round(seconds, 3), **values})
+        text = "  ".join(f"{name} {values[f'loss_{name}']:.4f}" for name in ("model", "ema1", "ema2"))
+        self.log.info(
+            f"epoch {epoch + 1}/{self.config.epochs}: validation loss {text}  ({count} images, {seconds:.1f} s)"
+        )
+
+    # -------------------------------------------------------------------------------------------------------- the run
+
+    def run(self) -> dict[str, Path]:
+        """Train to the last epoch. Return what was written: name -> path."""
+        config, ctx = self.config, self.ctx
+        self.log = self._open_log()
+        run_on_rank0(ctx, lambda: files.recover(self.folder, self.newest_step))
+        self._write_config()
+        self.writer = CheckpointWriter(
+            self.folder, config.keep_last, self.newest_step, self.step, ctx, sharded=self.sharded
+        )
+        self.products: dict[str, Path] = {"checkpoint": self.newest, "log": self.folder / LOG_NAME}
+        self.votes = StepVotes(ctx, ("stop", "save"))
+        self.stopping = self.save_due = False
+        self.first_step = self.saved_step = self.step
+        self.saved_at = time.monotonic()
+        exit_code = 1
+        try:
+            self._resume_end_of_epoch()
+            self.began = time.perf_counter()
+            for epoch in range(self.step // self.steps_per_epoch, config.epochs):
+                start = time.perf_counter()
+                self.train_one_epoch(epoch)
+                self._report_bad_images()
+                self.log.info(f"epoch {epoch + 1}/{config.epochs} done in {time.perf_counter() - start:.1f} s")
+                self._end_epoch(epoch)
+            exit_code = 0
+        except Preempted:
+            exit_code = 0  # for Weights & Biases the run has not failed
+            raise
+        finally:
+            self.writer.close()
+            self.log.close(exit_code)
+        return self.products
+
+    def _resume_end_of_epoch(self) -> None:
+        """Make up for what an interruption at the end of an epoch left undone: a kept checkpoint, samples, metrics."""
+        epochs_done, within = divmod(self.step, self.steps_per_epoch)
+        if within or not epochs_done:
+            return
+        if self._keeps(epochs_done) and self.ctx.is_main:
+            self.writer.keep(epochs_done - 1)
+        if run_on_rank0(self.ctx, lambda: samples_are_missing(self.config, epochs_done)):
+            self.log.info(f"Samples for epoch {epochs_done} are missing; generating them first.")
+            self.sample_and_evaluate(epochs_done - 1)
+
+    def _end_epoch(self, epoch: int) -> None:
+        config, done = self.config, epoch + 1
+        last, samples_due, keeps = done == config.epochs, samples_are_due(config, done), self._keeps(done)
+        if self.validation and (last or done % config.val_freq == 0):
+            self._validate(epoch)
+        due = last or samples_due or keeps or self.stopping or self.save_due or done % config.save_last_freq == 0
+        if due:  # a checkpoint first: interrupted samples can then be completed
+            self.save(keep_as_epoch=epoch if keeps else None)
+        if self.stopping:
+            self._stop()
+        if samples_due:
+            self._wait_for_saves()
+            self.sample_and_evaluate(epoch)
+
+    def _open_log(self) -> RunLog:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            settings = wandb_settings(self.config, run_name(self.config))
+            return RunLog(self.folder, self.ctx, settings, resumed_step=self.step)
+        except OSError as error:
+            raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
+
+    def _write_config(self) -> None:
+        """Write the resolved configuration to the folder and its summary to the terminal."""
+        config, ctx = self.config, self.ctx
+        path = self.folder / (f"config-from-step{self.step:09d}.json" if self.step else "config.json")
+        parameters = sum(p.numel() for p in self.denoiser.parameters())
+        resolved = {
+            "peak_lr": peak_lr(config),
+            "steps_per_epoch": self.steps_per_epoch,
+            "parameters": parameters,
+            "processes": ctx.world_size,
+            "device": str(ctx.device),
+            "operators": describe_operators(config),
+            "started_from": self.started_from,
+        }
+        if ctx.is_main:
+            write_json(path, {"args": config.as_dict(), "resolved": resolved, **provenance(ctx.device)})
+        elif self.suite is not None and not wait_for_file(path):
+            raise UserError(f"{self.folder} must be a folder that all ranks share, or set ONLINE_EVAL=0.")
+        self.log.log("start", self.step, resolved)
+        within = self.step % self.steps_per_epoch
+        at = f" (from its step {within + 1})" if within else ""
+        self.log.info(
+            f"{config.model} at {config.img_size} px, {parameters:,} parameters, {ctx.world_size} x {ctx.device.type}, "
+            f"{self.started_from}\n"
+            f"  {describe_operators(config)}\n"
+            f"  global batch {config.global_batch} = {config.batch_size} x {ctx.world_size} ranks x "
+            f"{config.accum_iter} microbatches, learning rate {peak_lr(config):.3g}, "
+            f"{self.steps_per_epoch} steps per epoch\n"
+            f"  epochs {config.start_epoch + 1}{at} to {config.epochs}, in {self.folder} ({path.name})\n"
+            f"settings that differ from the defaults:\n{describe(config, self.given, ctx.world_size)}"
+        )
+
+
+def samples_are_due(config: Any, epochs_done: int) -> bool:
+    return epochs_done == config.epochs or epochs_done % config.eval_freq == 0
+
+
+def samples_are_missing(config: Any, epochs_done: int) -> bool:
+    """Whether the run was interrupted between the checkpoint of an epoch and the samples and metrics made from it."""
+    folder = Path(config.output_dir)
+    if epochs_done == 0 or not samples_are_due(config, epochs_done) or not files.find(folder):
+        return False
+    if not any((folder / "samples").glob(f"epoch{epochs_done:04d}-*.png")):
+        return True
+    return config.online_eval and not report_exists(folder / "eval", config, epochs_done - 1)
+
+
+def ema_warnings(config: Any, total_steps: int) -> list[str]:
+    """Warn if an EMA averages over more steps than the run has: it still consists of the initial weights."""
+    found = []
+    for name in ("ema_decay1", "ema_decay2"):
+        decay = getattr(config, name)
+        if (1 - decay) * total_steps < 1:
+            horizon = f"{1 / (1 - decay):.0f}" if decay < 1 else "infinitely many"
+            found.append(
+                f"--{name} {decay} averages over about {horizon} steps and the run has {total_steps}: its samples will "
+                f"look like the initial weights, grey. --{name} {max(0.0, 1 - 5 / total_steps):.3g} averages over a "
+                "fifth of the run"
+            )
+    return found

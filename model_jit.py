@@ -3,11 +3,11 @@
 Names, shapes and order of the parameters are those of the published checkpoints.
 
 Shapes: B batch, C channels, H = W image size, p patch, N = (H/p)^2 tokens, D width, h heads, d = D/h,
-K in-context tokens, m width of the feed-forward layer.
+K in-context tokens, n = K + N, m width of the feed-forward layer.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spectral_conditioning import ScheduleEmbedder
-from spectral_residual import GateLinear, SpectralResidual
-from util import cpu_layers
-from util.cpu_layers import Linear, linear
+from spectral_ops.conditioning import ScheduleEmbedder
 
 
 class RMSNorm(nn.RMSNorm):
@@ -28,12 +25,11 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return cpu_layers.rms_norm(x.float(), self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def sincos_position_embedding(dim: int, side: int) -> Tensor:
-    """Fixed 2-D table (1, side*side, dim): first half from the column, second half from the row, each [sin, cos]."""
+    """Return the fixed 2-D table (1, side*side, dim): first half from the column, second from the row; [sin, cos]."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
@@ -43,7 +39,7 @@ def sincos_position_embedding(dim: int, side: int) -> Tensor:
 
 
 def rope_table(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (N, d/2) of the 2-D rotary embedding: d/4 angles from the row, then d/4 from the column."""
+    """Return cosine and sine (N, d/2) of the 2-D rotary embedding: d/4 angles from the row, then d/4 of the column."""
     theta = 10000.0 ** (-2 * torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 2))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * theta  # (side, d/4)
     by_row = angle[:, None, :].expand(-1, side, -1)
@@ -53,29 +49,30 @@ def rope_table(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (2j, 2j+1) of x (..., d) by angles given as cos, sin, (..., d/2) or less."""
+    """Rotate the interleaved pairs (a, b) of x (..., d) to (a cos - b sin, b cos + a sin); cos, sin (..., d/2).
+
+    It is a sum over whole pairs because a compiler fuses that with what comes before and after into one kernel.
+    """
     pairs = x.float().unflatten(-1, (-1, 2))  # (..., d/2, 2)
-    return cpu_layers.rotate_pairs(pairs, cos, sin).to(x.dtype).flatten(-2)  # in this order it is one kernel
+    pairs = pairs * cos[..., None] + pairs.flip(-1) * torch.stack([-sin, sin], dim=-1)
+    return pairs.to(x.dtype).flatten(-2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x (B, n, D) with shift, scale (B, D)."""
+    """Apply adaLN: x (B, n, D) -> x (1 + scale) + shift, with shift, scale (B, D)."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 class TimestepEmbedder(nn.Module):
     """t (B,) in [0, 1] -> (B, D): sinusoid of width 256 on t itself (not rescaled), then a two-layer perceptron."""
 
-    width = 256
-
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(Linear(self.width, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.width // 2
-        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angle = t.float()[:, None] * frequency
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
+        angle = t.float()[:, None] * frequency  # (B, 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -105,26 +102,28 @@ class BottleneckPatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with normalised queries and keys and a 2-D rotary embedding of the image tokens."""
 
+    rotate = staticmethod(rotate)
+
     def __init__(self, dim: int, num_heads: int, attn_drop: float, proj_drop: float, attn_fp32: bool):
         super().__init__()
         self.num_heads, self.attn_drop, self.attn_fp32 = num_heads, attn_drop, attn_fp32
         self.q_norm = RMSNorm(dim // num_heads)
         self.k_norm = RMSNorm(dim // num_heads)
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, n, D); cos, sin (n, d/2), with angle 0 for the in-context tokens."""
+        """Map x (B, n, D) to (B, n, D); cos, sin (n, d/2), with angle 0 for the in-context tokens."""
         b, n, _ = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, -1).unbind(2)  # (B, n, h, d) each
         cos, sin = cos[:, None], sin[:, None]  # (n, 1, d/2)
-        q = rotate(self.q_norm(q), cos, sin)
-        k = rotate(self.k_norm(k), cos, sin)
+        q = self.rotate(self.q_norm(q), cos, sin)
+        k = self.rotate(self.k_norm(k), cos, sin)
         # Heads are in front for attention alone, as a view: its output then has the layout of x, and is not copied.
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, h, n, d) each
         drop = self.attn_drop if self.training else 0.0
-        if self.attn_fp32 or cpu_layers.applies(x):  # torch's attention in bf16 is slow on a CPU
+        if self.attn_fp32:
             with torch.autocast(x.device.type, enabled=False):
                 out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=drop).to(v.dtype)
         else:
@@ -132,77 +131,58 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(b, n, -1)))  # (B, n, D)
 
 
-def inner_width(dim: int, mlp_ratio: float = 4.0) -> int:
-    """m of SwiGLU."""
-    return int(int(dim * mlp_ratio) * 2 / 3)
-
-
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) the halves of w12(x); inner width m = int(int(mlp_ratio * D) * 2 / 3).
-
-    `multiple`: the products are computed with m padded by zeros to a multiple of it, the parameters are as without.
-    """
-
-    multiple = 1
+    """w3(silu(a) * b) with (a, b) the halves of w12(x); inner width m = int(int(mlp_ratio * D) * 2 / 3)."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop: float):
         super().__init__()
-        self.inner = inner_width(dim, mlp_ratio)
-        self.w12 = Linear(dim, 2 * self.inner)
-        self.w3 = Linear(self.inner, dim)
+        inner = int(int(dim * mlp_ratio) * 2 / 3)
+        self.w12 = nn.Linear(dim, 2 * inner)
+        self.w3 = nn.Linear(inner, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        extra = -self.inner % self.multiple
-        if extra:
-            return self._padded(x, extra)
-        a, b = self.w12(x).chunk(2, dim=-1)
+        a, b = self.w12(x).chunk(2, dim=-1)  # (B, n, m) each
         return self.w3(self.drop(F.silu(a) * b))
-
-    def _padded(self, x: Tensor, extra: int) -> Tensor:
-        """The same: what is added to the inner activations is silu(0) * 0."""
-        w12 = F.pad(self.w12.weight.unflatten(0, (2, -1)), (0, 0, 0, extra)).flatten(0, 1)
-        a, b = linear(x, w12, F.pad(self.w12.bias.view(2, -1), (0, extra)).flatten()).chunk(2, dim=-1)
-        return linear(self.drop(F.silu(a) * b), F.pad(self.w3.weight, (0, extra)), self.w3.bias)
 
 
 class JiTBlock(nn.Module):
     """Pre-norm block; shift, scale and gate of both branches come from c (adaLN-Zero).
 
-    With a spectral residual, its gates come from c_t and correct the MLP branch (spectral_residual.py). Where
-    `recomputed` is set, the backward pass computes the block once more instead of keeping what is inside of it.
+    Each block operator is a submodule under its registry name. It maps the residual r of the feed-forward branch and
+    the embeddings of time and label to a correction that is added to the output. If `recompute` is set, the backward
+    pass computes the block once more instead of keeping its activations.
     """
 
-    recomputed = False
+    recompute = False
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        attn_drop: float,
-        proj_drop: float,
-        attn_fp32: bool,
-        spectral_residual: SpectralResidual | None = None,
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float, attn_fp32: bool):
         super().__init__()
         self.norm1 = RMSNorm(dim)
         self.attn = Attention(dim, num_heads, attn_drop, proj_drop, attn_fp32)
         self.norm2 = RMSNorm(dim)
         self.mlp = SwiGLU(dim, mlp_ratio, proj_drop)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
-        self.spectral_residual = spectral_residual
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.operator_names: list[str] = []
 
-    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, c_t: Tensor | None = None) -> Tensor:
-        if self.recomputed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, c, cos, sin, c_t, use_reentrant=False)
-        return self._forward(x, c, cos, sin, c_t)
+    def add_operator(self, name: str, operator: nn.Module) -> None:
+        self.add_module(name, operator)
+        self.operator_names.append(name)
 
-    def _forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, c_t: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
+        """Map x (B, n, D) to (B, n, D); c, t_emb, y_emb (B, D); cos, sin (n, d/2)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, c, cos, sin, t_emb, y_emb, use_reentrant=False)
+        return self._forward(x, c, cos, sin, t_emb, y_emb)
+
+    def _forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (B, D) each
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
         r = gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-        return x + r if self.spectral_residual is None else self.spectral_residual(x, r, c_t)
+        x = x + r
+        for name in self.operator_names:
+            x = x + getattr(self, name)(r, t_emb, y_emb).to(x.dtype)
+        return x
 
 
 class FinalLayer(nn.Module):
@@ -211,8 +191,8 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch_size: int, out_channels: int):
         super().__init__()
         self.norm_final = RMSNorm(dim)
-        self.linear = Linear(dim, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
+        self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
@@ -220,7 +200,7 @@ class FinalLayer(nn.Module):
 
 
 class JiT(nn.Module):
-    """forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C_out, H, W); with `told_schedule` it takes bounds (B, 2) as well.
+    """forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C_out, H, W); with `schedule_cond` also logsnr_range (B, 2).
 
     Args:
         input_size: H = W in pixels, a multiple of `patch_size`.
@@ -228,14 +208,12 @@ class JiT(nn.Module):
         attn_drop, proj_drop: dropout of attention weights and of projections, in the middle half of the blocks only.
         in_context_len: K class tokens, put in front of the sequence before block `in_context_start`; 0 for none.
         attn_fp32: compute the attention product in float32 also under autocast, as the published training code does.
-        spectral_residual: "off", or what the gates of SpectralDiT's correction depend on: one of
-            spectral_residual.MODES.
-        spectral_residual_scale: s, which none of these gates exceeds.
-        told_schedule: condition on (lambda_0, lambda_1) of each sample's noise schedule; at first without effect.
+        block_operators: name -> constructor (D, side of the token grid) of a module with `reset_parameters()` and
+            forward(r (B, n, D), t_emb (B, D), y_emb (B, D)) -> (B, n, D); see `JiTBlock`.
+        schedule_cond: condition on (lambda_0, lambda_1) of each sample's noise schedule; without effect at first.
 
     Raises:
-        ValueError: sizes that do not fit together, a spectral residual that there is not; in `forward`, an image of
-            another size.
+        ValueError: sizes that do not fit together; in `forward`, an image of another size.
     """
 
     def __init__(
@@ -255,20 +233,18 @@ class JiT(nn.Module):
         in_context_len: int = 32,
         in_context_start: int = 4,
         attn_fp32: bool = False,
-        spectral_residual: str = "off",
-        spectral_residual_scale: float = 1.0,
-        told_schedule: bool = False,
+        block_operators: Mapping[str, Callable[[int, int], nn.Module]] | None = None,
+        schedule_cond: bool = False,
     ):
         super().__init__()
         if input_size % patch_size:
-            raise ValueError(f"the image size {input_size} is not divisible by the patch size {patch_size}")
+            raise ValueError(f"The image size {input_size} is not divisible by the patch size {patch_size}.")
         if hidden_size % num_heads or (hidden_size // num_heads) % 4 or hidden_size % 4:
-            raise ValueError(f"width {hidden_size} over {num_heads} heads: the width of a head must be a multiple of 4")
+            raise ValueError(f"Width {hidden_size} over {num_heads} heads: each head's must be a multiple of 4.")
         if in_context_len and not 0 <= in_context_start < depth:
-            raise ValueError(f"in_context_start is {in_context_start}, and there are blocks 0 to {depth - 1}")
+            raise ValueError(f"in_context_start is {in_context_start}; it must be a block, 0 to {depth - 1}.")
         self.input_size, self.patch_size, self.out_channels = input_size, patch_size, out_channels
         self.num_classes, self.in_context_len, self.in_context_start = num_classes, in_context_len, in_context_start
-        self.residual_mode = spectral_residual
         side = input_size // patch_size
 
         if in_context_len:
@@ -279,12 +255,11 @@ class JiT(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(depth):
             drops = (attn_drop, proj_drop) if depth // 4 <= i < depth // 4 * 3 else (0.0, 0.0)
-            residual = None
-            if spectral_residual != "off":
-                residual = SpectralResidual(hidden_size, side, spectral_residual, spectral_residual_scale)
-            self.blocks.append(JiTBlock(hidden_size, num_heads, mlp_ratio, *drops, attn_fp32, residual))
+            self.blocks.append(JiTBlock(hidden_size, num_heads, mlp_ratio, *drops, attn_fp32))
+            for name, build in (block_operators or {}).items():
+                self.blocks[i].add_operator(name, build(hidden_size, side))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
-        self.schedule_embedder = ScheduleEmbedder(hidden_size) if told_schedule else None
+        self.schedule_embedder = ScheduleEmbedder(hidden_size) if schedule_cond else None
 
         self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, side))
         cos, sin = rope_table(hidden_size // num_heads, side)
@@ -294,9 +269,11 @@ class JiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The only place where parameters get their initial values."""
+        """Draw the initial values of all parameters, those of the block operators last: the others do not change."""
+        operators = [block.get_submodule(name) for block in self.blocks for name in block.operator_names]
+        of_operators = {module for operator in operators for module in operator.modules()}
         for module in self.modules():
-            if isinstance(module, nn.Linear) and not isinstance(module, GateLinear):
+            if isinstance(module, nn.Linear) and module not in of_operators:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
@@ -307,17 +284,11 @@ class JiT(nn.Module):
         normal = [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight, self.y_embedder.embedding_table.weight]
         for weight in normal + ([self.in_context_posemb] if self.in_context_len else []):
             nn.init.normal_(weight, std=0.02)
-        for module in [*self.blocks, self.final_layer]:
-            nn.init.zeros_(module.adaLN_modulation[1].weight)
-            nn.init.zeros_(module.adaLN_modulation[1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
-        for block in self.blocks:  # last, so that all other parameters are drawn as without them
-            if block.spectral_residual is not None:
-                for name, parameter in block.spectral_residual.named_parameters():
-                    (nn.init.xavier_uniform_ if name == "fc1.weight" else nn.init.zeros_)(parameter)
-        if self.schedule_embedder is not None:
-            nn.init.zeros_(self.schedule_embedder.weight)
+        zero = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)] + [self.final_layer.linear]
+        for module in zero + ([] if self.schedule_embedder is None else [self.schedule_embedder]):
+            nn.init.zeros_(module.weight)
+        for operator in operators:
+            operator.reset_parameters()
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Patches (B, N, p*p*C_out) -> image (B, C_out, H, W)."""
@@ -325,17 +296,14 @@ class JiT(nn.Module):
         x = x.view(-1, side, side, p, p, self.out_channels)  # (B, row, column, p, p, C_out)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, bounds: Tensor | None = None) -> Tensor:
-        if x.shape[-2:] != (self.input_size, self.input_size):
-            raise ValueError(
-                f"the network was built for {self.input_size}x{self.input_size} images, got {x.shape[-2]}x{x.shape[-1]}"
-            )
-        y_emb = self.y_embedder(y)  # (B, D)
-        t_emb = self.t_embedder(t)  # (B, D)
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None) -> Tensor:
+        size = self.input_size
+        if x.shape[-2:] != (size, size):
+            raise ValueError(f"The network was built for {size}x{size} images, got {x.shape[-2]}x{x.shape[-1]}.")
+        t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # (B, D) each
         c = t_emb + y_emb  # (B, D)
-        c_t = {"off": None, "time_label": c}.get(self.residual_mode, t_emb)  # None: recomputed blocks keep their inputs
         if self.schedule_embedder is not None:
-            c = c + self.schedule_embedder(bounds)
+            c = c + self.schedule_embedder(logsnr_range)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         cos, sin = self.rope_cos, self.rope_sin
         for i, block in enumerate(self.blocks):
@@ -344,14 +312,12 @@ class JiT(nn.Module):
                 x = torch.cat([(y_emb[:, None] + self.in_context_posemb[0]).to(x.dtype), x], dim=1)  # (B, K + N, D)
                 cos = F.pad(cos, (0, 0, self.in_context_len, 0), value=1.0)
                 sin = F.pad(sin, (0, 0, self.in_context_len, 0), value=0.0)
-            x = block(x, c, cos, sin, c_t=c_t)
-        if self.in_context_len:
-            x = x[:, self.in_context_len :]
-        return self.unpatchify(self.final_layer(x, c))
+            x = block(x, c, cos, sin, t_emb, y_emb)
+        return self.unpatchify(self.final_layer(x[:, self.in_context_len :], c))
 
 
-#          L,    D,  h, bottleneck, K, in_context_start, patches
-_TABLE = {
+_FIELDS = ("depth", "hidden_size", "num_heads", "bottleneck_dim", "in_context_len", "in_context_start")
+_SIZES = {  # size -> values of _FIELDS, patch sizes; a size with a single name has no patch in it
     "Demo": (6, 128, 4, 48, 4, 2, (8,)),
     "Ti": (8, 192, 4, 48, 8, 2, (1, 2, 4, 8, 16)),
     "S": (12, 384, 6, 96, 16, 4, (2, 4, 8, 16)),
@@ -362,18 +328,12 @@ _TABLE = {
     "2B": (27, 2048, 32, 256, 32, 9, (32,)),
     "7B": (24, 4096, 64, 512, 32, 8, (32,)),
 }
-_NAMED_WITHOUT_PATCH = ("700M", "2B", "7B")
-
-
-def _constructors() -> dict[str, Callable[..., JiT]]:
-    names = ("depth", "hidden_size", "num_heads", "bottleneck_dim", "in_context_len", "in_context_start")
-    table = {}
-    for size, (*values, patches) in _TABLE.items():
-        for patch in patches:
-            name = f"JiT-{size}" if size in _NAMED_WITHOUT_PATCH else f"JiT-{size}/{patch}"
-            table[name] = partial(JiT, patch_size=patch, **dict(zip(names, values, strict=True)))
-    return table
-
 
 #: Name -> constructor of a `JiT` with that size, which takes the remaining arguments of `JiT` by name.
-JiT_models: dict[str, Callable[..., JiT]] = _constructors()
+JiT_models: dict[str, Callable[..., JiT]] = {
+    f"JiT-{size}" if size in ("700M", "2B", "7B") else f"JiT-{size}/{patch}": partial(
+        JiT, patch_size=patch, **dict(zip(_FIELDS, values, strict=True))
+    )
+    for size, (*values, patches) in _SIZES.items()
+    for patch in patches
+}

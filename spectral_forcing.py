@@ -1,38 +1,59 @@
-"""Spectral Forcing: what the network sees, z -> low-passed z.
+"""Spectral Forcing: the network sees a noisy image z only through a low-pass filter that opens with time.
 
     SF_t(z) = IDCT( DCT(z) * M(t) ),   M(t)[u,v] = sigmoid(kappa * (c(t) - r[u,v]))        (arXiv 2606.15236)
 
-At time t the data shows above the noise only up to some spatial frequency. The operator removes what lies above
-a cutoff c(t) that opens as t goes from noise (0) to data (1). It acts on the input of the network alone, never
-on the z of the loss, of the velocity, or of the sampler's state.
+At time t the data rises above the noise only up to some spatial frequency. The operator removes what lies above a
+cutoff c(t), which opens as t goes from noise (0) to data (1). It acts on the input of the network alone, never on the
+z of the loss, of the velocity, or of the sampler's state.
 
-Which frequencies show follows from the data: ring k's data-to-noise ratio is P_k (t / (1 - t))^2 (util.spectrum; noise
-has power 1). Three schedules of c(t), all between c_min and c_max:
+Ring k of the spectrum has the signal-to-noise ratio P_k (t / (1 - t))^2, since the noise has power 1. There are three
+schedules of c(t), all between c_min and c_max:
 
     linear   c_min + (c_max - c_min) t, the published one
-    power    where the ratio of the spectrum k^-alpha falls to a floor:  k*(t) = ((t / (1 - t))^2 / floor)^(1 / alpha)
-    snr      where the ratio of a measured spectrum P_k falls to the floor
+    power    the frequency at which the SNR of the spectrum k^-alpha is `snr_floor`:
+             k*(t) = ((t / (1 - t))^2 / snr_floor)^(1 / alpha)
+    snr      the frequency at which the SNR of a measured spectrum P_k is `snr_floor`
 
-A spectrum A k^-alpha is the schedule `power` with the floor divided by A. DCT index u is u / 2 cycles per window, so k
-cycles per image are at radius r = 2 k (n / H) / (sqrt(2) (n - 1)): the same frequency in a window as in the image.
+For a spectrum A k^-alpha, use `power` with the floor divided by A. DCT index u is u / 2 cycles per window, so k cycles
+per image are at the radius r = 2 k (n / H) / (sqrt(2) (n - 1)): the same frequency in a window as in the image.
 
-Shapes: B batch, C channels, H = W image size, n window size, G = H / n windows along a side.
+Shapes: B batch, C channels, H = W image size, n window size, G = H / n windows along a side, K rings of frequency.
 """
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from util.cpu_layers import sandwich
-from util.spectrum import num_rings, ring_radii
-
 SCHEDULES = ("linear", "power", "snr")
+T_MIN, T_MAX = 1e-12, 1 - 2.0**-24  # the odds t / (1 - t) are finite between them, and so are derivatives
+
+
+def num_rings(n: int) -> int:
+    """Return K, the number of rings of an n x n image: ring k holds the Fourier modes with floor(|f|) = k."""
+    return math.isqrt(2 * (n // 2) ** 2) + 1
+
+
+@lru_cache(maxsize=8)
+def rings(n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return the ring of each mode (n, n), ordered as in torch.fft.fft2, and the modes per ring (K,). Do not modify."""
+    f = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64, device="cpu").round()  # cycles per image
+    ring = (f[:, None] ** 2 + f[None, :] ** 2).sqrt().floor().long()  # exact: the square root of a square is
+    return ring.to(device), torch.bincount(ring.flatten()).to(device)
+
+
+def ring_radii(n: int) -> Tensor:
+    """Return the mean of |f| over the modes of each ring, (K,) float64 in cycles per image."""
+    f = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64, device="cpu")
+    ring, count = rings(n)
+    total = torch.zeros(len(count), dtype=torch.float64, device="cpu")
+    return total.index_add_(0, ring.flatten(), torch.hypot(f[:, None], f[None, :]).flatten()) / count
 
 
 def dct_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Orthonormal DCT-II matrix D (n, n): D @ x transforms a column x, and D.T @ D = I.
+    """Return the orthonormal DCT-II matrix D (n, n): D @ x transforms a column x, and D.T @ D = I.
 
     D[u, i] = a_u * cos(pi * (2i + 1) * u / (2n)), with a_0 = sqrt(1/n) and a_u = sqrt(2/n) otherwise.
     """
@@ -44,44 +65,49 @@ def dct_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def radius_grid(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normalised radial frequency (n, n): r[u,v] = sqrt(u^2 + v^2) / (sqrt(2) (n - 1)), 0 at DC, 1 in the corner."""
+    """Return the normalised radial frequency (n, n): sqrt(u^2 + v^2) / (sqrt(2) (n - 1)), 0 at DC, 1 in the corner."""
     u = torch.arange(n, dtype=torch.float64)
     return (torch.hypot(u[:, None], u[None, :]) / (math.sqrt(2.0) * (n - 1))).to(dtype)
 
 
-def snr_cutoffs(power: Sequence[float], img_size: int, snr_floor: float) -> tuple[Tensor, Tensor]:
-    """Where the schedule `snr` bends: (lambda (K,), non-decreasing; cutoff (K,) in cycles per image), float64, CPU.
+def separable_transform(matrix: Tensor, z: Tensor) -> Tensor:
+    """Apply a linear transform along both axes: matrix @ z @ matrix.T, for matrix (n, n) and z (..., n, n)."""
+    return matrix @ z @ matrix.T
 
-    Ring k reaches the floor at lambda_k = ln(floor / max_{j >= k} P_j), with lambda = 2 ln(t / (1 - t)): the maximum
-    makes the cutoff monotone in t, since a ring opens all below it. The cutoff is then the mean radius of the ring's
-    modes, about k + 1/2.
+
+def snr_cutoffs(power: Sequence[float], img_size: int, snr_floor: float) -> tuple[Tensor, Tensor]:
+    """Return the knots of the schedule `snr`: log-SNR (K,), non-decreasing, and cutoff (K,) in cycles per image.
+
+    Ring k reaches the floor at lambda_k = ln(floor / max_{j >= k} P_j), with lambda = 2 ln(t / (1 - t)). The maximum
+    makes the cutoff monotone in t: a ring that opens, opens all rings below it. The cutoff at lambda_k is the mean
+    radius of the ring's modes, about k + 1/2. Both are float64 on the CPU.
     """
     envelope = torch.as_tensor(power, dtype=torch.float64, device="cpu").flip(0).cummax(0).values.flip(0)  # (K,)
     return (snr_floor / envelope).log(), ring_radii(img_size)
 
 
 class SpectralForcing(nn.Module):
-    """Time-conditional low-pass in the DCT domain, without parameters and without state-dict entries.
+    """Time-conditional low-pass filter in the DCT domain, without parameters and without state-dict entries.
 
-    It is close to the identity at t = 1 and not equal to it: with the defaults the mask is 0.95 at r = 0.9 and 0.5
-    at r = 1. At t = 0 the gain at DC is 0.82. Hence `fixed_scale=1.0` is no switch to turn it off.
+    At t = 1 it is close to the identity, not equal: with the defaults the mask is 0.95 at r = 0.9 and 0.5 at r = 1,
+    hence `fixed_scale=1.0` does not turn it off. At t = 0 the gain at DC is 0.82.
 
     Args:
         img_size: H = W of the images, in pixels.
-        window_size: n, side of the non-overlapping windows that are transformed on their own; it divides `img_size`.
+        window_size: n, side of the non-overlapping windows that are transformed independently; it divides `img_size`.
             None is the whole image. n = patch size is the setting of the method's predecessor.
         c_min, c_max: cutoff at t = 0 and at t = 1, in units of r.
         kappa: steepness of the mask's edge, per unit of r.
         fixed_scale: a constant f in place of f(t) = t, which makes the mask independent of time; `linear` alone.
-        schedule: of c(t), one of SCHEDULES. `power` and `snr` are clamped to c_min .. c_max: at t = 0, where nothing
-            shows, some of the lowest frequencies pass, and at t = 1 as much as in `linear`.
-        alpha: for `power`, the exponent of the spectrum: 2 to 3 for natural images, 2.9 for CIFAR-10.
-        snr_floor: for `power` and `snr`, the data-to-noise ratio at the cutoff; smaller is more open.
-        power: for `snr`, P_k (K,) of the images, divided by noise_scale^2.
+        schedule: one of SCHEDULES. `power` and `snr` are clamped to c_min .. c_max: at t = 0 some of the lowest
+            frequencies pass, and at t = 1 as much as in `linear`.
+        alpha: exponent of the spectrum, for `power`: 2 to 3 for natural images, 2.9 for CIFAR-10.
+        snr_floor: SNR at the cutoff, for `power` and `snr`; a smaller one opens the filter earlier.
+        power: P_k (K,) of the images, divided by noise_scale^2, for `snr`.
 
     Raises:
-        ValueError: a window that does not divide the image or is smaller than 2, a `kappa`, `alpha`, `snr_floor` or
-            power that is not positive, a cutoff or scale that is not finite, a schedule without what it needs.
+        ValueError: a window that does not divide the image or is below 2; a setting out of range or not finite; a
+            schedule without the settings that it needs.
     """
 
     def __init__(
@@ -98,56 +124,58 @@ class SpectralForcing(nn.Module):
         power: Sequence[float] | None = None,
     ):
         super().__init__()
-        n = img_size if window_size is None else window_size
-        if n < 2 or img_size % n:
-            raise ValueError(
-                f"the Spectral Forcing window is {n} and the image size {img_size}: "
-                "the window must be at least 2 and divide the image size"
-            )
-        if not (math.isfinite(kappa) and kappa > 0):
-            raise ValueError(f"kappa is {kappa}: the steepness of the mask must be a positive number")
-        for name, value in (("c_min", c_min), ("c_max", c_max), ("fixed_scale", fixed_scale)):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}: it must be a finite number")
-        self.img_size, self.window_size = img_size, n
+        self.img_size, self.window_size = img_size, img_size if window_size is None else window_size
         self.c_min, self.c_max, self.kappa, self.fixed_scale = c_min, c_max, kappa, fixed_scale
         self.schedule, self.alpha, self.snr_floor = schedule, alpha, snr_floor
         self.power = None if power is None else tuple(float(p) for p in power)
-        self._check_schedule()
+        self._check()
         for name, table in self._tables().items():
             self.register_buffer(name, table, persistent=False)
 
-    def _check_schedule(self) -> None:
-        """ValueError where the schedule lacks what it needs."""
+    def _check(self) -> None:
+        n, size = self.window_size, self.img_size
+        if n < 2 or size % n:
+            raise ValueError(f"window_size {n} must be at least 2 and divide the image size {size}.")
+        for name in ("c_min", "c_max", "fixed_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} {value} must be a finite number.")
+        for name in ("kappa", "snr_floor", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} must be a positive number.")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"the cutoff's schedule is {self.schedule!r}: it must be one of {', '.join(SCHEDULES)}")
-        if self.schedule != "linear" and self.fixed_scale is not None:
-            raise ValueError(f"a mask that does not depend on time has no schedule {self.schedule!r}: leave one out")
-        if not (math.isfinite(self.snr_floor) and self.snr_floor > 0):
-            raise ValueError(f"snr_floor is {self.snr_floor}: it must be a positive number")
-        if self.schedule == "power" and not (self.alpha is not None and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"the schedule 'power' needs the exponent of the spectrum, and alpha is {self.alpha}")
-        if self.schedule == "snr":
-            rings = num_rings(self.img_size)
-            if self.power is None or len(self.power) != rings:
-                found = "none" if self.power is None else f"one of {len(self.power)}"
-                raise ValueError(
-                    f"the schedule 'snr' needs a spectrum of {rings} rings for images of {self.img_size} pixels and "
-                    f"was given {found}"
-                )
-            if not all(math.isfinite(p) and p > 0 for p in self.power):
-                raise ValueError("the spectrum of the schedule 'snr' has a power that is not a positive number")
-        if self.schedule != "linear" and not self.c_min <= self.c_max:
-            raise ValueError(f"c_min is {self.c_min} and c_max {self.c_max}: the cutoff opens from c_min to c_max")
+            raise ValueError(f"The schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}.")
+        if self.schedule == "linear":
+            return
+        if self.fixed_scale is not None:
+            raise ValueError(f"fixed_scale {self.fixed_scale} excludes the time-dependent schedule {self.schedule!r}.")
+        if self.c_min > self.c_max:
+            raise ValueError(
+                f"c_min {self.c_min} must not exceed c_max {self.c_max} in the schedule {self.schedule!r}."
+            )
+        if self.schedule == "power" and self.alpha is None:
+            raise ValueError("The schedule 'power' needs alpha, the exponent of the spectrum.")
+        if self.schedule == "snr" and len(self.power or ()) != num_rings(size):
+            found = f"not {len(self.power or ())}"
+            raise ValueError(f"The schedule 'snr' needs a power for each of {num_rings(size)} rings, {found}.")
+        if self.power is not None and not all(0 < p < math.inf for p in self.power):
+            raise ValueError("power must hold positive numbers alone.")
 
     def _tables(self) -> dict[str, Tensor]:
-        """What depends on the settings alone, in float32."""
-        n = self.window_size
-        tables = {"dct": dct_matrix(n), "radius": radius_grid(n)}
+        tables = {"dct": dct_matrix(self.window_size), "radius": radius_grid(self.window_size)}
         if self.schedule == "snr":
             tables["log_snr"], cycles = snr_cutoffs(self.power, self.img_size, self.snr_floor)
             tables["cutoffs"] = self.radius_per_cycle * cycles
         return {name: table.float().to(tables["dct"].device) for name, table in tables.items()}
+
+    def _apply(self, fn, recurse=True):
+        """Follow the module to its device, but stay in float32: bfloat16 tables would cost an accuracy of 5e-3."""
+        super()._apply(fn, recurse)
+        device = self.dct.device
+        for name, table in self._tables().items():
+            setattr(self, name, table.to(device))
+        return self
 
     @property
     def radius_per_cycle(self) -> float:
@@ -155,29 +183,21 @@ class SpectralForcing(nn.Module):
         n = self.window_size
         return math.sqrt(2.0) * n / self.img_size / (n - 1)
 
-    def _apply(self, fn, recurse=True):
-        """Move with the module, but stay in float32 where it is cast: bfloat16 tables would cost 5e-3 of accuracy."""
-        super()._apply(fn, recurse)
-        if self.dct.dtype != torch.float32:
-            device = self.dct.device
-            for name, table in self._tables().items():
-                setattr(self, name, table.to(device))
-        return self
-
     def cutoff(self, t: Tensor) -> Tensor:
-        """c(t) in units of r; same shape as `t`. For linear c_min + (c_max - c_min) * f(t)."""
+        """Return c(t) in units of r, in the shape of `t`."""
         if self.schedule == "linear":
             f = t if self.fixed_scale is None else torch.full_like(t, self.fixed_scale)
             return self.c_min + (self.c_max - self.c_min) * f
-        odds = t / (1 - t)  # infinite at t = 1, where the clamp leaves c_max
+        inside = t.clamp(T_MIN, T_MAX)
+        odds = inside / (1 - inside)
         if self.schedule == "power":
-            c = self.radius_per_cycle * (odds.square() / self.snr_floor).pow(1 / self.alpha)
+            c = self.radius_per_cycle * self.snr_floor ** (-1 / self.alpha) * odds.pow(2 / self.alpha)
         else:
             c = self._interpolate(2 * odds.log())
-        return c.clamp(self.c_min, self.c_max)
+        return torch.where(t < 1, c.clamp(self.c_min, self.c_max), self.c_max)
 
     def _interpolate(self, log_snr: Tensor) -> Tensor:
-        """The cutoff between its bends, 0 below the first one, and c_max above the last, from where all rings show."""
+        """Return the cutoff between its knots: 0 below the first, and c_max from the last on, where all rings show."""
         x = log_snr.clamp(self.log_snr[0], self.log_snr[-1])
         right = torch.searchsorted(self.log_snr, x, right=True).clamp(1, len(self.log_snr) - 1)
         x0, x1 = self.log_snr[right - 1], self.log_snr[right]
@@ -187,35 +207,23 @@ class SpectralForcing(nn.Module):
         return torch.where(log_snr < self.log_snr[-1], between, self.c_max)
 
     def mask(self, t: Tensor) -> Tensor:
-        """M(t): gains in (0, 1) for t (B,), shape (B, n, n)."""
+        """Return M(t), gains in (0, 1): t (B,) -> (B, n, n)."""
         return torch.sigmoid(self.kappa * (self.cutoff(t.float())[:, None, None] - self.radius))
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """z (B, C, H, W) and t (B,) in [0, 1] -> (B, C, H, W) in float32, whatever autocast says.
+        """Filter z (B, C, H, W) at times t (B,) in [0, 1]; the result is float32, under autocast too.
 
-        Where TF32 is on for the process (util/acceleration.py), its products keep 10 bits of their factors: an error
-        of 6e-4 of the output's rms if the hardware rounds them, 3e-3 if it truncates (calculated, not measured).
-
-        Raises:
-            ValueError: an image of another size than the one the tables were made for.
+        The relative error is 6e-7, with TF32 enabled 6e-4. Raises ValueError for an image of another size.
         """
         b, c, h, w = z.shape
         if (h, w) != (self.img_size, self.img_size):
-            raise ValueError(f"Spectral Forcing was built for {self.img_size}x{self.img_size} images, got {h}x{w}")
+            raise ValueError(f"Spectral Forcing was built for {self.img_size}x{self.img_size} images, not {h}x{w}.")
         n, g = self.window_size, self.img_size // self.window_size
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            mask = self.mask(t)[:, None]  # (B, 1, n, n)
-            if g > 1:
-                z = z.view(b, c, g, n, g, n).transpose(3, 4).reshape(b, c * g * g, n, n)  # (B, C G G, n, n)
-            z = sandwich(self.dct.T, sandwich(self.dct, z) * mask)
-            if g > 1:
-                z = z.view(b, c, g, g, n, n).transpose(3, 4).reshape(b, c, h, w)  # (B, C, H, W)
-            return z
+            z = z.float().reshape(b, c, g, n, g, n).transpose(3, 4)  # (B, C, G, G, n, n)
+            z = separable_transform(self.dct, z) * self.mask(t)[:, None, None, None]
+            return separable_transform(self.dct.T, z).transpose(3, 4).reshape(b, c, h, w)  # (B, C, H, W)
 
     def extra_repr(self) -> str:
-        return (
-            f"img_size={self.img_size}, window_size={self.window_size}, c_min={self.c_min}, c_max={self.c_max}, "
-            f"kappa={self.kappa}, fixed_scale={self.fixed_scale}, schedule={self.schedule}, alpha={self.alpha}, "
-            f"snr_floor={self.snr_floor}"
-        )
+        names = ("img_size", "window_size", "c_min", "c_max", "kappa", "fixed_scale", "schedule", "alpha", "snr_floor")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

@@ -1,7 +1,7 @@
-"""What several test modules share: a network and a data set so small that a whole run takes about a second.
+"""Shared by the tests: a model and a data set so small that a whole run takes about a second.
 
-The network is registered under TINY for as long as a module that asks for the fixture `tiny` runs; all of its weights
-are random, since the real initialisation, which starts as the zero function, would hide differences in a few steps.
+The fixture `tiny` registers the model as TINY. All of its weights are random: the real initialisation, which starts as
+the zero function, would hide differences within a few steps.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from torch.distributed import TCPStore
 
 import main_jit
 from model_jit import JiT, JiT_models
-from util import checkpoint, preparation
-from util.data import Digits, build_dataset
-from util.distributed import World
+from util.checkpoint.files import NAME
+from util.data.datasets import DATASETS, Digits
+from util.dist.context import DistContext
 
 TINY = "JiT-Test/8"
-ONE = World()  # a single process on the CPU
+ONE = DistContext()  # a single process on the CPU
 FEW = 40  # images; with the global batch of ARGS two steps an epoch
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,14 +60,11 @@ class FewDigits(Digits):
 few_digits = lru_cache(FewDigits)
 
 
-def few(name, data_path, img_size, split="train"):
-    """In the place of util.data.build_dataset: FEW digits, anything else as it is."""
-    return few_digits(img_size) if name == "digits" else build_dataset(name, data_path, img_size, split)
-
-
 def register(patch: pytest.MonkeyPatch) -> None:
+    """Add the model TINY, and let the data set digits consist of the first FEW."""
     patch.setitem(JiT_models, TINY, TINY_MODEL)
-    patch.setattr(preparation, "build_dataset", few)
+    few = replace(DATASETS["digits"], build=lambda data_path, img_size, split: few_digits(img_size))
+    patch.setitem(DATASETS, "digits", few)
 
 
 def arguments(**changes) -> list[str]:
@@ -110,14 +108,14 @@ CLOCK = ("time", "images_per_s", "data_wait")
 
 
 def read_log(folder: Path, event: str = "train") -> list[dict]:
-    """The lines of one kind in a run's log, without what depends on the clock."""
+    """The lines of one event in a run's log, without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines if line["event"] == event]
 
 
 def raw(folder: Path) -> dict:
-    """The content of a run's checkpoint, without the code that is tested."""
-    return torch.load(folder / checkpoint.NAME, weights_only=False)
+    """The content of a run's checkpoint, read without the code that is tested."""
+    return torch.load(folder / NAME, weights_only=False)
 
 
 def differences(a, b, path: str = "") -> list[str]:
@@ -162,13 +160,13 @@ def smooth_images(n: int, seed: int, contrast: float, size: int = 32) -> torch.T
 
 
 def as_torchrun(rank: int, size: int, port: int) -> None:
-    """The environment that torchrun gives a process; the store behind the port is its agent's."""
+    """Set the environment that torchrun gives a worker; the store behind the port is the agent's."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
 
 
 class Payload:
-    """Unpickling it makes a folder."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, marker: Path):
         self.marker = str(marker)
@@ -178,7 +176,7 @@ class Payload:
 
 
 def run_on(ranks: int, work, folder, calls: int) -> None:
-    """`work(rank, folder, ports)` in that many processes; `calls` is how often they make a process group."""
+    """Run `work(rank, folder, ports)` on that many ranks, which make a process group `calls` times."""
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(calls)]
     processes = torch.multiprocessing.spawn(work, (folder, [s.port for s in stores]), nprocs=ranks, join=False)
     end = time.monotonic() + 180
@@ -190,8 +188,8 @@ def run_on(ranks: int, work, folder, calls: int) -> None:
 
 
 @contextmanager
-def tiny_world():
-    """Within the block TINY and FEW digits are there, and one thread computes: more round sums in another way."""
+def tiny_runs():
+    """Register TINY and FEW digits inside the block, on one thread: more threads round sums differently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -205,14 +203,14 @@ def tiny_world():
 @pytest.fixture(scope="module")
 def tiny():
     """TINY and FEW digits, on one thread."""
-    with tiny_world():
+    with tiny_runs():
         yield
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The folder of a finished run of two epochs. Read it, do not write to it."""
-    with tiny_world():
+    with tiny_runs():
         return train(tmp_path_factory.mktemp("trained") / "run")
 
 

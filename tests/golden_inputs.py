@@ -15,15 +15,8 @@ FOLDER = Path(__file__).parent / "golden"
 GOLDEN = dict(np.load(FOLDER / "golden.npz"))
 SHAPES = json.loads((FOLDER / "state_dict_shapes.json").read_text())
 SMALL = {
-    "input_size": 32,
-    "patch_size": 8,
-    "hidden_size": 64,
-    "depth": 4,
-    "num_heads": 4,
-    "num_classes": 10,
-    "bottleneck_dim": 16,
-    "in_context_len": 4,
-    "in_context_start": 2,
+    **{"input_size": 32, "patch_size": 8, "hidden_size": 64, "depth": 4, "num_heads": 4},
+    **{"num_classes": 10, "bottleneck_dim": 16, "in_context_len": 4, "in_context_start": 2},
 }
 
 
@@ -51,5 +44,4 @@ def fill(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def small_denoiser(sf: bool = True, **kwargs) -> Denoiser:
-    net = fill(JiT(**SMALL)).eval()
-    return Denoiser(net, SpectralForcing(32) if sf else None, **kwargs).eval()
+    return Denoiser(fill(JiT(**SMALL)), SpectralForcing(32) if sf else None, **kwargs).eval()

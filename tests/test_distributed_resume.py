@@ -1,4 +1,4 @@
-"""Three processes on CPUs (gloo), of which one is asked to stop, or loses a bit: exact resume, agreement, replicas.
+"""Three ranks on CPUs (gloo), one of which is asked to stop: all stop at the same step and resume exactly.
 
 With three the order in which a sum is taken decides its last bit; with two it does not.
 """
@@ -9,9 +9,10 @@ import os
 import pytest
 import torch
 
+import engine_jit
 import main_jit
 from tests.conftest import arguments, as_torchrun, raw, read_log, register, run_on, state_differences, train
-from util import distributed, preemption, training_loop
+from util.dist import context, preemption
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -30,7 +31,7 @@ def _work(rank: int, folder, ports: list[int]) -> None:
         if torch.distributed.is_initialized():  # a process that is asked to stop leaves its group to the end
             gc.collect()
             torch.distributed.destroy_process_group()
-            distributed._patient = None
+            context._patient = None
 
     call("whole", "whole")
     for i, step in enumerate((2, 3, 7)):  # in the middle of an epoch, at its end, and again
@@ -44,13 +45,13 @@ def _work(rank: int, folder, ports: list[int]) -> None:
 
 def _ask_to_stop(patch, at: int, asked: bool) -> None:
     """A signal for one process alone."""
-    real, now = training_loop.Loop._after_step, {"step": 0}
+    real, now = engine_jit.Trainer._after_step, {"step": 0}
 
-    def after_step(self, step):
-        now["step"] = step
-        real(self, step)
+    def after_step(self):
+        now["step"] = self.step
+        real(self)
 
-    patch.setattr(training_loop.Loop, "_after_step", after_step)
+    patch.setattr(engine_jit.Trainer, "_after_step", after_step)
     patch.setattr(preemption, "requested", lambda: "SIGUSR1" if asked and now["step"] >= at else None)
 
 

@@ -1,4 +1,4 @@
-"""The whole path as people use it: environment, launcher, torchrun, main_jit.py, and the files that are left.
+"""The whole path as users take it: environment, launcher, torchrun, main_jit.py, and the resulting files.
 
 A folder of 24 images of mixed size and format in two classes, the model JiT-Demo/8, 32 pixels. Two more calls of the
 launcher run meanwhile: two processes on the digits, and one that must fail.
@@ -20,7 +20,7 @@ from PIL import Image
 import main_jit
 import prepare_ref
 from tests.conftest import SECRET, flags, listing, raw, read_log
-from util.checkpoint import NAME
+from util.checkpoint.files import NAME
 
 ROOT = Path(main_jit.__file__).parent
 QUICK = flags(num_sampling_steps=2, log_freq=1, lr=1e-3, warmup_epochs=0.5, ema_decay1=0.9, ema_decay2=0.5)
@@ -115,8 +115,8 @@ def resumed(trained):
 
 def test_training(trained):
     folder, out, err = trained
-    assert "JiT-Demo/8" in out and "epoch 2/2 done" in out and "Spectral Forcing on" in out
-    assert "torch.distributed.run" in err and SECRET not in out + err
+    assert "JiT-Demo/8" in out and "epoch 2/2 done" in out and "spectral_forcing: whole image" in out
+    assert "util.dist.launch" in err and SECRET not in out + err
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {NAME, "config.json", "log.jsonl", "samples/epoch0002-ema1-heun2-cfg2.9.png"} <= names
     lines = read_log(folder)
@@ -180,7 +180,7 @@ def test_two_processes_on_the_digits(digits, tmp_path):
 
 def test_two_processes_end(digits):
     out, _ = finish(digits[1], timeout=30)
-    assert "global batch 256 = 128 x 2 processes x 1 passes" in out and "metrics: run/eval/" in out
+    assert "global batch 256 = 128 x 2 ranks x 1 microbatches" in out and "metrics: run/eval/" in out
 
 
 def test_failure_is_seen_outside(failing):

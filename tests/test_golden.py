@@ -9,27 +9,20 @@ from spectral_forcing import SpectralForcing
 from tests.golden_inputs import GOLDEN, SHAPES, normals, small_denoiser
 
 PUBLISHED = {
-    "JiT-B/8": 130_607_040,
-    "JiT-B/16": 131_123_712,
-    "JiT-B/32": 133_190_400,
-    "JiT-L/16": 458_877_664,
-    "JiT-L/32": 461_534_176,
-    "JiT-H/16": 952_514_368,
-    "JiT-H/32": 956_055_616,
-    "JiT-700M": 688_228_816,
-    "JiT-2B": 2_062_233_966,
-    "JiT-7B": 7_321_257_952,
+    **{"JiT-B/8": 130_607_040, "JiT-B/16": 131_123_712, "JiT-B/32": 133_190_400},
+    **{"JiT-L/16": 458_877_664, "JiT-L/32": 461_534_176, "JiT-H/16": 952_514_368, "JiT-H/32": 956_055_616},
+    **{"JiT-700M": 688_228_816, "JiT-2B": 2_062_233_966, "JiT-7B": 7_321_257_952},
 }
 
 
-def close(a: torch.Tensor, name: str, tolerance: float) -> None:
+def assert_golden(a: torch.Tensor, name: str, tolerance: float) -> None:
     torch.testing.assert_close(a, torch.from_numpy(GOLDEN[name]), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(("n", "window"), [(16, 16), (32, 8)])
-def test_operator(n, window):
+def test_spectral_forcing(n, window):
     z = normals(7, 4, 3, n, n)
-    close(SpectralForcing(n, window)(z, torch.tensor([0, 0.25, 0.7, 1.0])), f"sf_{n}_{window}", 1e-5)
+    assert_golden(SpectralForcing(n, window)(z, torch.tensor([0, 0.25, 0.7, 1.0])), f"sf_{n}_{window}", 1e-5)
 
 
 @pytest.mark.parametrize(("sf", "name"), [(True, "jit_small_sf"), (False, "jit_small_base")])
@@ -37,8 +30,8 @@ def test_operator(n, window):
 def test_network(sf, name):
     x, t, y = normals(11, 3, 3, 32, 32), torch.tensor([0.05, 0.5, 0.95]), torch.tensor([0, 3, 10])
     denoiser = small_denoiser(sf)
-    close(denoiser.predict(x, t, y), name, 1e-4)
-    close(denoiser.net.pos_embed, "pos_embed_small", 1e-6)
+    assert_golden(denoiser.predict(x, t, y), name, 1e-4)
+    assert_golden(denoiser.net.pos_embed, "pos_embed_small", 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +40,7 @@ def test_network(sf, name):
 @torch.no_grad()
 def test_sampler(name, steps, interval):
     velocity = guided(small_denoiser().velocity, torch.tensor([1, 5, 9]), 10, 2.9, interval)
-    close(sample(velocity, normals(13, 3, 3, 32, 32), uniform_grid(steps), "heun"), name, 2e-4)
+    assert_golden(sample(velocity, normals(13, 3, 3, 32, 32), uniform_grid(steps), "heun"), name, 2e-4)
 
 
 @torch.no_grad()

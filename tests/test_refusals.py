@@ -1,4 +1,4 @@
-"""What cannot be done is refused: exit code 2, one message that says what was wrong, and no file is touched."""
+"""Requests that cannot be fulfilled are refused: exit code 2, one sentence, and no file is touched."""
 
 import json
 import re
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import main_jit
-import util.distributed
 from tests.conftest import TINY, Payload, arguments, flags, listing, raw
-from util.checkpoint import NAME
+from util.checkpoint.files import NAME
+from util.dist import launch
+from util.dist.context import find_context
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -165,7 +166,7 @@ def test_contradictions_are_all_named(run, refuses):
     wrong = {"model": "JiT-Demo/8", "img_size": 32, "noise_scale": 2.0, "pred_param": "v", "sf_kappa": 9.0}
     for what in ("evaluate_gen", "sample"):
         argv = [*of_run(run, **wrong, **{what: True}), "--disable_dct_patchify"]
-        refuses(argv, *(f"--{name} " for name in wrong), "--disable_dct_patchify True", "trained with")
+        refuses(argv, *(f"--{name} " for name in wrong), "--disable_dct_patchify True", "the checkpoint has")
     also = {"lr": 0.5, "seed": 7, "weight_decay": 0.1, "ema_decay1": 0.99, "global_batch": 32}
     argv = arguments(output_dir=run, epochs=3, **{**wrong, **also})
     refuses(argv, *(f"--{name} " for name in {**wrong, **also}))
@@ -180,12 +181,12 @@ def test_settings_that_cannot_be(refuses):
     for settings, parts in (
         ({"img_size": 20}, ("--img_size 20", "patch size 8")),
         ({"window_size": 3}, ("--window_size 3", "16")),
-        ({"model": "JiT-X/2"}, ("unknown model 'JiT-X/2'", "JiT-B/16", TINY)),
+        ({"model": "JiT-X/2"}, ("--model JiT-X/2", "JiT-B/16", TINY)),
         ({"t_eps": 0.0}, ("t_eps",)),
         ({"noise_scale": 0.0}, ("noise_scale",)),
         ({"sf_kappa": 0.0}, ("kappa",)),
         ({"num_images": 15, "online_eval": True}, ("--num_images 15", "10 classes")),
-        ({"global_batch": 24}, ("24", "batch size 16", "1 processes")),
+        ({"global_batch": 24}, ("24", "--batch_size 16", "1 ranks")),
         ({"lr": -1}, ("--lr -1",)),
         ({"epochs": 0}, ("--epochs 0",)),
     ):
@@ -218,20 +219,7 @@ def test_output_folder_that_cannot_be_made(here, refuses):
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_inception(monkeypatch, tmp_path_factory):
-    """No Inception weights: an empty cache, no variable, and a download that fails at once."""
-
-    def refuse(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
-    cache = tmp_path_factory.mktemp("hub")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-
-
-@pytest.mark.usefixtures("no_inception")
+@pytest.mark.usefixtures("no_network")
 def test_metrics_that_cannot_be_computed(run, refuses):
     training = arguments(output_dir="out", online_eval=True, num_images=20)
     for metrics, part in (
@@ -245,12 +233,12 @@ def test_metrics_that_cannot_be_computed(run, refuses):
         err = refuses(of_run(run, evaluate_gen=True, num_images=20, metrics=metrics), part)
         assert "ONLINE_EVAL" not in err
     refuses([*training, "--metrics", "fid", "--inception_weights", "gone.pth"], "gone.pth", "ONLINE_EVAL=0")
-    for metrics, part in (("precision", "Unknown metric precision"), ("none", "without metrics")):
+    for metrics, part in (("precision", "precision"), ("none", "without metrics")):
         refuses([*training, "--metrics", metrics], part)
         refuses(of_run(run, evaluate_gen=True, num_images=20, metrics=metrics), part)
 
 
-@pytest.mark.usefixtures("no_inception")
+@pytest.mark.usefixtures("no_network")
 def test_metrics_are_checked_when_a_run_goes_on(run, refuses):
     refuses(arguments(output_dir=run, epochs=3, online_eval=True, num_images=20, metrics="fid"), "ONLINE_EVAL=0")
 
@@ -274,14 +262,14 @@ def test_cuda_that_is_not_there(run, refuses, monkeypatch):
 def test_more_processes_than_devices(refuses, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(main_jit.time, "sleep", lambda seconds: None)  # ranks other than 0 speak later
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)  # ranks other than 0 speak later
     names = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    refuses(arguments(output_dir="out", device=None), "process 2 of this node", "2 are visible", "NUM_GPUS")
+    refuses(arguments(output_dir="out", device=None), "2 of this node", "2 are visible", "NUM_GPUS")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    world = util.distributed.find_world(None)
-    assert (world.rank, world.size, world.local_rank, str(world.device)) == (2, 3, 1, "cuda:1")
+    ctx = find_context(None)
+    assert (ctx.rank, ctx.world_size, ctx.local_rank, str(ctx.device)) == (2, 3, 1, "cuda:1")
 
 
 def test_torchrun_is_told_the_reason(refuses, monkeypatch, tmp_path_factory):
@@ -305,8 +293,4 @@ def test_a_cuda_device_has_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    assert (
-        util.distributed.find_world(None).device
-        == util.distributed.find_world("cuda").device
-        == torch.device("cuda", 0)
-    )
+    assert find_context(None).device == find_context("cuda").device == torch.device("cuda", 0)

@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere, and started again, is the run that was never interrupted, to the bit."""
+"""A run that is interrupted anywhere and resumed equals, to the bit, one that was never interrupted."""
 
 import json
 import os
@@ -15,10 +15,11 @@ import torch
 import engine_jit
 import main_jit
 from tests.conftest import FEW, arguments, flags, raw, read_log, register, state_differences, train
-from util import preemption, training_loop
-from util.checkpoint import NAME
-from util.logger import LOG_NAME, _cut
-from util.window import Window
+from util.checkpoint import files
+from util.checkpoint.files import NAME
+from util.dist import preemption
+from util.log import LOG_NAME, _truncate
+from util.train_metrics import TrainMetrics
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -32,14 +33,14 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, step):
-    real = engine_jit.draw
+    real = engine_jit.sample_step
 
-    def draw(seed, at, *args):
-        if at == step:
+    def sample_step(rng, *args):
+        if rng.step == step:
             raise Killed
-        return real(seed, at, *args)
+        return real(rng, *args)
 
-    monkeypatch.setattr(engine_jit, "draw", draw)
+    monkeypatch.setattr(engine_jit, "sample_step", sample_step)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_killed_in_the_middle_of_epochs_again_and_again(whole, tmp_path, every, 
         assert grid.read_bytes() == (tmp_path / "samples" / grid.name).read_bytes()
 
 
-def test_a_stop_that_was_asked_for_saves_and_says_where(whole, tmp_path, capsys, monkeypatch):
+def test_a_requested_stop_saves_and_says_where(whole, tmp_path, capsys, monkeypatch):
     """At each step once: in the middle of an epoch, at its end, before and after looks."""
     starts = 0
     while not (tmp_path / NAME).exists() or raw(tmp_path)["run"]["step"] < RUN["epochs"] * EPOCH:
@@ -81,7 +82,7 @@ def test_a_stop_that_was_asked_for_saves_and_says_where(whole, tmp_path, capsys,
         starts += 1
         assert raw(tmp_path)["run"]["step"] == starts
         said = capsys.readouterr()
-        assert f"stopped by SIGUSR1 after step {starts} of 12" in said.out + said.err
+        assert f"Stopped by SIGUSR1 after step {starts} of 12" in said.out + said.err
     train(tmp_path, **RUN)
     assert starts == 12
     assert state_differences(whole, tmp_path) == []
@@ -91,11 +92,11 @@ def test_a_stop_that_was_asked_for_saves_and_says_where(whole, tmp_path, capsys,
     )
 
 
-def test_a_look_that_is_missing_is_made_up(whole, tmp_path, monkeypatch):
+def test_missing_samples_are_generated_when_the_run_resumes(whole, tmp_path, monkeypatch):
     """Killed between the checkpoint after epoch 2 and its grid of samples."""
     grid = "samples/epoch0002-ema1-heun2-cfg2.9.png"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training_loop.Loop, "_look", lambda self, epoch: (_ for _ in ()).throw(Killed))
+        patch.setattr(engine_jit.Trainer, "sample_and_evaluate", lambda self, epoch: (_ for _ in ()).throw(Killed))
         train(tmp_path, **RUN)
     assert raw(tmp_path)["epoch"] == 1 and not (tmp_path / grid).exists()
     train(tmp_path, **RUN)
@@ -103,17 +104,17 @@ def test_a_look_that_is_missing_is_made_up(whole, tmp_path, monkeypatch):
     assert state_differences(whole, tmp_path) == [] and numbers(whole) == numbers(tmp_path)
 
 
-def test_minutes_save_as_well(tmp_path):
+def test_save_every_minutes(tmp_path):
     train(tmp_path, **{**RUN, "save_every_minutes": 0})
     assert [line["step"] for line in read_log(tmp_path, "save")] == list(range(1, 13))
     for line in read_log(tmp_path, "save"):
         assert 0 <= line["blocked_s"] <= line["seconds"] and line["bytes"] > 1000
 
 
-def test_a_wish_that_is_answered_late_is_not_granted_twice(tmp_path, monkeypatch):
+def test_a_vote_that_is_read_late_saves_once(tmp_path, monkeypatch):
     """As on GPUs, where a process reads two steps later what all have asked for: one save, not three."""
 
-    class Late(training_loop.Votes):
+    class Late(engine_jit.StepVotes):
         def __init__(self, *args):
             super().__init__(*args)
             self.lag, self.asked = 2, [set(), set()]
@@ -122,19 +123,19 @@ def test_a_wish_that_is_answered_late_is_not_granted_twice(tmp_path, monkeypatch
             self.asked.append(super().__call__(asked))
             return self.asked.pop(0)
 
-    monkeypatch.setattr(training_loop, "Votes", Late)
+    monkeypatch.setattr(engine_jit, "StepVotes", Late)
     train(tmp_path, **{**RUN, "save_every_minutes": 0, "save_last_freq": 100, "eval_freq": 100})
     assert [line["step"] for line in read_log(tmp_path, "save")] == [3, 6, 9, 12]
 
 
-def test_the_first_epoch_of_a_run_is_of_no_account_when_it_goes_on(tmp_path, capsys):
+def test_start_epoch_has_no_effect_on_a_resumed_run(tmp_path, capsys):
     """The same command goes on, also one with --start_epoch."""
     train(tmp_path, **{**RUN, "epochs": 3, "start_epoch": 1})
     train(tmp_path, **{**RUN, "epochs": 4, "start_epoch": 1})
     assert "--start_epoch has no effect" in capsys.readouterr().err and raw(tmp_path)["epoch"] == 3
 
 
-def test_what_is_made_from_the_middle_of_an_epoch_says_so(tmp_path, monkeypatch, capsys):
+def test_samples_from_the_middle_of_an_epoch_are_named_so(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 6)
         train(tmp_path, **RUN, save_every_steps=1)
@@ -152,13 +153,13 @@ def test_a_data_set_of_another_size_is_refused(tmp_path, capsys):
     content["run"] |= {"step": 3 * EPOCH + 1, "steps_per_epoch": 3 * EPOCH}
     torch.save(content, tmp_path / NAME)
     train(tmp_path, code=2, **RUN)
-    assert "13 after 1 whole epochs, and an epoch now has 4 steps" in capsys.readouterr().err
+    assert "step 13 after 1 epochs, but an epoch now has 4 steps" in capsys.readouterr().err
 
 
 # --- the log --------------------------------------------------------------------------------------------------------
 
 
-def test_what_will_be_written_again_is_taken_out(tmp_path):
+def test_log_lines_about_repeated_steps_are_removed(tmp_path):
     path = tmp_path / LOG_NAME
     lines = [
         {"event": "start", "step": 0},
@@ -170,17 +171,17 @@ def test_what_will_be_written_again_is_taken_out(tmp_path):
     ]
     text = [json.dumps(line) + "\n" for line in lines]
     path.write_text("".join(text) + '{"event": "train", "st')
-    _cut(path, 4)
+    _truncate(path, 4)
     assert path.read_text() == "".join(text[i] for i in (0, 1, 2, 5))
     path.write_text("".join(text[:2])[:-1])  # whole as JSON, and yet not written to its end
-    _cut(path, 4)
+    _truncate(path, 4)
     assert path.read_text() == text[0]
 
 
-def test_window_goes_on_in_its_middle():
+def test_metrics_resume_between_two_log_lines():
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(7, generator=generator)
-    one, two = Window(torch.device("cpu"), 2), Window(torch.device("cpu"), 2)
+    one, two = TrainMetrics(torch.device("cpu"), 2), TrainMetrics(torch.device("cpu"), 2)
     for step, loss in enumerate(losses):
         bad = torch.tensor(float(step in (3, 4)))
         one.add(step, loss if not bad else torch.tensor(float("nan")), bad, 1)
@@ -191,7 +192,7 @@ def test_window_goes_on_in_its_middle():
         two.add(step, losses[step], torch.tensor(float(step == 4)), 1)
     a, b = one.read(), two.read()
     assert a["loss"] == b["loss"] and a["skipped"] == b["skipped"] == 2
-    assert one.too_many() is None and two.too_many() is None
+    assert one.non_finite_steps() is None and two.non_finite_steps() is None
 
 
 # --- kill -9 --------------------------------------------------------------------------------------------------------
@@ -250,15 +251,13 @@ def test_twenty_kills(tmp_path):
     assert numbers(tmp_path / "whole") == numbers(folder)
 
 
-def test_killed_outright(whole, tmp_path):
+def test_kill_9(whole, tmp_path):
     what = inject(tmp_path, 2, seed=1)
     assert len(what) == 2
     assert state_differences(whole, tmp_path) == [] and numbers(whole) == numbers(tmp_path)
 
 
 if __name__ == "__main__":
-    from util import checkpoint_folder
-
     def slow_save(content, file, save=torch.save):
         save(content, file)
         file.flush()
@@ -266,12 +265,12 @@ if __name__ == "__main__":
 
     with pytest.MonkeyPatch.context() as patch:
         register(patch)
-        patch.setattr(checkpoint_folder.torch, "save", slow_save)
-        real = training_loop.Loop.run
+        patch.setattr(files.torch, "save", slow_save)
+        real = engine_jit.Trainer.train_one_epoch
 
-        def begin(self, step):
+        def begin(self, epoch):
             (self.folder / "begun").touch()
-            return real(self, step)
+            return real(self, epoch)
 
-        patch.setattr(training_loop.Loop, "run", begin)
+        patch.setattr(engine_jit.Trainer, "train_one_epoch", begin)
         sys.exit(main_jit.main(sys.argv[1:]))

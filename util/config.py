@@ -1,247 +1,480 @@
-"""From flags and a checkpoint to one resolved set of settings, refused before any work if it cannot be.
+"""The configuration: one frozen dataclass whose fields are the flags of main_jit.py.
 
-What was given on the command line and what the checkpoint says are kept apart until here (util/flags.py says which of
-the two holds). The result is written to the run's folder as JSON.
+Each group below is a dataclass; `Config` inherits from all of them, so `config.img_size` is --img_size, and a function
+that needs one group alone says so in its signature. Registered operators add their own groups (util/operators.py).
+A value is the given one, else the checkpoint's, else the default: `resolve`, once, before any work.
 """
 
-import hashlib
-import json
+import argparse
+import dataclasses
 import math
-from argparse import Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model_jit import JiT_models, inner_width
-from util import schedules
-from util.acceleration import MULTIPLE
-from util.data import IN_MEMORY, KNOWN
+from model_jit import JiT_models
+from sampler import SOLVERS
+from spectral_ops.schedule import GRIDS, T_SAMPLERS, VARIANTS
+from util.compile import MODES as COMPILE_MODES
+from util.data.datasets import DATASETS
+from util.dist.parallel import PARALLEL
 from util.errors import UserError
-from util.flags import ALWAYS, DEFAULTS, FLAGS, OWN, SECTIONS, TRAINING
-
-NEWER = (  # newer than names of runs: at their defaults they are no part of one
-    *("val_split", "t_sampler", "t_uniform_mix", "spectral_variant", "spectral_delta"),
-    *("sf_schedule", "sf_alpha", "sf_snr_floor", "warmup_steps", "beta1", "beta2", "grad_clip"),
-    *("spectral_residual", "spectral_residual_scale"),
+from util.flags import (
+    LOCKED,
+    LOCKED_FOR_TRAINING,
+    OVERRIDABLE,
+    PER_CALL,
+    build_parser,
+    check_value,
+    flag,
+    flags_of,
+    recorded,
 )
-NEEDED_BY = {
-    "sample": ("labels", "num_per_class"),
-    "evaluate_gen": ("keep_features",),
-    "init_from": ("init_weights",),
-}
-AT_LEAST = {
-    0: (
-        *("seed", "start_epoch", "num_workers", "warmup_epochs", "warmup_steps", "weight_decay", "min_lr", "lr", "blr"),
-        *("save_every_steps", "save_every_minutes", "keep_every_epochs", "skip_nonfinite"),
-    ),
-    1: (
-        *("epochs", "batch_size", "global_batch", "accum_iter", "class_num", "img_size"),
-        *("num_sampling_steps", "num_images", "gen_bsz", "num_per_class", "wandb_num_vis"),
-        *("eval_freq", "save_last_freq", "log_freq", "val_images", "val_freq"),
-        "keep_last",
-    ),
-}
+from util.io import json_hash
+from util.operators import BLOCK_OPERATORS, INPUT_OPERATORS
+
+WEIGHTS = ("ema1", "ema2", "model")
+WARMUP_CLASH = "--warmup_epochs (WARMUP_EPOCHS) and --warmup_steps are mutually exclusive."
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What to do (training, if none is given)"""
+
+    evaluate_gen: bool = flag(False, PER_CALL, "evaluate the checkpoint in --resume")
+    sample: bool = flag(False, PER_CALL, "sample --labels from the checkpoint in --resume")
+    dry_run: bool = flag(False, PER_CALL, "time a few training steps, print what the run takes, write nothing")
+    labels: str | None = flag(None, PER_CALL, "classes to sample, as in 0,1,2 or 0-9 (default: the first ten)")
+    num_per_class: int = flag(8, PER_CALL, "images for each of --labels", ge=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    model: str = flag("JiT-B/16", LOCKED, "name in model_jit.JiT_models")
+    img_size: int | None = flag(
+        None, LOCKED, "pixels along a side (default: the data set's, 256 for imagefolder)", ge=1
+    )
+    class_num: int | None = flag(None, LOCKED, "classes (default: the data set's)", ge=1)
+    input_operator: str = flag(
+        "spectral_forcing", LOCKED, "what filters the model's input: none or spectral_forcing", added=True
+    )
+    attn_dropout: float = flag(0.0, LOCKED_FOR_TRAINING, "of attention weights, middle half of the blocks", ge=0, le=1)
+    proj_dropout: float = flag(0.0, LOCKED_FOR_TRAINING, "of projections, middle half of the blocks", ge=0, le=1)
+    attn_fp32: bool = flag(False, OVERRIDABLE, "compute attention in float32 always")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.img_size, self.img_size
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class"."""
+        return self.class_num
+
+
+@dataclass(frozen=True)
+class PathConfig:
+    """Path between noise and data"""
+
+    pred_param: str = flag("x", LOCKED, "what the network predicts", ("x", "v"))
+    noise_scale: float = flag(1.0, LOCKED, "standard deviation of the noise")
+    t_eps: float = flag(0.05, LOCKED, "lower bound of 1 - t")
+    P_mean: float = flag(-0.8, LOCKED, "mean of logit(t) in training")
+    P_std: float = flag(0.8, LOCKED, "standard deviation of logit(t) in training")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Noise schedules from a spectrum (arXiv 2603.19222)"""
+
+    t_sampler: str = flag("logit_normal", LOCKED_FOR_TRAINING, "density of t in training", T_SAMPLERS, added=True)
+    t_uniform_mix: float = flag(0.1, LOCKED_FOR_TRAINING, "share of uniform t in it", added=True, ge=0, le=1)
+    spectral_variant: str = flag("mixed", LOCKED_FOR_TRAINING, "of the schedules", VARIANTS, added=True)
+    spectral_delta: float = flag(0.1, LOCKED_FOR_TRAINING, "Wiener gain neglected at both ends", added=True, gt=0, lt=1)
+    sampling_grid: str = flag("uniform", OVERRIDABLE, "times of the sampling steps", GRIDS)
+    sample_t_eps: float | None = flag(
+        None, OVERRIDABLE, "t_eps in sampling (default: t_eps, or less if the grid needs it)", gt=0, lt=1
+    )
+    spectrum_file: str | None = flag(None, OVERRIDABLE, "from tools.measure_spectrum (default: in fid_stats/)")
+    schedule_delta: float | None = recorded()  # of the schedules that the network is conditioned on; None without
+    schedule_level: list[float] | None = recorded()  # mean pixel of each channel, for the same
+    spectrum_sha256: str | None = recorded()  # of the spectrum file that training times came from
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data"""
+
+    dataset: str = flag("imagefolder", LOCKED_FOR_TRAINING, "data set", DATASETS)
+    data_path: str | None = flag(None, OVERRIDABLE, "folder with train/, train/ itself, or a cache")
+    flip: bool | None = flag(None, LOCKED_FOR_TRAINING, "mirror at random (default: the data set's)")
+    on_bad_image: str = flag("error", OVERRIDABLE, "skip: use another image of its class", ("error", "skip"))
+    num_workers: int | None = flag(None, PER_CALL, "loader processes (default: up to 12; 0 for data in memory)", ge=0)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation loss"""
+
+    val_split: str | None = flag(
+        None, LOCKED_FOR_TRAINING, "share of the training images to hold out, or a split: val, test", added=True
+    )
+    val_images: int = flag(2048, OVERRIDABLE, "images that measure the loss, at most", ge=1)
+    val_freq: int = flag(1, OVERRIDABLE, "epochs between measurements", ge=1)
+    val_rings: bool = flag(False, OVERRIDABLE, "also by frequency")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training"""
+
+    epochs: int = flag(600, OVERRIDABLE, "epochs in all", ge=1)
+    batch_size: int = flag(128, OVERRIDABLE, "images per rank and microbatch", ge=1)
+    global_batch: int | None = flag(None, LOCKED_FOR_TRAINING, "images per step; sets gradient accumulation", ge=1)
+    lr: float | None = flag(None, LOCKED_FOR_TRAINING, "learning rate; wins over --blr", ge=0)
+    blr: float = flag(5e-5, LOCKED_FOR_TRAINING, "learning rate for a global batch of 256, scaled with it", ge=0)
+    lr_schedule: str = flag("constant", LOCKED_FOR_TRAINING, "after the warm-up", ("constant", "cosine"))
+    min_lr: float = flag(0.0, LOCKED_FOR_TRAINING, "where the cosine ends", ge=0)
+    warmup_epochs: float = flag(5.0, LOCKED_FOR_TRAINING, "epochs of linear warm-up", ge=0)
+    warmup_steps: int | None = flag(None, LOCKED_FOR_TRAINING, "steps of warm-up, instead of epochs", added=True, ge=0)
+    weight_decay: float = flag(0.0, LOCKED_FOR_TRAINING, "AdamW's, on matrices only", ge=0)
+    beta1: float = flag(0.9, LOCKED_FOR_TRAINING, "AdamW's", added=True, ge=0, lt=1)
+    beta2: float = flag(0.95, LOCKED_FOR_TRAINING, "AdamW's", added=True, ge=0, lt=1)
+    grad_clip: float | None = flag(
+        None, LOCKED_FOR_TRAINING, "largest norm of the gradient (default: any)", added=True, gt=0
+    )
+    ema_decay1: float = flag(0.9999, LOCKED_FOR_TRAINING, "decay of the first EMA", ge=0, le=1)
+    ema_decay2: float = flag(0.9996, LOCKED_FOR_TRAINING, "decay of the second EMA", ge=0, le=1)
+    label_drop_prob: float = flag(0.1, LOCKED_FOR_TRAINING, "probability that a label becomes 'no class'", ge=0, le=1)
+    accum_iter: int | None = flag(
+        None, PER_CALL, "microbatches per step (default: as --global_batch needs)", ge=1
+    )
+    seed: int = flag(0, LOCKED_FOR_TRAINING, "of weights, order and noise, and of samples", ge=0, lt=2**64)
+    start_epoch: int = flag(0, PER_CALL, "first epoch of a run without checkpoint", ge=0)
+    init_from: str | None = flag(None, PER_CALL, "folder of another run, whose weights a new run starts from")
+    init_weights: str = flag("model", PER_CALL, "which of its weights", WEIGHTS)
+    skip_nonfinite: int = flag(0, OVERRIDABLE, "consecutive non-finite steps that are skipped", ge=0)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sampling"""
+
+    cfg: float = flag(2.9, OVERRIDABLE, "guidance scale; 1 is none")
+    interval_min: float = flag(0.1, OVERRIDABLE, "guidance only above this t (0: from the start)", ge=0, le=1)
+    interval_max: float = flag(1.0, OVERRIDABLE, "guidance only below this t", ge=0, le=1)
+    sampling_method: str = flag("heun", OVERRIDABLE, "solver", SOLVERS)
+    num_sampling_steps: int = flag(50, OVERRIDABLE, "steps of the solver", ge=1)
+    gen_bsz: int = flag(128, OVERRIDABLE, "images per rank and batch", ge=1)
+    ema: str = flag("ema1", PER_CALL, "weights that sample", WEIGHTS)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation"""
+
+    online_eval: bool = flag(True, OVERRIDABLE, "evaluate during training")
+    eval_freq: int = flag(40, OVERRIDABLE, "epochs between sample grids and online evaluations", ge=1)
+    metrics: str | None = flag(None, OVERRIDABLE, "of fid, is, fd_effnet, class_agreement (default: the data set's)")
+    num_images: int = flag(50000, OVERRIDABLE, "images, a multiple of the number of classes", ge=1)
+    fid_stats: str | None = flag(None, PER_CALL, "reference statistics (default: in fid_stats/)")
+    inception_weights: str | None = flag(None, PER_CALL, "file of Inception weights (also: INCEPTION_WEIGHTS)")
+    save_images: str | None = flag(None, PER_CALL, "folder for PNGs of the images of --evaluate_gen")
+    keep_features: bool = flag(False, PER_CALL, "leave the features of the images beside the report")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Sweep, with --evaluate_gen"""
+
+    sweep_cfg: str | None = flag(None, PER_CALL, "guidance scales, as in 1.0:4.0:0.1 or 1.5,2.0 (default: --cfg)")
+    sweep_ema: str | None = flag(None, PER_CALL, "of 1, 2 and 0 or model, as in 1,2 (default: --ema)")
+    sweep_interval: str | None = flag(None, PER_CALL, "lo:hi pairs, as in 0.1:1.0,0.2:0.8 (default: --interval_*)")
+    sweep_images: int | None = flag(None, PER_CALL, "images per setting (default: 8000); the best has --num_images")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run: folders, checkpoints, hardware, logging"""
+
+    output_dir: str | None = flag(None, PER_CALL, "folder of the run (default: output/<name made from the settings>)")
+    resume: str | None = flag(None, PER_CALL, "folder of a run to resume, evaluate or sample (default: --output_dir)")
+    checkpoint: str | None = flag(None, PER_CALL, "file in it to evaluate or sample (default: the newest)")
+    save_last_freq: int = flag(5, OVERRIDABLE, "epochs between checkpoints", ge=1)
+    save_every_steps: int | None = flag(None, OVERRIDABLE, "also this often, in steps (0: never)", ge=0)
+    save_every_minutes: float = flag(30.0, OVERRIDABLE, "also this often, in minutes", ge=0)
+    keep_last: int = flag(2, OVERRIDABLE, "newest checkpoints that stay", ge=1)
+    keep_every_epochs: int | None = flag(None, OVERRIDABLE, "keep a checkpoint for good, this often (0: none)", ge=0)
+    log_freq: int = flag(100, OVERRIDABLE, "steps between log lines", ge=1)
+    device: str | None = flag(None, PER_CALL, "cpu or cuda (default: cuda if there is one)")
+    precision: str = flag("auto", OVERRIDABLE, "autocast; auto: bf16 on CUDA, else fp32", ("auto", "bf16", "fp32"))
+    compile: str = flag("auto", OVERRIDABLE, "torch.compile; auto: block on CUDA, off on CPU", COMPILE_MODES)
+    parallel: str = flag("ddp", OVERRIDABLE, "replicate or shard the model over ranks", PARALLEL)
+    activation_checkpointing: bool = flag(False, OVERRIDABLE, "recompute blocks in the backward pass: less memory")
+    dist_timeout: float = flag(30.0, PER_CALL, "minutes to wait for another rank", gt=0, lt=math.inf)
+    wandb_project: str = flag("jit", PER_CALL, "Weights & Biases project")
+    wandb_entity: str | None = flag(None, PER_CALL, "its user or team")
+    wandb_run_name: str | None = flag(None, PER_CALL, "name of the run (default: made from the settings)")
+    wandb_mode: str = flag("offline", PER_CALL, "where to log", ("online", "offline", "disabled"))
+    wandb_num_vis: int = flag(16, PER_CALL, "images in the grids of samples drawn during training", ge=1)
+
+
+CORE = (TaskConfig, DataConfig, ModelConfig, TrainConfig, SampleConfig, EvaluateConfig, RunConfig, PathConfig)
+MORE = (ScheduleConfig, ValidationConfig, SweepConfig)
+
+
+def groups() -> tuple[type, ...]:
+    """Return the groups in the order of --help, those of registered operators included."""
+    operators = [entry.settings for entry in (*INPUT_OPERATORS.values(), *BLOCK_OPERATORS.values())]
+    return (*CORE, *operators, *MORE)
+
+
+def config_class() -> type:
+    """Return the frozen dataclass that inherits from all groups."""
+    return dataclasses.make_dataclass("Config", [], bases=groups(), frozen=True, namespace={"as_dict": as_dict})
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return all settings, flat: the `args` of a checkpoint and the content of config.json."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def all_flags() -> dict[str, dataclasses.Field]:
+    return {name: field for group in groups() for name, field in flags_of(group).items()}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse a command line. Only what was given is in the result. Raises UserError."""
+    parser = build_parser(groups(), "Train, evaluate or sample a JiT behind Spectral Forcing.")
+    return vars(parser.parse_args(argv))
+
+
+# -------------------------------------------------------------------------------------------------------- resolving
 
 
 def resolve(
-    given: Mapping[str, Any], saved: Mapping[str, Any] | None, training: bool, only: tuple[str, ...] | None = None
-) -> Namespace:
-    """One value for each flag: what was given, else what the checkpoint has, else the default.
+    given: Mapping[str, Any],
+    saved_args: Mapping[str, Any] | None = None,
+    training: bool = True,
+    only: Collection[str] | None = None,
+) -> Any:
+    """Return the configuration: what was given, else what the checkpoint has, else the default.
 
     Args:
-        given: the flags on the command line.
-        saved: `args` of the checkpoint, None without one.
-        training: whether training goes on from it (else it is evaluated or sampled).
+        given: from `parse_args`.
+        saved_args: `args` of the checkpoint; None without one.
+        training: whether training resumes from it; otherwise it is evaluated, sampled or exported.
         only: take these flags alone from the checkpoint.
 
     Raises:
-        UserError: flags that contradict the checkpoint, all of them named; or each other.
+        UserError: flags that contradict the checkpoint, all of them named, or that are out of range.
     """
-    values, contradictions = {**DEFAULTS, **given}, []
-    if saved is not None:  # one that is silent on an option is older than it, and was trained without it
-        silent = {name: DEFAULTS[name] for name in NEWER if name != "val_split"}  # that is util/held_out.py's to refuse
-        saved = {**silent, **saved}
-    recorded = saved if saved is not None and only is None else {}
-    values |= {name: recorded.get(name) for name in schedules.RECORDED}
-    for name, value in (saved or {}).items():
-        flag = FLAGS.get(name)
-        if flag is None or flag.bound == OWN or (only is not None and name not in only):
+    flags, cls = all_flags(), config_class()
+    values: dict[str, Any] = dict(given)
+    saved: dict[str, Any] = {}
+    if saved_args is not None:
+        saved = {name: field.default for name, field in flags.items() if field.metadata["added"]} | dict(saved_args)
+        if saved.get("disable_dct_patchify"):  # the published name of --input_operator none
+            saved["input_operator"] = "none"
+        if only is None:
+            values |= {f.name: saved.get(f.name) for f in dataclasses.fields(cls) if f.metadata["lock"] is None}
+    contradictions = []
+    for name, value in saved.items():
+        lock = flags[name].metadata["lock"] if name in flags else PER_CALL
+        if lock == PER_CALL or (only is not None and name not in only):
             continue
         if name not in given:
             values[name] = value
         elif given[name] != value and (
-            flag.bound == ALWAYS or (flag.bound == TRAINING and training and _trains(name, saved["t_sampler"]))
+            lock == LOCKED or (lock == LOCKED_FOR_TRAINING and training and _is_trained(name, saved["t_sampler"]))
         ):
-            contradictions.append(f"--{name} {given[name]} (the checkpoint was trained with {value})")
+            contradictions.append(f"--{name} {given[name]} (the checkpoint has {value})")
     if contradictions:
-        raise UserError("flags that contradict the checkpoint: " + ", ".join(contradictions) + "; leave them out")
+        raise UserError(f"Flags contradict the checkpoint: {', '.join(contradictions)}. Leave them out.")
     if "warmup_epochs" in given and "warmup_steps" in given:
-        raise UserError("--warmup_epochs (WARMUP_EPOCHS) and --warmup_steps: give one of the two")
-    return _complete(Namespace(**values))
+        raise UserError(WARMUP_CLASH)
+    for name, field in flags.items():
+        check_value(name, field, values.get(name, field.default))
+    config = cls(**values)
+    info = DATASETS[config.dataset]
+    of_data_set = {"img_size": info.img_size, "class_num": info.class_num, "flip": info.flip, "metrics": info.metrics}
+    unset = {name: value for name, value in of_data_set.items() if getattr(config, name) in (None, "")}
+    if config.disable_dct_patchify:
+        unset["input_operator"] = "none"
+    elif config.input_operator == "none":
+        unset["disable_dct_patchify"] = True
+    return dataclasses.replace(config, **unset)
 
 
-def _trains(name: str, t_sampler: str) -> bool:
-    """Whether a flag has a part in training: the spectral ones may be about the grid of samples alone."""
-    return name not in ("spectral_variant", "spectral_delta") or schedules.spectral(t_sampler)
+def _is_trained(name: str, t_sampler: str) -> bool:
+    """Whether a flag matters to training: these two may be about the grid of samples alone."""
+    return name not in ("spectral_variant", "spectral_delta") or t_sampler.startswith("spectral_")
 
 
-def _complete(args: Namespace) -> Namespace:
-    """Choices and ranges checked, and defaults that depend on the data set."""
-    for name, flag in FLAGS.items():
-        if flag.choices and getattr(args, name) not in flag.choices:
-            raise UserError(f"--{name} {getattr(args, name)} must be one of {', '.join(flag.choices)}")
-    for name, value in of_data_set(args.dataset).items():
-        if getattr(args, name) in (None, ""):
-            setattr(args, name, value)
-    for lowest, names in AT_LEAST.items():
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not value >= lowest:
-                raise UserError(f"--{name} {value} must be at least {lowest}")
-    if not 0 < args.dist_timeout < float("inf"):
-        raise UserError(f"--dist_timeout {args.dist_timeout} must be a number of minutes above 0")
-    if args.seed >= 2**64:
-        raise UserError(f"--seed {args.seed} must be below 2^64")
-    return args
+def split_global_batch(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Settle `global_batch` and `accum_iter` for this number of ranks.
+
+    Raises:
+        UserError: a global batch that is no multiple of batch size times ranks, or contradicts --accum_iter.
+    """
+    per_microbatch = config.batch_size * world_size
+    if config.global_batch is None:
+        accum_iter = config.accum_iter or 1
+        return dataclasses.replace(config, accum_iter=accum_iter, global_batch=per_microbatch * accum_iter)
+    accum_iter = config.accum_iter or config.global_batch // per_microbatch
+    if accum_iter * per_microbatch != config.global_batch:
+        raise UserError(
+            f"--global_batch {config.global_batch} is not --batch_size {config.batch_size} x {world_size} ranks x "
+            f"{accum_iter or 1} microbatches. Choose a batch size that divides it, or another global batch."
+        )
+    return dataclasses.replace(config, accum_iter=accum_iter)
 
 
-def of_data_set(name: str) -> dict[str, Any]:
-    """The defaults that depend on the data set."""
-    known, digits = KNOWN[name], name == "digits"
-    sizes = {"img_size": known.img_size, "class_num": known.class_num}
-    return {**sizes, "flip": not digits, "metrics": "class_agreement" if digits else "fid,is"}
+# --------------------------------------------------------------------------------------------------------- checking
+
+# flag -> (predicate of its use, what it needs): a value that differs from the default is reported as without effect
+NEEDS = {
+    "labels": (lambda c: c.sample, "--sample"),
+    "num_per_class": (lambda c: c.sample, "--sample"),
+    "keep_features": (lambda c: c.evaluate_gen, "--evaluate_gen"),
+    "init_weights": (lambda c: c.init_from, "--init_from"),
+    "val_images": (lambda c: c.val_split, "--val_split"),
+    "val_freq": (lambda c: c.val_split, "--val_split"),
+    "val_rings": (lambda c: c.val_split, "--val_split"),
+    "on_bad_image": (lambda c: not DATASETS[c.dataset].in_memory, "images that are read from files"),
+    "t_uniform_mix": (lambda c: spectral(c.t_sampler), "a spectral --t_sampler"),
+    "spectral_variant": (lambda c: spectral(c.t_sampler, c.sampling_grid), "a spectral --t_sampler or --sampling_grid"),
+    "spectral_delta": (lambda c: spectral(c.t_sampler, c.sampling_grid), "a spectral --t_sampler or --sampling_grid"),
+    "spectrum_file": (
+        lambda c: spectral(c.t_sampler, c.sampling_grid) or c.sf_schedule == "snr",
+        "a setting that uses a spectrum",
+    ),
+    "P_mean": (lambda c: c.t_sampler == "logit_normal", "--t_sampler logit_normal"),
+    "P_std": (lambda c: c.t_sampler == "logit_normal", "--t_sampler logit_normal"),
+    "sample_t_eps": (lambda c: c.pred_param == "x", "--pred_param x"),
+    "sf_alpha": (lambda c: c.sf_schedule == "power", "--sf_schedule power"),
+    "sf_snr_floor": (lambda c: c.sf_schedule != "linear", "--sf_schedule power or snr"),
+    "dct_fixed_scale": (lambda c: c.disable_dct_scale_schedule, "--disable_dct_scale_schedule"),
+    "window_size": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
+    "sf_schedule": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
+    "disable_dct_scale_schedule": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
+    "spectral_residual_scale": (lambda c: c.spectral_residual != "off", "--spectral_residual"),
+}
 
 
-def check(args: Namespace, evaluates: bool) -> list[str]:
-    """Refuse settings that cannot work, before anything is built. Returns warnings.
+def spectral(*choices: str) -> bool:
+    """Whether one of the choices of --t_sampler or --sampling_grid is made from a spectrum."""
+    return any(choice.startswith("spectral_") for choice in choices)
+
+
+def check(config: Any, evaluates: bool) -> list[str]:
+    """Refuse settings that cannot work together, before anything is built. Return warnings.
 
     Args:
         evaluates: whether `num_images` images will be generated for metrics.
     """
-    if args.model not in JiT_models:
-        raise UserError(f"unknown model {args.model!r}; known: {', '.join(JiT_models)}")
-    patch = JiT_models[args.model].keywords["patch_size"]
-    if args.img_size % patch:
-        raise UserError(f"--img_size {args.img_size} is not divisible by the patch size {patch} of {args.model}")
-    sf = not args.disable_dct_patchify
-    if sf and args.window_size is not None and (args.window_size < 2 or args.img_size % args.window_size):
+    if config.model not in JiT_models:
+        raise UserError(f"--model {config.model} is unknown; it must be one of {', '.join(JiT_models)}.")
+    patch = JiT_models[config.model].keywords["patch_size"]
+    if config.img_size % patch:
+        raise UserError(f"--img_size {config.img_size} is not divisible by the patch size {patch} of {config.model}.")
+    if config.input_operator not in ("none", *INPUT_OPERATORS):
+        known = ", ".join(("none", *INPUT_OPERATORS))
+        raise UserError(f"--input_operator {config.input_operator} is unknown; it must be one of {known}.")
+    if config.interval_min > config.interval_max:
         raise UserError(
-            f"--window_size {args.window_size} must be at least 2 and divide the image size {args.img_size}"
+            f"--interval_min {config.interval_min} is above --interval_max {config.interval_max}; "
+            "the guidance interval must satisfy 0 <= min <= max <= 1."
         )
-    if not 0 < args.spectral_residual_scale < math.inf:
-        raise UserError(f"--spectral_residual_scale {args.spectral_residual_scale} must be a positive number")
-    for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "ema_decay1", "ema_decay2"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be between 0 and 1")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 0 and below 1")
-    if not 0 <= args.interval_min <= args.interval_max <= 1:
+    if evaluates and config.num_images % config.class_num:
+        enough = -(-config.num_images // config.class_num) * config.class_num
         raise UserError(
-            f"the guidance interval ({args.interval_min}, {args.interval_max}) must satisfy 0 <= min <= max <= 1"
+            f"--num_images {config.num_images} is not a multiple of the {config.class_num} classes, of which an "
+            f"evaluation needs equally many images; {enough} is. --no-online_eval (ONLINE_EVAL=0) trains without."
         )
-    if evaluates and args.num_images % args.class_num:
-        enough = -(-args.num_images // args.class_num) * args.class_num
+    if spectral(config.sampling_grid) and config.num_sampling_steps < 3:
         raise UserError(
-            f"--num_images {args.num_images} is not a multiple of the {args.class_num} classes: "
-            f"an evaluation needs equally many images of each class, as {enough} are "
-            "(--no-online_eval, or ONLINE_EVAL=0, trains without)"
+            f"--num_sampling_steps {config.num_sampling_steps} is too few for --sampling_grid {config.sampling_grid}, "
+            "which needs at least 3."
         )
-    if args.grad_clip is not None and not args.grad_clip > 0:
-        raise UserError(f"--grad_clip {args.grad_clip} must be above 0")
-    if args.cuda_graph and args.parallel == "fsdp" and not (args.evaluate_gen or args.sample):
-        raise UserError("--cuda_graph is for a network that is whole on each process: not with --parallel fsdp")
-    warnings = schedules.check(args)
-    width = inner_width(JiT_models[args.model].keywords["hidden_size"])
-    if args.pad_swiglu and width % MULTIPLE == 0:
-        warnings.append(f"--pad_swiglu has no effect on {args.model}, whose inner width {width} is a multiple of 8")
-    if not sf and (args.disable_dct_scale_schedule or args.window_size is not None or args.sf_schedule != "linear"):
-        warnings.append("Spectral Forcing is off (--disable_dct_patchify): its other flags have no effect")
-    if sf and args.dct_fixed_scale != DEFAULTS["dct_fixed_scale"] and not args.disable_dct_scale_schedule:
-        warnings.append("--dct_fixed_scale has no effect without --disable_dct_scale_schedule")
-    if args.spectral_residual == "off" and args.spectral_residual_scale != DEFAULTS["spectral_residual_scale"]:
-        warnings.append("--spectral_residual_scale has no effect without --spectral_residual")
-    if args.on_bad_image != DEFAULTS["on_bad_image"] and args.dataset in IN_MEMORY:
-        warnings.append(f"--on_bad_image has no effect on {args.dataset}, whose images are not read from files")
+    flags, warnings = all_flags(), []
+    for name, (used, need) in NEEDS.items():
+        if not used(config) and getattr(config, name) != flags[name].default:
+            warnings.append(f"--{name} {getattr(config, name)} has no effect without {need}")
+    chosen = [] if config.input_operator == "none" else [INPUT_OPERATORS[config.input_operator]]
+    for operator in (*chosen, *BLOCK_OPERATORS.values()):
+        warnings += operator.check(config)
     return warnings
 
 
-def without_effect(given: Mapping[str, Any]) -> list[str]:
-    """Warnings about flags that were given, and do nothing without another one that was not."""
-    return [
-        f"--{name} has no effect without --{needed}"
-        for needed, names in NEEDED_BY.items()
-        if not given.get(needed)
-        for name in names
-        if name in given
-    ]
-
-
 def parse_labels(text: str | None, class_num: int) -> list[int]:
-    """Classes in "0,1,2" or "0-9" or a mixture; the first ten by default."""
+    """Return the classes in "0,1,2" or "0-9" or a mixture; the first ten by default."""
     labels: list[int] = []
     try:
         for part in (text or f"0-{min(class_num, 10) - 1}").split(","):
             first, _, last = part.strip().partition("-")
             labels += range(int(first), int(last or first) + 1)
     except ValueError:
-        raise UserError(f"--labels {text!r} must be class numbers such as 0,1,2 or 0-9") from None
+        raise UserError(f"--labels {text!r} must be class numbers such as 0,1,2 or 0-9.") from None
     outside = [label for label in labels if label >= class_num]
     if outside or not labels:
-        raise UserError(f"--labels {text}: {outside or 'none'} where the classes are 0 to {class_num - 1}")
+        raise UserError(f"--labels {text} names {outside or 'no class'}; the classes are 0 to {class_num - 1}.")
     return labels
 
 
-def split_global_batch(args: Namespace, world_size: int) -> None:
-    """Settle `global_batch` and `accum_iter` for this number of processes.
-
-    Raises:
-        UserError: a global batch that batch size, processes and accumulation do not make.
-    """
-    one_pass = args.batch_size * world_size
-    if args.global_batch is None:
-        args.accum_iter = args.accum_iter or 1
-        args.global_batch = one_pass * args.accum_iter
-        return
-    accum_iter = args.accum_iter or args.global_batch // one_pass
-    if accum_iter * one_pass != args.global_batch:
-        raise UserError(
-            f"a global batch of {args.global_batch} is not batch size {args.batch_size} x {world_size} processes x "
-            f"{accum_iter or 1} accumulated passes: choose a batch size that divides it, or another global batch"
-        )
-    args.accum_iter = accum_iter
+# ---------------------------------------------------------------------------------------------------------- telling
 
 
-def run_name(args: Namespace) -> str:
-    """A name that differs wherever two experiments differ: readable parts, and a digest of all that is bound."""
-    bound = {n: getattr(args, n) for n, flag in FLAGS.items() if flag.bound in (ALWAYS, TRAINING)}
-    bound = {n: v for n, v in bound.items() if (n not in NEWER or v != DEFAULTS[n]) and _trains(n, args.t_sampler)}
-    bound |= {n: getattr(args, n) for n in schedules.RECORDED if getattr(args, n, None) is not None}
-    bound["data_path"] = str(Path(args.data_path).resolve()) if args.data_path else None
-    bound |= {"init_from": args.init_from, "init_weights": args.init_weights if args.init_from else None}
-    digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:6]
-    if args.disable_dct_patchify:
-        operator = "base"
-    else:
-        operator = "sf" if args.window_size in (None, args.img_size) else f"sf-w{args.window_size}"
-    parts = [args.dataset, args.model.replace("/", "-"), str(args.img_size), operator, args.pred_param, digest]
-    return "_".join(parts)
+def run_name(config: Any) -> str:
+    """Return a name that differs wherever two experiments differ: readable parts and a hash of what is locked."""
+    locked = {
+        name: getattr(config, name)
+        for name, field in all_flags().items()
+        if field.metadata["lock"] in (LOCKED, LOCKED_FOR_TRAINING)
+        and not (field.metadata["added"] and getattr(config, name) == field.default)
+        and _is_trained(name, config.t_sampler)
+    }
+    locked.pop("input_operator", None) if config.input_operator in ("none", "spectral_forcing") else None
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    settled = ("sf_power", "schedule_delta", "schedule_level", "spectrum_sha256")
+    locked |= {name: fields[name] for name in settled if fields[name] is not None}
+    locked["data_path"] = str(Path(config.data_path).resolve()) if config.data_path else None
+    locked |= {"init_from": config.init_from, "init_weights": config.init_weights if config.init_from else None}
+    operator = {"none": "base", "spectral_forcing": "sf"}.get(config.input_operator, config.input_operator)
+    if operator == "sf" and config.window_size not in (None, config.img_size):
+        operator += f"-w{config.window_size}"
+    parts = [config.dataset, config.model.replace("/", "-"), str(config.img_size), operator, config.pred_param]
+    return "_".join([*parts, json_hash(locked, digits=6)])
 
 
-def describe(args: Namespace, given: Collection[str], world_size: int) -> str:
-    """The settings that differ from their defaults, those of the data set and of the batch included, by section.
+def describe(config: Any, given: Collection[str], world_size: int) -> str:
+    """Return the settings that differ from their defaults, a line per group.
 
     Args:
-        args: resolved, with its batches split.
-        given: names of the flags on the command line. Those that belong to a call alone (OWN) differ only if given:
-            else what they have now was settled.
+        config: resolved, with its global batch split.
+        given: names of the flags on the command line; flags that belong to one call count only if given.
     """
-    batch = {"global_batch": args.batch_size * world_size, "accum_iter": 1}
-    defaults = {**DEFAULTS, **of_data_set(args.dataset), **batch}
+    info = DATASETS[config.dataset]
+    usual = {"img_size": info.img_size, "class_num": info.class_num, "flip": info.flip, "metrics": info.metrics}
+    usual |= {"global_batch": config.batch_size * world_size, "accum_iter": 1}
+    if config.disable_dct_patchify:
+        usual["input_operator"] = "none"
     lines = []
-    for title, flags in SECTIONS.items():
-        names = [flag.name for flag in flags if flag.bound != OWN or flag.name in given]
-        changed = [f"{name} {getattr(args, name)}" for name in names if getattr(args, name) != defaults[name]]
+    for group in groups():
+        changed = [
+            f"{name} {getattr(config, name)}"
+            for name, field in flags_of(group).items()
+            if (field.metadata["lock"] != PER_CALL or name in given)
+            and getattr(config, name) != usual.get(name, field.default)
+        ]
         if changed:
-            lines.append(f"  {title.partition(' (')[0]}: " + ", ".join(changed))
+            lines.append(f"  {group.__doc__.partition(' (')[0].strip()}: " + ", ".join(changed))
     return "\n".join(lines)
+
+
+def from_namespace(args: argparse.Namespace | Mapping[str, Any]) -> Any:
+    """Return the configuration of a checkpoint's `args` on their own, as for an export."""
+    return resolve({}, dict(args) if isinstance(args, Mapping) else vars(args), training=False)

@@ -1,19 +1,19 @@
-"""Errors that are answered with a sentence instead of a traceback."""
+"""Errors that main_jit.py answers with one sentence instead of a traceback."""
 
 
 class UserError(Exception):
-    """Something in the request cannot be: the message says what was wrong, what was expected and what to do.
+    """A request cannot be fulfilled. The message says what is wrong, what is accepted and what to do.
 
-    `everywhere` says that all processes raise it alike, so that one of them is enough to say it.
+    `on_all_ranks` says that every rank raises it, so that rank 0 alone prints it.
     """
 
-    everywhere = False
+    on_all_ranks = False
 
 
 class NonFiniteError(UserError):
-    """The loss or a gradient of `steps` was not finite. No weight, average or optimizer state has taken part in it."""
+    """The loss or a gradient of `steps` was not finite. The update was skipped on every rank."""
 
-    everywhere = True
+    on_all_ranks = True
 
     def __init__(self, message: str, steps: range):
         super().__init__(message)

@@ -1,39 +1,40 @@
-"""Which checkpoint a call starts from, and the settings that follow from it and from the flags."""
+"""Which checkpoint a call starts from, and the configuration that follows from it and from the flags."""
 
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from util import checkpoint, config, schedules
-from util.checkpoint import Checkpoint
-from util.distributed import World
+from util.checkpoint.files import find
+from util.checkpoint.published import Checkpoint, load
+from util.config import resolve, run_name, split_global_batch
+from util.dist.context import DistContext
 from util.errors import UserError
+from util.flags import LOCKED, flags_of
+from util.operators import BLOCK_OPERATORS, INPUT_OPERATORS
+from util.schedules import record_spectrum
 
 ARCHITECTURE = ("model", "img_size", "class_num")
-RESIDUAL = ("spectral_residual", "spectral_residual_scale")
 
 
-def load_for_inference(given: Mapping[str, Any], what: str) -> tuple[Namespace, Checkpoint]:
-    """Settings and checkpoint of an evaluation or of sampling; `what` is the flag that asked for it.
+def load_for_inference(given: Mapping[str, Any], task: str) -> tuple[Any, Checkpoint]:
+    """Return configuration and checkpoint of an evaluation or of sampling; `task` is the flag that asked for it.
 
     Raises:
-        UserError: no folder named, no checkpoint in it, flags that contradict it.
+        UserError: no folder, no checkpoint in it, flags that contradict it.
     """
     folder = given.get("resume") or given.get("output_dir")
     if folder is None:
-        raise UserError(f"--{what} needs a trained model: name its folder with --resume (RESUME in the launcher)")
-    saved = checkpoint.load(folder, given.get("checkpoint"))
-    args = config.resolve(given, saved.args, training=False)
-    args.resume, args.output_dir = folder, given.get("output_dir") or folder
-    return args, saved
+        raise UserError(f"--{task} needs a trained model; name its folder with --resume (RESUME in the launcher).")
+    checkpoint = load(folder, given.get("checkpoint"))
+    config = resolve(given, checkpoint.args, training=False)
+    return replace(config, resume=folder, output_dir=given.get("output_dir") or folder), checkpoint
 
 
-def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace, Checkpoint | None]:
-    """Settings and checkpoint of a training run; no checkpoint for a fresh one.
+def load_for_training(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, Checkpoint | None, Checkpoint | None]:
+    """Return configuration, checkpoint to resume (or None) and checkpoint to start a new run from (or None).
 
-    A checkpoint in the output folder wins, so that a requeued job goes on; --resume only starts a run.
+    A checkpoint in the output folder wins, so that a requeued job resumes; --resume only starts a run.
 
     Raises:
         UserError: a folder to resume without a checkpoint, flags that contradict it.
@@ -41,59 +42,69 @@ def load_for_training(given: Mapping[str, Any], world: World) -> tuple[Namespace
     resume, output, init = given.get("resume"), given.get("output_dir"), given.get("init_from")
     if "checkpoint" in given:
         raise UserError(
-            "--checkpoint chooses what to evaluate or sample; training goes on from the newest one, and to go back, "
-            "put another in its place"
+            "--checkpoint chooses what to evaluate or sample; training resumes from the newest checkpoint. "
+            "To go back, put an earlier file in its place."
         )
     if resume and init:
-        raise UserError("--resume goes on with a run and --init_from starts another one: give one of the two")
-    saved, bound = None, None
-    if output is not None and checkpoint.find(output):
-        saved = checkpoint.load(output)
-    elif resume is not None and (
-        checkpoint.find(resume) or output is None or Path(resume).resolve() != Path(output).resolve()
-    ):
-        saved = checkpoint.load(resume)
-    elif init is not None:
-        source = checkpoint.load(init).args
-        plain = source.get("spectral_residual", "off") == "off"  # the correction may be added to it
-        shape = ARCHITECTURE if plain else ARCHITECTURE + RESIDUAL
-        bound = config.resolve(given, source, training=False, only=shape)
-    args = bound or config.resolve(given, saved.args if saved else None, training=True)
-    config.split_global_batch(args, world.size)
-    schedules.record(args, saved.args if saved else None)
-    args.resume, args.output_dir = resume, output or str(Path("output") / config.run_name(args))
-    if output is None and checkpoint.find(args.output_dir):
-        return load_for_training({**given, "output_dir": args.output_dir}, world)
-    if saved and given.get("start_epoch", saved.epoch + 1) != saved.epoch + 1:
-        note = f"--start_epoch has no effect on a run that goes on: {saved.path} is of {saved.epoch + 1} epochs"
-        saved = replace(saved, notes=(*saved.notes, note))
-    args.start_epoch = saved.epoch + 1 if saved else args.start_epoch
-    return args, saved
+        raise UserError("--resume continues a run and --init_from starts another one; they are mutually exclusive.")
+    checkpoint = None
+    if output is not None and find(output):
+        checkpoint = load(output)
+    elif resume is not None and (find(resume) or output is None or Path(resume).resolve() != Path(output).resolve()):
+        checkpoint = load(resume)
+    source = load(init) if init and checkpoint is None else None
+    if source is not None:
+        config = resolve(given, source.args, training=False, only=(*ARCHITECTURE, *_block_settings(source.args)))
+    else:
+        config = resolve(given, checkpoint.args if checkpoint else None, training=True)
+    config = record_spectrum(split_global_batch(config, ctx.world_size), checkpoint.args if checkpoint else None)
+    config = replace(config, resume=resume, output_dir=output or str(Path("output") / run_name(config)))
+    if output is None and find(config.output_dir):
+        return load_for_training({**given, "output_dir": config.output_dir}, ctx)
+    if checkpoint is not None:
+        epochs = checkpoint.epoch + 1
+        if given.get("start_epoch", epochs) != epochs:
+            note = f"--start_epoch has no effect: {checkpoint.path} has finished {epochs} epochs"
+            checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+        config = replace(config, start_epoch=epochs)
+    return config, checkpoint, source
 
 
-def start_step(saved: Checkpoint | None, start_epoch: int, steps_per_epoch: int) -> int:
-    """The step, counted from 0, at which training starts; with a checkpoint of ours perhaps in the middle of an epoch.
+def _block_settings(args: Mapping[str, Any]) -> list[str]:
+    """Flags of the block operators that a model was trained with: a run that starts from it must have them too."""
+    names = []
+    for entry in BLOCK_OPERATORS.values():
+        flags = flags_of(entry.settings)
+        if any(args.get(name, field.default) != field.default for name, field in flags.items()):
+            names += flags
+    return names
+
+
+def start_step(checkpoint: Checkpoint | None, start_epoch: int, steps_per_epoch: int) -> int:
+    """Return the step, counted from 0, at which training starts; it may be in the middle of an epoch.
 
     Raises:
-        UserError: the steps of an epoch are not those that the checkpoint was made with.
+        UserError: an epoch has another number of steps than the checkpoint was made with.
     """
-    step = saved.run.get("step") if saved else None
+    step = checkpoint.run.get("step") if checkpoint else None
     if step is None:
         return start_epoch * steps_per_epoch
-    if step // steps_per_epoch != start_epoch or saved.run.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
+    saved = checkpoint.run.get("steps_per_epoch", steps_per_epoch)
+    if step // steps_per_epoch != start_epoch or saved != steps_per_epoch:
         raise UserError(
-            f"{saved.path} is of step {step} after {start_epoch} whole epochs, and an epoch now has {steps_per_epoch} "
-            "steps: the data set is another one than the run was trained on. --init_from starts a new run on it"
+            f"{checkpoint.path} is at step {step} after {start_epoch} epochs, but an epoch now has {steps_per_epoch} "
+            "steps: the data set has changed. --init_from starts a new run on it."
         )
     return step
 
 
-def init_notes(args: Namespace, init: Checkpoint) -> list[str]:
-    """What a run that starts from another one's weights computes differently from that one, as warnings."""
-    names = ("disable_dct_patchify", "window_size", "sf_schedule", "sf_alpha", "sf_snr_floor")
-    names += ("pred_param", "noise_scale")
+def init_warnings(config: Any, source: Checkpoint) -> list[str]:
+    """Return warnings on locked settings in which a new run differs from the one whose weights it starts from."""
+    names = ["pred_param", "noise_scale", "input_operator"]
+    for entry in INPUT_OPERATORS.values():
+        names += [name for name, field in flags_of(entry.settings).items() if field.metadata["lock"] == LOCKED]
     return [
-        f"--init_from: those weights were trained with {name} {init.args[name]}, and this run has {getattr(args, name)}"
+        f"--init_from: those weights were trained with {name} {source.args[name]}, this run has {getattr(config, name)}"
         for name in names
-        if name in init.args and init.args[name] != getattr(args, name)
+        if name in source.args and source.args[name] != getattr(config, name)
     ]

@@ -1,70 +1,46 @@
-"""Random numbers that are a function of (seed, stream, step, index) alone.
+"""Random numbers that are a function of (seed, step, sample index, stream) alone.
 
-A counter-based generator has no state: it encrypts a counter. So one process and many, a run that was interrupted and
-one that was not, draw the same numbers for the same sample, and a GPU draws the integers that a CPU draws.
+A counter-based generator has no state: it encrypts a counter. So one process and many, an interrupted run and an
+uninterrupted one draw the same numbers for the same sample, and a GPU draws the integers that a CPU draws.
 
-Shapes: B samples, n numbers a sample.
+Shapes: B samples, n numbers a sample, K = ceil(n / 4) blocks of four numbers a sample.
 """
 
 import math
 from collections.abc import Callable
-from enum import IntEnum
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+#: What the numbers are for -> its part of the counter. No two uses share a stream; a number here never changes.
+STREAMS = {"time": 0, "noise": 1, "label_drop": 2, "flip": 3, "start_noise": 4, "validation": 5, "schedule": 6}
+PIECE = 2**15  # blocks that a CPU draws at a time, in memory that its cache holds
 _MASK = 0xFFFFFFFF
 _HALF = np.uint64(32)
-PIECE = 2**15  # blocks of four numbers that a CPU draws at a time, in memory that its cache holds
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]  # of 32 bits, in int64
 
 
-class Stream(IntEnum):
-    """What the numbers are for; no two uses share one."""
+def philox(counter: Words, key: tuple[int, int]) -> Words:
+    """Encrypt a counter by Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-    TIME = 0
-    NOISE = 1
-    LABEL_DROP = 2
-    FLIP = 3
-    START_NOISE = 4
-    VALIDATION = 5
-    SCHEDULE = 6
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-
-    Args:
-        counter: four int64 tensors of one shape (or broadcastable), each holding 32 bits.
-        key: two integers of 32 bits.
-
-    Returns:
-        Four int64 tensors, each holding 32 random bits. A product of two words wraps around in int64, and its
-        low and high halves are still those of the unsigned product.
+    The four counters broadcast; a key has two words of 32 bits. A product of two words wraps around in int64, and its
+    low and high halves are still those of the unsigned product.
     """
-    if all(c.device.type == "cpu" for c in counter):
-        return _philox_on_cpu(counter, key)
-    return _philox_on_device(counter, key)
-
-
-def _philox_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        c0, c1 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK
+        c2, c3 = ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     return c0, c1, c2, c3
 
 
-def _philox_on_cpu(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """In words of 32 bits, and of 64 for the products alone: less memory to go through."""
+def philox_on_cpu(counter: Words, key: tuple[int, int]) -> Words:
+    """Compute `philox` by numpy, several times as fast, in words of uint32 and products of uint64."""
     c0, c1, c2, c3 = (c.astype(np.uint32) for c in np.broadcast_arrays(*(c.numpy() for c in counter)))
     k0, k1 = key
     p0, p1 = np.empty(c0.shape, np.uint64), np.empty(c0.shape, np.uint64)
@@ -76,95 +52,69 @@ def _philox_on_cpu(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[T
         c0, c1 = (p1 >> _HALF).astype(np.uint32) ^ c1, p1.astype(np.uint32)
         c2, c3 = (p0 >> _HALF).astype(np.uint32) ^ c3, p0.astype(np.uint32)
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return tuple(torch.from_numpy(c.astype(np.int64)) for c in (c0, c1, c2, c3))
+    return tuple(torch.from_numpy(c) for c in (c0, c1, c2, c3))
 
 
-def _counter(stream: Stream, step: int, index: Tensor, block: Tensor) -> tuple[Tensor, ...]:
-    """Four words of 32 bits, broadcast (B, K), for samples `index` (B,) in 0 .. 2^56 - 1 and blocks `block` (K,)."""
-    if not 0 <= step < 2**32:
-        raise ValueError(f"the step is {step}: it must be in 0 .. 2^32 - 1")
-    index = index[:, None]
-    high = (index >> 32) & 0xFFFFFF | (int(stream) << 24)
-    return block[None, :], index & _MASK, torch.full_like(index, step), high
+def to_uniform(words: Words, out: Tensor | None = None) -> Tensor:
+    """Map words (B, K) to float32 (B, K, 4), uniform in the open interval (0, 1)."""
+    return torch.mul((torch.stack(words, dim=-1).long() >> 9).float() + 0.5, 2.0**-23, out=out)
 
 
-def _key(seed: int) -> tuple[int, int]:
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"the seed is {seed}: it must be in 0 .. 2^64 - 1")
-    return seed & _MASK, seed >> 32
-
-
-def uniform(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> Tensor:
-    """(B, n) float32, uniform in the open interval (0, 1), for samples `index` (B,) int64, on its device."""
-    block, key = torch.arange(-(-n // 4), device=index.device), _key(seed)
-    counter = _counter(stream, step, index, block)
-    numbers = _uniform(philox(counter, key)) if index.device.type == "cpu" else _drawn(_uniform_on_device)(counter, key)
-    return numbers.flatten(1)[:, :n]
-
-
-def normal(seed: int, stream: Stream, step: int, index: Tensor, n: int = 1) -> Tensor:
-    """(B, n) float32, standard normal (Box and Muller), for samples `index` (B,) int64, on its device."""
-    block, key = torch.arange(-(-n // 4), device=index.device), _key(seed)
-    if index.device.type == "cpu":
-        numbers = _normal_on_cpu(stream, step, index, block, key)
-    else:
-        numbers = _drawn(_normal_on_device)(_counter(stream, step, index, block), key)
-    return numbers.flatten(1)[:, :n]
-
-
-def _uniform(words: tuple[Tensor, ...]) -> Tensor:
-    """(B, K, 4) of four words of 32 bits, each (B, K)."""
-    return ((torch.stack(words, dim=-1) >> 9).float() + 0.5) * 2.0**-23
-
-
-def _polar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Radius and angle of two independent normal numbers, from two words of 32 bits."""
-    radius = (-2 * ((a.float() + 0.5) * 2.0**-32).log()).sqrt()
-    return radius, b.float() * (2 * math.pi * 2.0**-32)
-
-
-def _normal_on_cpu(stream: Stream, step: int, index: Tensor, block: Tensor, key: tuple[int, int]) -> Tensor:
-    """(B, K, 4) for samples `index` (B,) and blocks `block` (K,), PIECE of them at a time."""
-    out = torch.empty(len(index), len(block), 4)
-    tall = max(1, PIECE // max(1, len(block)))  # samples at a time
-    for part, rows in zip(index.split(tall), out.split(tall), strict=True):
-        for columns, numbers in zip(block.split(PIECE), rows.split(PIECE, dim=1), strict=True):
-            words = philox(_counter(stream, step, part, columns), key)
-            for i in (0, 2):
-                radius, angle = _polar(words[i], words[i + 1])
-                torch.mul(radius, angle.cos(), out=numbers[..., i])
-                torch.mul(radius, angle.sin(), out=numbers[..., i + 1])
-    return out
-
-
-def _uniform_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
-    """(B, K, 4)"""
-    return _uniform(_philox_on_device(counter, key))
-
-
-def _normal_on_device(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
-    """(B, K, 4). Not compiled, each of the ten rounds goes through memory a dozen times."""
-    c0, c1, c2, c3 = _philox_on_device(counter, key)
-    (r0, a0), (r1, a1) = _polar(c0, c1), _polar(c2, c3)
-    return torch.stack([r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()], dim=-1)
+def to_normal(words: Words, out: Tensor | None = None) -> Tensor:
+    """Map words (B, K) to standard normal float32 (B, K, 4), by Box and Muller."""
+    radii = [(a.float().add_(0.5).mul_(2.0**-32).log_().mul_(-2)).sqrt_() for a in words[0::2]]
+    angles = [b.float().mul_(2 * math.pi * 2.0**-32) for b in words[1::2]]
+    numbers = [r * f(angle) for r, angle in zip(radii, angles, strict=True) for f in (torch.cos, torch.sin)]
+    return torch.stack(numbers, dim=-1, out=out)
 
 
 @cache
-def _compiled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(draw, dynamic=False)
+def _kernel(transform: Callable[[Words], Tensor], compiled: bool) -> Callable[[Words, tuple[int, int]], Tensor]:
+    def kernel(counter: Words, key: tuple[int, int]) -> Tensor:
+        return transform(philox(counter, key))
+
+    return torch.compile(kernel, dynamic=False) if compiled else kernel
 
 
-def _drawn(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return _compiled(draw) if _compiles else draw
-
-
-_compiles = False
+_compiled = False
 
 
 def use_compiler(on: bool) -> None:
-    """Whether numbers on a GPU are drawn by compiled code: by a kernel or two instead of a hundred and more.
+    """Set whether compiled code draws a GPU's numbers: one or two kernels, not a hundred, equal up to rounding."""
+    global _compiled
+    _compiled = on
 
-    The words are the same, and normal numbers are up to rounding.
-    """
-    global _compiles
-    _compiles = on
+
+class CounterRNG:
+    """The random numbers of the samples `index` (B,), int64 in 0 .. 2^56 - 1, in a step; on the device of `index`."""
+
+    def __init__(self, seed: int, step: int, index: Tensor):
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"The seed is {seed}; it must be in 0 .. 2^64 - 1.")
+        if not 0 <= step < 2**32:
+            raise ValueError(f"The step is {step}; it must be in 0 .. 2^32 - 1.")
+        self.key, self.step, self.index = (seed & _MASK, seed >> 32), step, index
+
+    def uniform(self, stream: str, n: int = 1) -> Tensor:
+        """Draw (B, n) float32, uniform in the open interval (0, 1)."""
+        return self._draw(to_uniform, STREAMS[stream], n)
+
+    def normal(self, stream: str, n: int = 1) -> Tensor:
+        """Draw (B, n) float32, standard normal."""
+        return self._draw(to_normal, STREAMS[stream], n)
+
+    def _draw(self, transform: Callable[[Words], Tensor], stream: int, n: int) -> Tensor:
+        block = torch.arange(-(-n // 4), device=self.index.device)  # (K,)
+        if self.index.device.type != "cpu":
+            return _kernel(transform, _compiled)(self._counter(stream, self.index, block), self.key).flatten(1)[:, :n]
+        out = torch.empty(len(self.index), len(block), 4)
+        tall = max(1, PIECE // max(1, len(block)))  # samples at a time
+        for index, rows in zip(self.index.split(tall), out.split(tall), strict=True):
+            for columns, piece in zip(block.split(PIECE), rows.split(PIECE, dim=1), strict=True):
+                transform(philox_on_cpu(self._counter(stream, index, columns), self.key), piece)
+        return out.flatten(1)[:, :n]
+
+    def _counter(self, stream: int, index: Tensor, block: Tensor) -> Words:
+        index = index[:, None]
+        high = (index >> 32) & 0xFFFFFF | (stream << 24)
+        return block[None], index & _MASK, torch.full_like(index, self.step), high

@@ -1,0 +1,92 @@
+"""The spectral residual of SpectralDiT: a block reweights the low and the high frequencies of its MLP branch.
+
+    low = Blur(r),    high = r - low
+    (g_lo, g_hi) = s tanh(W2 SiLU(W1 c))
+    x <- x + r + g_lo low + g_hi high                                                       (arXiv 2606.18765)
+
+r is the MLP branch after its gate, on the grid of patch tokens, and c the embedding of time ("time"), of time and
+label ("time_label"), or nothing: then the two numbers inside tanh are learned parameters ("static"). W2 starts at
+zero, so the block is at first the plain one to the bit. In-context tokens are on no grid and take no correction.
+
+Shapes: B batch, N = side^2 patch tokens in row-major order, K in-context tokens in front of them, D width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MODES = ("time", "time_label", "static")
+BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+
+
+def blur_matrix(side: int) -> Tensor:
+    """Return the binomial filter along one axis as a matrix (side, side), with replicate padding at the ends.
+
+    Away from the ends its transfer function is cos^4(pi f), f in cycles per token. All entries are multiples of 1/16,
+    which bfloat16 holds exactly, and each row sums to 1.
+    """
+    column = (torch.arange(side)[:, None] + torch.arange(-2, 3)).clamp(0, side - 1)  # (side, 5)
+    return torch.zeros(side, side).scatter_add_(1, column, torch.tensor(BINOMIAL).expand(side, 5))
+
+
+def blur(r: Tensor, matrix: Tensor) -> Tensor:
+    """Apply the 5x5 filter outer(BINOMIAL, BINOMIAL) to each channel of r (B, N, D), one axis after the other.
+
+    A depthwise convolution takes as long, but needs a padded copy, whose gradient on CUDA is not deterministic.
+    """
+    b, n, d = r.shape
+    side = len(matrix)
+    rows = torch.bmm(matrix.expand(b, side, side), r.reshape(b, side, side * d))  # (B, side, side D)
+    return torch.bmm(matrix.expand(b * side, side, side), rows.view(b * side, side, d)).view(b, n, d)
+
+
+class SpectralResidual(nn.Module):
+    """The correction g_lo low + g_hi high of one block; zero until its parameters have been trained.
+
+    `side` is that of the grid of patch tokens; `mode`, one of MODES, is what the gates depend on, and `scale`, a
+    positive number, is s, their bound. Raises ValueError for other values.
+    """
+
+    def __init__(self, dim: int, side: int, mode: str = "time", scale: float = 1.0):
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"The spectral residual's mode {mode!r} must be one of {', '.join(MODES)}.")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"The spectral residual's scale {scale} must be a positive number.")
+        self.side, self.mode, self.scale = side, mode, scale
+        with torch.random.fork_rng(devices=[]):  # the other parameters of a network are drawn as without this module
+            if mode == "static":
+                self.raw_gates = nn.Parameter(torch.empty(2))
+            else:
+                self.fc1 = nn.Linear(dim, dim // 4)
+                self.fc2 = nn.Linear(dim // 4, 2)
+            self.reset_parameters()
+        self.register_buffer("matrix", blur_matrix(side), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Draw W1 (Xavier) and set all else to zero."""
+        for name, parameter in self.named_parameters():
+            (nn.init.xavier_uniform_ if name == "fc1.weight" else nn.init.zeros_)(parameter)
+
+    def gates(self, t_emb: Tensor, y_emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (g_lo, g_hi) for t_emb, y_emb (B, D): (B,) each, or () for "static"; float32, between -s and s."""
+        c = t_emb + y_emb if self.mode == "time_label" else t_emb
+        raw = self.raw_gates if self.mode == "static" else self.fc2(F.silu(self.fc1(c)))
+        g_lo, g_hi = (self.scale * torch.tanh(raw.float())).unbind(-1)
+        return g_lo, g_hi
+
+    def forward(self, r: Tensor, t_emb: Tensor, y_emb: Tensor | None = None) -> Tensor:
+        """Return the correction of r (B, K + N, D), float32 and of the same shape; t_emb, y_emb (B, D).
+
+        The blur is in the type of r (bfloat16 under autocast, no coarser than r itself), the rest in float32.
+        """
+        context = r.shape[1] - self.side**2  # K
+        g_lo, g_hi = (g[..., None, None] for g in self.gates(t_emb, y_emb))  # (B, 1, 1) each
+        grid = r[:, context:]  # (B, N, D)
+        correction = g_hi * grid + (g_lo - g_hi) * blur(grid, self.matrix)
+        return F.pad(correction, (0, 0, context, 0)) if context else correction  # (B, K + N, D)
+
+    def extra_repr(self) -> str:
+        return f"side={self.side}, mode={self.mode}, scale={self.scale}"

@@ -1,0 +1,139 @@
+"""Power per ring of spatial frequency: spectra of images, their power laws, and the gap between two spectra.
+
+F is the orthonormal FFT, so white noise of variance 1 has power 1 in every mode. Two quantities are called spectrum
+here and must not be mixed:
+
+    grey_spectrum   S_k of grey in [0, 1]: the spectrum gap of generated images is defined on it
+    rapsd           P_k, mean over channels of x in [-1, 1]: noise schedules are defined on it
+
+Shapes: n pixels per side, B images (B, 3, n, n) or (B, C, n, n), K rings, n_k modes in ring k (spectral_forcing.rings).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_forcing import num_rings, rings
+
+GREY = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+NO_POWER = 1e-12  # rounding leaves less than this in a ring without power; 8-bit images have far more, or none
+QUANTISATION = (2 / 255) ** 2 / 12  # power of rounding to 8 bits, in x of [-1, 1]
+
+
+def ring_power(x: Tensor) -> Tensor:
+    """Return the mean of |F x|^2 over the modes of each ring: real (..., n, n) -> float64 (..., K)."""
+    n = x.shape[-1]
+    if x.ndim < 2 or x.shape[-2] != n:
+        raise ValueError(f"Rings of frequency need square images, not {tuple(x.shape)}.")
+    ring, count = rings(n, x.device)
+    modes = torch.fft.fft2(x.double(), norm="ortho")  # (..., n, n)
+    power = (modes.real.square() + modes.imag.square()).flatten(-2)  # (..., n*n)
+    total = power.new_zeros(*power.shape[:-1], len(count)).index_add_(-1, ring.flatten(), power)
+    return total / count
+
+
+def grey_spectrum(images: Tensor) -> Tensor:
+    """Return S_k of each image: uint8 (B, 3, n, n) -> float64 (B, K). The spectrum of a set is the mean over it."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"grey_spectrum needs uint8 images (B, 3, n, n), not {images.dtype} {tuple(images.shape)}.")
+    weights = torch.tensor(GREY, dtype=torch.float64, device=images.device) / 255
+    return ring_power(torch.einsum("bchw,c->bhw", images.double(), weights))
+
+
+def rapsd(x: Tensor) -> Tensor:
+    """Return P_k of each image, radially averaged: (B, C, n, n) -> float64 (B, K)."""
+    return ring_power(x).mean(dim=1)
+
+
+def fit_power_law(power: Tensor) -> Tensor:
+    """Return (a, alpha) of ln P_k = a - alpha ln k, by least squares over the rings k >= 1 with weights 1 / k.
+
+    (..., K) with K >= 3 -> float64 (..., 2). A power of 0, which a constant image has, counts as NO_POWER.
+    """
+    k = torch.arange(1, power.shape[-1], dtype=torch.float64, device=power.device)
+    weight = 1 / k / (1 / k).sum()
+    x, y = k.log(), power[..., 1:].double().clamp_min(NO_POWER).log()
+    x = x - (weight * x).sum()
+    mean = (weight * y).sum(-1)  # (...)
+    alpha = -(weight * x * y).sum(-1) / (weight * x * x).sum()
+    return torch.stack([mean + alpha * (weight * k.log()).sum(), alpha], dim=-1)
+
+
+def image_fits(power: Tensor, level: Tensor, mean_level: Tensor, img_size: int) -> Tensor:
+    """Return FIT = (a, alpha, ln P^c_0, ln P_min) of each image, float64 (B, 4): what its noise schedule depends on.
+
+    P^c_0 and P_min = min_{k >= 1} P_k are measured, not taken from the power law, which is far above the last rings.
+    Both are at least QUANTISATION, below which a schedule does not tell them apart. `power` is P_k (B, K), `level` the
+    mean pixel of each channel of each image (B, C), in [-1, 1], and `mean_level` that of all images (C,).
+    """
+    centred_dc = (level - mean_level).double().square().mean(1) * img_size**2
+    ends = torch.stack([centred_dc, power[:, 1:].double().amin(1)], dim=1).clamp_min(QUANTISATION).log()
+    return torch.cat([fit_power_law(power), ends], dim=1)
+
+
+def ring_ratio(real: Tensor | Sequence[float], generated: Tensor | Sequence[float]) -> Tensor:
+    """Return S_gen / S_real of each ring, float64 (K,): below 1 where generated images have too little power."""
+    real, generated = (torch.as_tensor(s, dtype=torch.float64, device="cpu") for s in (real, generated))
+    if real.shape != generated.shape or real.ndim != 1:
+        raise ValueError(
+            f"The spectra {tuple(real.shape)} and {tuple(generated.shape)} must be of the same rings (K,)."
+        )
+    return generated / real
+
+
+def spectrum_gap(real: Tensor | Sequence[float], generated: Tensor | Sequence[float]) -> float:
+    """Return mean_k |ln S_real,k - ln S_gen,k| over all rings, DC and the corners included.
+
+    It is infinite or NaN if a power is zero or negative. Source: SpectralDiT's radial spectrum gap (arXiv 2606.18765).
+    """
+    return float(ring_ratio(real, generated).log().abs().mean())
+
+
+class SpectrumSums:
+    """Sums over real images, batch by batch and mergeable between ranks, from which all spectra of the set follow.
+
+    The centred spectrum is that of x_i - m with m the mean image. F is linear, so no second pass is needed:
+
+        P^c_k = mean_i P_k(x_i - m) = mean_i P_k(x_i) - P_k(m)
+    """
+
+    def __init__(self, n: int):
+        self.n, k = n, num_rings(n)
+        self.total = torch.zeros(1 + 2 * k + 3 * n * n, dtype=torch.float64, device="cpu")
+        # Views: number of images, sum of S_k, sum of P_k, sum of the 8-bit images (integers, exact in any order).
+        self._count, self.grey, self.power, self.image = self.total.split([1, k, k, 3 * n * n])
+
+    @property
+    def count(self) -> int:
+        return int(self._count)
+
+    def update(self, images: Tensor) -> Tensor:
+        """Add uint8 images (B, 3, n, n), on any device. Return their P_k (B, K)."""
+        power = rapsd(images.double() / 127.5 - 1)
+        self._count += len(images)
+        self.grey += grey_spectrum(images).sum(dim=0).cpu()
+        self.power += power.sum(dim=0).cpu()
+        self.image += images.sum(dim=0, dtype=torch.int64).cpu().flatten()
+        return power
+
+    def merge(self, other: "SpectrumSums") -> None:
+        """Add the sums of a disjoint set of images."""
+        self.total += other.total
+
+    def pack(self) -> Tensor:
+        """Return all sums as one float64 vector, to be sent to another rank."""
+        return self.total.clone()
+
+    def unpack(self, vector: Tensor) -> "SpectrumSums":
+        """Return new sums with the content of a vector that `pack` returned."""
+        sums = SpectrumSums(self.n)
+        sums.total += vector
+        return sums
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return grey_spectrum, rapsd and rapsd_centred, means over all images, float64 (K,) each."""
+        mean_image = (self.image / self.count).view(1, 3, self.n, self.n) / 127.5 - 1
+        power = self.power / self.count
+        centred = power - rapsd(mean_image)[0]
+        return {"grey_spectrum": self.grey / self.count, "rapsd": power, "rapsd_centred": centred}

@@ -1,0 +1,173 @@
+"""From a denoiser to images: what comes out, of which it depends, and what an error names.
+
+Shapes: z (B, C, H, W); t, y (B,).
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from denoiser import Denoiser
+from sampler import guidance_scale
+from tests.conftest import ONE
+from tests.util.evaluation.toy import CONFIG, Toy, network, toy_denoiser
+from util.dist.context import DistContext
+from util.dist.preemption import Preempted
+from util.errors import UserError
+from util.evaluation import generate as module
+from util.evaluation.generate import generate, generate_all, sample_grid, sampling_settings, setting_name, start_noise
+
+SMALL = replace(CONFIG, gen_bsz=2, seed=4)
+
+
+def images(denoiser, labels, ctx=ONE, **changes):
+    return generate_all(denoiser, replace(SMALL, **changes), labels, ctx)
+
+
+class Zero(torch.nn.Module):
+    """A network without velocity, so that the starting noise comes out."""
+
+    def forward(self, z, t, y):
+        return torch.zeros_like(z)
+
+
+def test_images_start_from_scaled_noise():
+    out = images(Denoiser(Zero(), pred_param="v", noise_scale=0.25), [0] * 5)
+    expected = ((0.25 * start_noise(SMALL, range(5)) + 1) * 127.5).clamp(0, 255)
+    assert out.dtype == torch.uint8 and out.shape == (5, 3, 16, 16)
+    assert (out.float() - expected).abs().max() < 0.501
+
+
+def test_start_noise_depends_on_seed_and_index_alone():
+    noise = start_noise(SMALL, range(3, 10))
+    torch.manual_seed(1)
+    assert torch.equal(start_noise(SMALL, [5, 3]), noise[[2, 0]])
+    assert not torch.equal(start_noise(replace(SMALL, seed=5), range(3, 10)), noise)
+    assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
+
+
+def test_an_image_does_not_depend_on_its_batch_or_rank():
+    denoiser, labels = network(), [3, 1, 4, 1, 5]
+    whole = images(denoiser, labels, gen_bsz=5).int()
+    assert (images(denoiser, labels, gen_bsz=2).int() - whole).abs().max() <= 1  # a rounding at most
+    some = torch.cat([part for _, part in generate(denoiser, SMALL, [3, 1], labels, ONE)]).int()
+    assert (some - whole[[3, 1]]).abs().max() <= 1
+    assert not images(denoiser, [3, 2, 4, 1, 5]).int().equal(whole)
+    assert not images(denoiser, labels, seed=5).int().equal(whole)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generating_leaves_the_mode_as_it_was(training):
+    modes = []
+
+    class Watched(Zero):
+        def forward(self, z, t, y):
+            modes.append((self.training, torch.is_grad_enabled()))
+            return super().forward(z, t, y)
+
+    denoiser = Denoiser(Watched(), pred_param="v").train(training)
+    images(denoiser, [0])
+    assert denoiser.training == denoiser.net.training == training and torch.is_grad_enabled()
+    assert set(modes) == {(False, False)}
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+@pytest.mark.parametrize(("cfg", "interval"), [(2.0, (0.25, 0.8)), (1.0, (0.0, 1.0)), (3.0, (0.0, 1.0))])
+def test_guidance_is_one_batch_and_without_it_there_is_one_forward(solver, cfg, interval):
+    net, (lo, hi) = Toy(), interval
+    config = {"sampling_method": solver, "num_sampling_steps": 4, "cfg": cfg, "interval_min": lo, "interval_max": hi}
+    images(Denoiser(net, pred_param="v"), [0] * 5, gen_bsz=5, **config)
+    grid = [0.0, 0.25, 0.5, 0.75, 1.0]
+    times = grid[:4] if solver == "euler" else [0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    on = [cfg != 1 and t < hi and (lo == 0 or t > lo) for t in times]
+    assert net.rows == [10 if guided else 5 for guided in on]
+    assert [float(guidance_scale(torch.tensor(t), cfg, lo, hi)) == cfg != 1 for t in times] == on
+
+
+class Breaks(Toy):
+    """Not finite for label 6 from time `since` on."""
+
+    def __init__(self, since, value):
+        super().__init__()
+        self.since, self.value = since, value
+
+    def forward(self, z, t, y):
+        bad = (y == 6) & (t >= self.since - 1e-6)
+        return torch.where(bad[:, None, None, None], self.value, super().forward(z, t, y))
+
+
+@pytest.mark.parametrize(
+    ("solver", "since", "value", "text"),
+    [
+        ("euler", 0.0, math.nan, "the velocity from t = 0 on"),
+        ("euler", 0.75, math.inf, "the velocity from t = 0.75 on"),
+        ("heun", 0.5, math.nan, "the velocity from t = 0.5 on"),
+        ("heun", 0.25, 3e38, "from finite velocities"),  # their sum, in the second Heun step, is not finite
+        ("heun", 1.0, math.nan, None),  # never asked for: the last step is Euler's
+    ],
+)
+def test_non_finite_images_are_an_error_that_names_image_label_seed_and_time(solver, since, value, text):
+    denoiser = Denoiser(Breaks(since, value), pred_param="v")
+    config = {"sampling_method": solver, "num_sampling_steps": 4, "cfg": 1.0, "gen_bsz": 4}
+    labels = [0, 1, 2, 6, 4, 6, 6, 6, 6, 6]
+    if text is None:
+        images(denoiser, labels, **config)
+        return
+    with pytest.raises(UserError) as error:
+        images(denoiser, labels, **config)
+    message = str(error.value)
+    assert "seed 4" in message and "image 3 (label 6), 1 in this batch" in message and "image 2" not in message
+    assert text in message
+    assert denoiser.training
+
+
+def test_many_non_finite_images_are_counted_and_some_named():
+    with pytest.raises(UserError) as error:
+        images(Denoiser(Breaks(0.0, math.nan), pred_param="v"), [6] * 8, gen_bsz=8)
+    assert str(error.value).count("label") == 5 and "8 in this batch" in str(error.value)
+
+
+def test_errors_while_noise_is_drawn_are_raised(monkeypatch):
+    monkeypatch.setattr(module, "start_noise", lambda config, index: start_noise(config, index) if 3 not in index else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        images(toy_denoiser(), [0] * 6)
+
+
+def test_sampling_stops_between_two_batches(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        module, "requested_on_any_rank", lambda ctx: asked.append(0) or ("SIGTERM" if len(asked) > 2 else None)
+    )
+    net = Toy()
+    with pytest.raises(Preempted, match="before all images existed"):
+        images(Denoiser(net, pred_param="v"), [0] * 10, cfg=1.0)
+    assert net.rows == [2] * 6  # three evaluations for each of two batches of two
+
+
+def test_settings_and_names_tell_images_apart():
+    settings = sampling_settings(CONFIG)
+    assert settings == {"solver": "heun", "steps": 2, "cfg": 2.0, "interval": [0.1, 1.0], "seed": 3}
+    assert setting_name(CONFIG, 55) == "epoch0056-ema1-heun2-cfg2"
+    demo = replace(CONFIG, num_sampling_steps=20, cfg=1.5, ema="model", sampling_method="euler")
+    assert setting_name(demo, 0) == "epoch0001-model-euler20-cfg1.5"
+    assert setting_name(replace(CONFIG, interval_min=0.2), 0).endswith("-cfg2-t0.2to1")
+    assert setting_name(replace(CONFIG, cfg=1.0, interval_min=0.2), 0).endswith("-cfg1")  # an interval of no guidance
+    predicts_x = replace(CONFIG, pred_param="x", sample_t_eps=0.01)
+    assert setting_name(predicts_x, 0).endswith("-cfg2-teps0.01")
+    assert sampling_settings(predicts_x)["sample_t_eps"] == 0.01
+    for same in (replace(predicts_x, sample_t_eps=0.05), replace(predicts_x, pred_param="v")):
+        assert "sample_t_eps" not in sampling_settings(same)
+
+
+def test_a_grid_has_a_row_for_each_class_where_classes_are_equally_many(tmp_path, monkeypatch):
+    grids = []
+    monkeypatch.setattr(module, "labelled_grid", lambda *args: grids.append(args) or module.save_png)
+    monkeypatch.setattr(module, "save_png", lambda grid, path: grids.append(path))
+    for labels, columns in (([0, 0, 0, 1, 1, 1], 3), ([0, 1, 2, 3], 2), ([0, 0, 1, 2, 3], 2), ([7], 1)):
+        out = sample_grid(toy_denoiser(), SMALL, labels, ONE, tmp_path / "grid.png", "title")
+        drawn, path = grids
+        assert torch.equal(drawn[0], out) and drawn[1:] == ([str(label) for label in labels], columns, "title")
+        assert path == tmp_path / "grid.png" and len(out) == len(labels)
+        grids.clear()

@@ -1,0 +1,145 @@
+"""Quantisation, PNGs and grids: util/evaluation/images.py."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util.evaluation.images import labelled_grid, quantise, save_png, spread_labels, to_pil, write_numbered
+
+
+def quantised(*numbers):
+    """Bytes of images of one pixel each."""
+    out = quantise(torch.tensor(numbers)[:, None, None, None].expand(-1, 3, 1, 1))
+    assert out.dtype == torch.uint8 and out.shape == (len(numbers), 3, 1, 1)
+    return out[:, 0, 0, 0].tolist()
+
+
+def test_every_byte_comes_back():
+    assert quantised(*[k / 127.5 - 1 for k in range(256)]) == list(range(256))
+
+
+def test_quantisation_rounds_to_the_nearest_byte():
+    assert quantised(*[(k + 0.49) / 127.5 - 1 for k in range(255)]) == list(range(255))
+    assert quantised(*[(k + 0.51) / 127.5 - 1 for k in range(255)]) == list(range(1, 256))
+
+
+def test_values_out_of_range_are_clamped():
+    assert quantised(-1.0, -1.001, -5.0, -1e30, 1.0, 1.001, 1.01, 5.0, 1e30) == [0] * 4 + [255] * 5
+
+
+def test_ties_round_to_even_as_in_numpy():
+    assert quantised(0.0) == [128]
+    x = np.array([(2 * k + 1) / 255 - 1 for k in range(255)], dtype=np.float32)
+    expected = np.rint(np.clip((x + np.float32(1)) / np.float32(2) * np.float32(255), 0, 255))
+    assert quantised(*x.tolist()) == expected.astype(int).tolist()
+
+
+def test_quantisation_agrees_with_numpy_in_float64():
+    x = 0.8 * np.random.default_rng(0).standard_normal((2, 3, 50, 50)).astype(np.float32)
+    exact = np.clip((x.astype(np.float64) + 1) * 127.5, 0, 255)
+    assert np.abs(quantise(torch.from_numpy(x)).numpy() - exact).max() < 0.5 + 1e-4
+
+
+def random_images(count, size):
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+
+
+def test_pngs_hold_the_pixels(tmp_path):
+    image = random_images(1, 6)[0, :, :, :4]
+    picture = to_pil(image)
+    assert picture.mode == "RGB" and picture.size == (4, 6)
+    path = save_png(picture, tmp_path / "new" / "folder" / "image.png")
+    assert np.array_equal(np.asarray(Image.open(path)), image.permute(1, 2, 0).numpy())
+    images = random_images(3, 8)
+    write_numbered(images, [7, 8, 1000000], tmp_path)
+    names = ["000007.png", "000008.png", "1000000.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
+    for name, image in zip(names, images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / name)), image.permute(1, 2, 0).numpy())
+
+
+def test_labels_are_spread_over_all_classes():
+    assert spread_labels(6, 3) == [0, 0, 1, 1, 2, 2] and spread_labels(3, 1000) == [0, 333, 666]
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+COLOURS = [(200, 10 * i, 60) for i in range(20)]
+
+
+def coloured(count, size):
+    return torch.tensor(COLOURS[:count], dtype=torch.uint8)[:, :, None, None].expand(-1, 3, size, size)
+
+
+def tiles(picture, count):
+    """Box (left, top, right, bottom) of each image in a grid of coloured ones, and the rest of the picture."""
+    pixels, boxes = np.asarray(picture), []
+    rest = pixels.copy()
+    for colour in COLOURS[:count]:
+        where = (pixels == np.array(colour)).all(-1)
+        rows, columns = np.nonzero(where)
+        box = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        assert where.sum() == (box[2] - box[0]) * (box[3] - box[1])  # a full rectangle, and nothing written over it
+        boxes.append(box)
+        rest[where] = 255
+    return boxes, Image.fromarray(rest)
+
+
+def dark(picture, left, top, right, bottom):
+    return bool((np.asarray(picture)[top:bottom, left:right] < 128).any())
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [(["cat"] * 3 + ["dog"] * 3, 3), (["a", "b", "c", "d", "e", "f", "g"], 3), (["one", "two"], 1), (["x"] * 4, 5)],
+)
+@pytest.mark.parametrize(("size", "cell"), [(8, 64), (24, 48), (80, 80)])
+@pytest.mark.parametrize("title", ["", "of epoch 3"])
+def test_tiles_are_in_rows_of_one_size_inside_the_picture(labels, columns, size, cell, title):
+    count = len(labels)
+    picture = labelled_grid(coloured(count, size), labels, columns, title)
+    boxes, rest = tiles(picture, count)
+    assert all((right - left, bottom - top) == (cell, cell) for left, top, right, bottom in boxes)
+    for i in range(count):
+        left, top, right, bottom = boxes[i]
+        if i % columns:
+            assert left > boxes[i - 1][2] and top == boxes[i - 1][1]
+        elif i:
+            assert left == boxes[0][0] and top > boxes[i - columns][3]
+        assert left > 0 and top > 0 and right < picture.width and bottom < picture.height
+    assert dark(rest, 0, 0, picture.width, picture.height)  # labels are written
+
+
+def test_labels_stand_in_front_of_rows_of_one_class():
+    picture = labelled_grid(coloured(5, 16), ["cat"] * 3 + ["dog"] * 2, 3)
+    boxes, rest = tiles(picture, 5)
+    for first in (0, 3):
+        left, top, _, bottom = boxes[first]
+        assert dark(rest, 0, top, left, bottom)
+    assert not dark(rest, boxes[0][0], 0, picture.width, picture.height)
+
+
+def test_labels_stand_above_each_image_otherwise():
+    picture = labelled_grid(coloured(4, 16), ["a", "b", "c", "d"], 2)
+    boxes, rest = tiles(picture, 4)
+    line = boxes[0][1]
+    for left, top, right, _ in boxes:
+        assert dark(rest, left, top - line + 1, right, top)
+    assert not dark(rest, 0, boxes[2][3], picture.width, picture.height)
+
+
+def test_the_title_is_above_everything_and_fits():
+    images, title = coloured(2, 16), "a long title that is wider than two images and their labels are"
+    plain, titled = labelled_grid(images, ["a", "b"], 2), labelled_grid(images, ["a", "b"], 2, title)
+    extra = titled.height - plain.height
+    assert extra > 0 and titled.width > plain.width and dark(titled, 0, 0, titled.width, extra)
+    assert (np.asarray(titled)[:extra, -4:] == 255).all()
+
+
+def test_magnification_repeats_pixels():
+    images = random_images(4, 16)
+    pixels = np.asarray(labelled_grid(images, list("abcd"), 2))
+    boxes, _ = tiles(labelled_grid(coloured(4, 16), list("abcd"), 2), 4)
+    for image, (left, top, right, bottom) in zip(images.permute(0, 2, 3, 1).numpy(), boxes, strict=True):
+        assert np.array_equal(pixels[top:bottom, left:right], np.kron(image, np.ones((4, 4, 1), np.uint8)))

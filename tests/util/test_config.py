@@ -1,0 +1,661 @@
+"""Flags and configuration: names and defaults, what a checkpoint locks, what is refused, and the names of runs."""
+
+import dataclasses
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import main_jit
+from tests.conftest import TINY, arguments, listing, raw, read_log
+from util import config as configuration
+from util.checkpoint.published import _foreign_settings
+from util.config import (
+    all_flags,
+    check,
+    config_class,
+    from_namespace,
+    parse_args,
+    parse_labels,
+    resolve,
+    run_name,
+    split_global_batch,
+)
+from util.data.datasets import DATASETS
+from util.errors import UserError
+from util.flags import LOCKED, LOCKED_FOR_TRAINING, OVERRIDABLE, PER_CALL
+from util.optim import peak_lr
+
+LAUNCHER = Path(main_jit.__file__).with_name("run_jit_multinode.sh")
+
+# The flags that people's scripts pass, and their defaults on ImageNet. Written by hand, not taken from the code.
+INTERFACE = {
+    "model": "JiT-B/16",
+    "img_size": 256,
+    "attn_dropout": 0.0,
+    "proj_dropout": 0.0,
+    "epochs": 600,
+    "warmup_epochs": 5,
+    "batch_size": 128,
+    "lr": None,
+    "blr": 5e-5,
+    "min_lr": 0.0,
+    "lr_schedule": "constant",
+    "weight_decay": 0.0,
+    "ema_decay1": 0.9999,
+    "ema_decay2": 0.9996,
+    "P_mean": -0.8,
+    "P_std": 0.8,
+    "noise_scale": 1.0,
+    "t_eps": 0.05,
+    "label_drop_prob": 0.1,
+    "pred_param": "x",
+    "seed": 0,
+    "start_epoch": 0,
+    "sampling_method": "heun",
+    "num_sampling_steps": 50,
+    "cfg": 2.9,
+    "interval_min": 0.1,
+    "interval_max": 1.0,
+    "num_images": 50000,
+    "eval_freq": 40,
+    "online_eval": True,
+    "evaluate_gen": False,
+    "gen_bsz": 128,
+    "data_path": None,
+    "class_num": 1000,
+    "output_dir": None,
+    "resume": None,
+    "save_last_freq": 5,
+    "log_freq": 100,
+    "device": None,
+    "dist_timeout": 30.0,
+    "wandb_project": "jit",
+    "wandb_entity": None,
+    "wandb_run_name": None,
+    "wandb_mode": "offline",
+    "wandb_num_vis": 16,
+    "dataset": "imagefolder",
+    "global_batch": None,
+    "metrics": "fid,is",
+    "disable_dct_patchify": False,
+    "window_size": None,
+    "disable_dct_scale_schedule": False,
+    "dct_fixed_scale": 1.0,
+    "sf_c_min": 0.05,
+    "sf_c_max": 1.0,
+    "sf_kappa": 30.0,
+}
+SWITCHES = ("online_eval", "evaluate_gen", "disable_dct_patchify", "disable_dct_scale_schedule")
+
+# A value other than the default for each flag, by lock.
+LOCKED_VALUES = {
+    "model": "JiT-L/16",
+    "img_size": 512,
+    "class_num": 10,
+    "disable_dct_patchify": True,
+    "input_operator": "blur",
+    "window_size": 16,
+    "disable_dct_scale_schedule": True,
+    "dct_fixed_scale": 0.5,
+    "sf_c_min": 0.2,
+    "sf_c_max": 0.9,
+    "sf_kappa": 10.0,
+    "spectral_residual": "time",
+    "spectral_residual_scale": 0.5,
+    "pred_param": "v",
+    "noise_scale": 2.0,
+    "t_eps": 0.01,
+    "P_mean": 0.0,
+    "P_std": 1.0,
+    "sf_schedule": "snr",
+    "sf_alpha": 2.0,
+    "sf_snr_floor": 0.5,
+}
+TRAINING_VALUES = {
+    "attn_dropout": 0.1,
+    "proj_dropout": 0.2,
+    "dataset": "cifar10",
+    "flip": False,
+    "warmup_epochs": 1.0,
+    "global_batch": 1024,
+    "lr": 1e-4,
+    "blr": 1e-4,
+    "min_lr": 1e-6,
+    "lr_schedule": "cosine",
+    "weight_decay": 0.1,
+    "ema_decay1": 0.999,
+    "ema_decay2": 0.99,
+    "label_drop_prob": 0.2,
+    "seed": 1,
+    "val_split": "0.1",
+    "t_sampler": "uniform",
+    "t_uniform_mix": 0.05,
+    "spectral_variant": "power",
+    "spectral_delta": 0.2,
+    "warmup_steps": 100,
+    "beta1": 0.8,
+    "beta2": 0.99,
+    "grad_clip": 1.0,
+}
+OVERRIDABLE_VALUES = {
+    "data_path": "/data",
+    "epochs": 200,
+    "batch_size": 64,
+    "sampling_method": "euler",
+    "num_sampling_steps": 10,
+    "cfg": 1.5,
+    "interval_min": 0.0,
+    "interval_max": 0.9,
+    "online_eval": False,
+    "eval_freq": 3,
+    "metrics": "fid",
+    "num_images": 10000,
+    "gen_bsz": 7,
+    "save_last_freq": 2,
+    "on_bad_image": "skip",
+    "save_every_steps": 100,
+    "save_every_minutes": 5.0,
+    "keep_last": 3,
+    "keep_every_epochs": 20,
+    "skip_nonfinite": 2,
+    "parallel": "fsdp",
+    "activation_checkpointing": True,
+    "log_freq": 1,
+    "precision": "fp32",
+    "attn_fp32": True,
+    "compile": "block",
+    "val_images": 100,
+    "val_freq": 2,
+    "val_rings": True,
+    "sampling_grid": "spectral_global",
+    "sample_t_eps": 0.01,
+    "spectrum_file": "/x",
+}
+PER_CALL_VALUES = {
+    "wandb_project": "p",
+    "wandb_entity": "e",
+    "wandb_run_name": "n",
+    "wandb_mode": "disabled",
+    "wandb_num_vis": 4,
+    "evaluate_gen": True,
+    "sample": True,
+    "labels": "1",
+    "dry_run": True,
+    "num_per_class": 3,
+    "num_workers": 5,
+    "accum_iter": 4,
+    "start_epoch": 7,
+    "init_from": "/x",
+    "init_weights": "ema2",
+    "ema": "ema2",
+    "fid_stats": "/x",
+    "inception_weights": "/x",
+    "save_images": "/x",
+    "keep_features": True,
+    "sweep_cfg": "1:2:0.5",
+    "sweep_ema": "1,2",
+    "sweep_interval": "0:1",
+    "sweep_images": 100,
+    "output_dir": "/x",
+    "resume": "/x",
+    "checkpoint": "x.pth",
+    "device": "cuda",
+    "dist_timeout": 2.0,
+}
+
+
+DEFAULTS = {name: field.default for name, field in all_flags().items()}
+
+
+def fresh(world_size=1, **given):
+    return split_global_batch(resolve(given), world_size)
+
+
+def saved(**changes):
+    """`args` of the checkpoint of a run with the defaults."""
+    return {**fresh().as_dict(), **changes}
+
+
+# --- names and defaults ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", INTERFACE)
+def test_flag_and_default(name):
+    value = getattr(fresh(), name) if name != "global_batch" else DEFAULTS[name]
+    assert value == INTERFACE[name] and type(value) in (type(INTERFACE[name]), float)
+    if name in SWITCHES:
+        assert parse_args([f"--{name}"]) == {name: True}
+    else:
+        choices = tuple(all_flags()[name].metadata["choices"])
+        assert list(parse_args([f"--{name}", choices[-1] if choices else "3"])) == [name]
+
+
+def test_nothing_given_is_empty_and_names_are_not_abbreviated():
+    assert parse_args([]) == {}
+    for argv in (["--epoch", "3"], ["--no_such_flag"], ["--epochs", "three"], ["--pred_param", "e"]):
+        with pytest.raises(UserError, match=argv[0]):
+            parse_args(argv)
+
+
+def test_every_flag_is_in_one_table_of_this_file():
+    tables = (LOCKED_VALUES, TRAINING_VALUES, OVERRIDABLE_VALUES, PER_CALL_VALUES)
+    for lock, table in zip((LOCKED, LOCKED_FOR_TRAINING, OVERRIDABLE, PER_CALL), tables, strict=True):
+        assert {name for name, field in all_flags().items() if field.metadata["lock"] == lock} == set(table)
+        assert all(DEFAULTS[name] != value for name, value in table.items())
+
+
+def test_no_two_groups_declare_the_same_flag():
+    fields = [field.name for group in configuration.groups() for field in dataclasses.fields(group)]
+    assert len(fields) == len(set(fields)) == len(dataclasses.fields(config_class()))
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "digits"])
+def test_defaults_of_the_data_set(dataset):
+    config = fresh(dataset=dataset)
+    assert (config.img_size, config.class_num) == (32, 10)
+    assert config.flip == (dataset == "cifar10")  # a mirrored digit is another sign
+    assert config.metrics == ("class_agreement" if dataset == "digits" else "fid,is")
+    config = fresh(dataset=dataset, img_size=16, class_num=3, flip=dataset == "digits", metrics="is")
+    assert (config.img_size, config.class_num, config.flip, config.metrics) == (16, 3, dataset == "digits", "is")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main_jit.main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and all(f"--{name}" in out for name in all_flags())
+    assert "JiT-B/16" in out and "5e-05" in out
+
+
+# --- the launcher and the flags agree -------------------------------------------------------------------------------
+
+
+def launcher(*words, **variables):
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "CUDA_VISIBLE_DEVICES": "", **variables}
+    done = subprocess.run(["bash", str(LAUNCHER), *words], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kind(name):
+    """The type of a flag's default in INTERFACE; None stands for text."""
+    default = INTERFACE[name]
+    return {"global_batch": int}.get(name, str if default is None else type(default))
+
+
+VARIABLES = {
+    "DATA_PATH": "/data",
+    "MODEL": "JiT-L/16",
+    "IMG_SIZE": "512",
+    "NOISE_SCALE": "2.0",
+    "PRED_PARAM": "v",
+    "BATCH_SIZE": "64",
+    "BLR": "1e-4",
+    "EPOCHS": "200",
+    "WARMUP_EPOCHS": "3",
+    "GEN_BSZ": "32",
+    "NUM_IMAGES": "10000",
+    "CFG": "2.5",
+    "INTERVAL_MIN": "0.2",
+    "INTERVAL_MAX": "0.9",
+    "DATASET": "imagefolder",
+    "GLOBAL_BATCH": "512",
+    "OUTPUT_DIR": "/out",
+    "RESUME": "/resume",
+    "WANDB_PROJECT": "p",
+    "WANDB_ENTITY": "e",
+    "WANDB_RUN_NAME": "n",
+    "WANDB_MODE": "online",
+    "WANDB_NUM_VIS": "8",
+}
+
+
+def given_by_launcher(**variables):
+    words = shlex.split(launcher(DRY_RUN="1", **variables))
+    at = next(i for i, word in enumerate(words) if word.endswith("main_jit.py"))
+    return parse_args(words[at + 1 :])
+
+
+def test_every_variable_of_the_launcher_is_a_flag_with_its_value():
+    given = given_by_launcher(**VARIABLES, ONLINE_EVAL="0")
+    assert given.pop("online_eval") is False
+    assert given == {name.lower(): kind(name.lower())(value) for name, value in VARIABLES.items()}
+    assert given_by_launcher(DATASET="digits", ONLINE_EVAL="1", EVALUATE_GEN="1", ENABLE_WANDB="0") == {
+        "dataset": "digits",
+        "online_eval": True,
+        "evaluate_gen": True,
+        "wandb_mode": "disabled",
+    }
+
+
+def test_defaults_in_the_launchers_help_are_the_flags():
+    """The table of --help is three columns of text; the second holds the defaults."""
+    seen = {}
+    for line in launcher("--help").splitlines():
+        names, defaults = line[:28].split(","), line[28:52].split(",")
+        if line.startswith("DATA_PATH") or line[27:28] != " " or not names[0].isupper():
+            continue
+        for name, default in zip(names, defaults, strict=False):
+            if name.strip().lower() in DEFAULTS:
+                seen[name.strip().lower()] = default.strip()
+    assert set(seen) >= {name.lower() for name in VARIABLES} - {"data_path"} | {"online_eval", "evaluate_gen"}
+    del seen["dry_run"]  # the launcher's DRY_RUN prints its command, the flag times a few steps
+    for name, text in seen.items():
+        default = DEFAULTS[name]
+        if name in ("online_eval", "evaluate_gen"):
+            assert text == str(int(default))
+        elif name == "img_size":
+            assert int(text) == DATASETS["imagefolder"].img_size
+        elif default is None:
+            assert text in ("-", "derived", "output/<run name>", "OUTPUT_DIR"), name
+        else:
+            assert kind(name)(text) == default, name
+
+
+# --- a checkpoint and the flags -------------------------------------------------------------------------------------
+
+
+def test_given_before_checkpoint_before_default():
+    args = resolve({"cfg": 1.5}, saved(cfg=2.0, num_sampling_steps=10), training=False)
+    assert (args.cfg, args.num_sampling_steps, args.gen_bsz) == (1.5, 10, 128)
+    assert resolve({}, {"model": "JiT-L/16"}, training=False).cfg == 2.9  # a published file without the setting
+
+
+SPECTRAL = {"t_sampler": "spectral_global"}  # without which the variant and delta are about samples alone
+
+
+def contradictions(given, checkpoint, training):
+    with pytest.raises(UserError) as error:
+        resolve(given, checkpoint, training=training)
+    return str(error.value)
+
+
+def test_evaluation_names_every_contradiction():
+    given = {**LOCKED_VALUES, **OVERRIDABLE_VALUES}
+    message = contradictions(given, saved(), training=False)
+    for name, value in LOCKED_VALUES.items():
+        assert f"--{name} {value} (the checkpoint has {saved()[name]})" in message
+    assert not any(f"--{name} " in message for name in OVERRIDABLE_VALUES)
+
+
+def test_training_names_every_contradiction():
+    given = {**LOCKED_VALUES, **TRAINING_VALUES, **OVERRIDABLE_VALUES}
+    message = contradictions(given, saved(**SPECTRAL))
+    for name, value in {**LOCKED_VALUES, **TRAINING_VALUES}.items():
+        assert f"--{name} {value} (the checkpoint has {saved(**SPECTRAL)[name]})" in message
+    assert not any(f"--{name} " in message for name in OVERRIDABLE_VALUES)
+
+
+@pytest.mark.parametrize("name", LOCKED_VALUES)
+def test_bound_always(name):
+    for training in (False, True):
+        assert name in contradictions({name: LOCKED_VALUES[name]}, saved(), training)
+        there = saved(**{name: LOCKED_VALUES[name]})
+        assert getattr(resolve({}, there, training), name) == LOCKED_VALUES[name]
+        assert getattr(resolve({name: LOCKED_VALUES[name]}, there, training), name) == LOCKED_VALUES[name]
+
+
+@pytest.mark.parametrize("name", TRAINING_VALUES)
+def test_bound_in_training(name):
+    value = TRAINING_VALUES[name]
+    assert name in contradictions({name: value}, saved(**SPECTRAL), True)
+    assert getattr(resolve({name: value}, saved(), False), name) == value
+    for training in (False, True):
+        assert getattr(resolve({}, saved(**{name: value}), training), name) == value
+
+
+@pytest.mark.parametrize("name", OVERRIDABLE_VALUES)
+def test_free(name):
+    for training in (False, True):
+        assert getattr(resolve({name: OVERRIDABLE_VALUES[name]}, saved(), training), name) == OVERRIDABLE_VALUES[name]
+        assert getattr(resolve({}, saved(**{name: OVERRIDABLE_VALUES[name]}), training), name) == OVERRIDABLE_VALUES[name]
+
+
+@pytest.mark.parametrize("name", PER_CALL_VALUES)
+def test_what_belongs_to_a_call_is_never_inherited(name):
+    for training in (False, True):
+        there = saved(**{name: PER_CALL_VALUES[name]})
+        assert getattr(resolve({}, there, training), name) == DEFAULTS[name]
+        assert getattr(resolve({name: PER_CALL_VALUES[name]}, saved(), training), name) == PER_CALL_VALUES[name]
+
+
+def test_the_scripts_own_defaults_may_be_repeated():
+    """A launcher that passes all defaults again does not contradict a checkpoint of a run with the defaults."""
+    given = {name: value for name, value in INTERFACE.items() if value is not None}
+    args = resolve(given, saved())
+    assert {name: getattr(args, name) for name in given} == given
+
+
+def test_settings_of_foreign_checkpoints_are_ignored_where_unknown():
+    args = resolve({}, {"dist_url": "env://", "gpu": 3, "model": "JiT-L/16"}, training=False)
+    assert args.model == "JiT-L/16" and not hasattr(args, "dist_url") and not hasattr(args, "gpu")
+
+
+def test_a_published_run_keeps_its_global_batch():
+    """JiT's settings have a batch size per process, the number of processes, and the rate that follows from both."""
+    theirs = _foreign_settings({"batch_size": 128, "world_size": 8, "lr": 2e-4, "window_size": 0})
+    args = split_global_batch(resolve({"batch_size": 64}, theirs), 2)
+    assert (args.global_batch, args.accum_iter, args.lr, args.window_size) == (1024, 8, 2e-4, None)
+
+
+def test_whole_and_decimal_numbers_name_one_run():
+    given = parse_args(["--warmup_epochs", "5"])
+    assert run_name(fresh(**given)) == run_name(fresh())
+
+
+def test_only_some_settings_are_taken():
+    args = resolve({}, saved(model="JiT-L/16", cfg=1.0, noise_scale=2.0), training=False, only=("model",))
+    assert (args.model, args.cfg, args.noise_scale) == ("JiT-L/16", 2.9, 1.0)
+    resolve({"noise_scale": 3.0}, saved(), training=False, only=("model",))
+    with pytest.raises(UserError, match="--model JiT-B/32"):
+        resolve({"model": "JiT-B/32"}, saved(), training=False, only=("model",))
+
+
+def test_checkpoint_of_an_unknown_data_set():
+    with pytest.raises(UserError, match="dataset"):
+        resolve({}, saved(dataset="imagenet22k"), training=False)
+
+
+# --- labels, global batch, names ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        (None, list(range(10))),
+        ("0,1,2", [0, 1, 2]),
+        ("3-6", [3, 4, 5, 6]),
+        ("7, 2-3,7", [7, 2, 3, 7]),
+        ("0-99", list(range(100))),
+    ],
+)
+def test_labels(text, labels):
+    assert parse_labels(text, 100) == labels
+
+
+def test_labels_of_few_classes():
+    assert parse_labels(None, 3) == [0, 1, 2] and parse_labels("2", 3) == [2]
+
+
+@pytest.mark.parametrize("text", ["10", "0,10", "5-12", "-1", "a", "1,,2", "1;2", "5-3", "1.0", "0x1"])
+def test_labels_that_are_refused(text):
+    with pytest.raises(UserError) as error:
+        parse_labels(text, 10)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "global_batch", "accum_iter"),
+    [
+        ({"batch_size": 128}, 1, 128, 1),
+        ({"batch_size": 128}, 8, 1024, 1),
+        ({"batch_size": 32, "accum_iter": 4}, 2, 256, 4),
+        ({"batch_size": 32, "global_batch": 256}, 2, 256, 4),
+        ({"batch_size": 32, "global_batch": 256}, 8, 256, 1),
+        ({"batch_size": 32, "global_batch": 256, "accum_iter": 4}, 2, 256, 4),
+    ],
+)
+def test_global_batch(given, processes, global_batch, accum_iter):
+    args = fresh(processes, **given)
+    assert (args.global_batch, args.accum_iter) == (global_batch, accum_iter)
+    assert peak_lr(args) == pytest.approx(5e-5 * global_batch / 256)
+    assert peak_lr(dataclasses.replace(args, lr=0.7)) == 0.7
+
+
+@pytest.mark.parametrize(
+    ("given", "processes"),
+    [
+        ({"batch_size": 32, "global_batch": 100}, 1),
+        ({"batch_size": 32, "global_batch": 16}, 1),
+        ({"batch_size": 32, "global_batch": 256}, 3),
+        ({"batch_size": 32, "global_batch": 256, "accum_iter": 3}, 2),
+    ],
+)
+def test_global_batch_that_cannot_be(given, processes):
+    with pytest.raises(UserError) as error:
+        fresh(processes, **given)
+    for part in (given["global_batch"], 32, f"{processes} ranks"):
+        assert str(part) in str(error.value)
+
+
+def test_a_resumed_run_keeps_its_global_batch():
+    args = split_global_batch(resolve({"batch_size": 32}, saved(global_batch=128)), 2)
+    assert (args.batch_size, args.global_batch, args.accum_iter) == (32, 128, 2)
+
+
+def test_runs_that_differ_have_names_that_differ():
+    changes = [{}, *({n: v} for n, v in {**LOCKED_VALUES, **TRAINING_VALUES}.items() if n != "global_batch")]
+    changes = [{**SPECTRAL, **c} if set(c) & {"spectral_variant", "spectral_delta"} else c for c in changes]
+    changes += [{"batch_size": 64}, {"global_batch": 256}, {"accum_iter": 3}, {"init_from": "/a"}, {"init_from": "/b"}]
+    changes += [{"init_from": "/a", "init_weights": "ema1"}, {"dataset": "digits"}, {"lr": 5e-5}]
+    names = [run_name(fresh(**change)) for change in changes]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name and " " not in name for name in names)
+    assert run_name(fresh(2)) != run_name(fresh(1))  # twice the processes are twice the global batch
+    assert run_name(fresh(2, batch_size=64)) == run_name(fresh(1))
+    same = [{n: v} for n, v in OVERRIDABLE_VALUES.items() if n not in ("batch_size", "data_path")]
+    assert {run_name(fresh(**change)) for change in same} == {names[0]}
+    assert "imagefolder_JiT-B-16_256_sf_x" in names[0]
+    assert "_base_" in run_name(fresh(disable_dct_patchify=True)) and "sf-w16" in run_name(fresh(window_size=16))
+
+
+def test_added_flags_do_not_rename_runs():
+    """The name of a run with the defaults of the first release's flags, as that release wrote it."""
+    assert run_name(fresh()) == "imagefolder_JiT-B-16_256_sf_x_e7cb7b"
+
+
+def test_runs_on_different_folders_of_images_have_different_names():
+    assert run_name(fresh(data_path="/data/cats")) != run_name(fresh(data_path="/data/dogs"))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"model": "JiT-Q/3"}, ["--model JiT-Q/3", "JiT-B/16", "JiT-H/32"]),
+        ({"img_size": 100}, ["--img_size 100", "16", "JiT-B/16"]),
+        ({"window_size": 24}, ["--window_size 24", "256"]),
+        ({"window_size": 1}, ["--window_size 1", "at least 2"]),
+        ({"window_size": -16}, ["--window_size -16"]),
+        *(({n: -1}, [f"--{n} -1", "at least 0"]) for n in ("seed", "start_epoch", "warmup_epochs", "lr", "blr")),
+        *(({n: -1.0}, [f"--{n} -1.0", "at least 0"]) for n in ("weight_decay", "min_lr")),
+        *(({n: float("nan")}, [f"--{n} nan"]) for n in ("lr", "blr", "label_drop_prob", "ema_decay1")),
+        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("epochs", "batch_size", "num_sampling_steps", "gen_bsz")),
+        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("num_per_class", "wandb_num_vis", "num_images")),
+        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("eval_freq", "save_last_freq", "log_freq")),
+        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("val_images", "val_freq")),
+        *(({n: -16}, [f"--{n} -16", "at least 1"]) for n in ("img_size", "class_num", "num_images")),
+        *(({n: 1.5}, [f"--{n} 1.5", "at most 1"]) for n in ("attn_dropout", "proj_dropout", "ema_decay1")),
+        *(({n: -0.1}, [f"--{n} -0.1", "at least 0"]) for n in ("label_drop_prob", "ema_decay2")),
+        ({"interval_min": 0.5, "interval_max": 0.4}, ["0.5", "0.4", "min <= max"]),
+        ({"interval_min": -0.1}, ["--interval_min -0.1"]),
+        *(({"dist_timeout": n}, [f"--dist_timeout {n}"]) for n in (0.0, -1.0, float("nan"), float("inf"))),
+        ({"interval_max": 1.1}, ["--interval_max 1.1"]),
+        ({"num_images": 50001}, ["50001", "1000 classes"]),
+        ({"lr_schedule": "linear"}, ["--lr_schedule linear", "constant, cosine"]),
+        ({"sampling_method": "dpm"}, ["--sampling_method dpm", "heun, euler"]),
+        ({"precision": "fp16"}, ["--precision fp16", "bf16"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_check_refuses(given, parts):
+    with pytest.raises(UserError) as error:
+        check(resolve(given), evaluates=True)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_check_accepts_and_warns():
+    assert check(fresh(), evaluates=True) == []
+    assert check(fresh(num_images=50001), evaluates=False) == []
+    assert check(fresh(window_size=16), evaluates=True) == []
+    assert check(fresh(interval_min=0.0, interval_max=0.0), evaluates=True) == []
+    off = check(fresh(disable_dct_patchify=True, window_size=24), evaluates=True)
+    assert len(off) == 1 and "no effect without Spectral Forcing" in off[0]
+    fixed = check(fresh(dct_fixed_scale=0.5), evaluates=True)
+    assert len(fixed) == 1 and "--dct_fixed_scale 0.5 has no effect" in fixed[0]
+    assert check(fresh(dct_fixed_scale=0.5, disable_dct_scale_schedule=True), evaluates=True) == []
+
+
+DESCRIBED = [  # given, on so many processes -> what is listed, apart from --model, which always is
+    ({"cfg": 1.5}, 1, ["cfg 1.5"]),
+    ({"dataset": "digits"}, 1, ["dataset digits"]),
+    (
+        {"dataset": "digits", "img_size": 32, "flip": False, "metrics": "class_agreement", "accum_iter": 1},
+        2,
+        ["dataset digits"],
+    ),
+    ({"dataset": "digits", "img_size": 64, "flip": True}, 1, ["img_size 64", "dataset digits", "flip True"]),
+    ({"flip": False, "metrics": "fid"}, 1, ["flip False", "metrics fid"]),
+    ({"class_num": 10, "metrics": "is,fid"}, 1, ["class_num 10", "metrics is,fid"]),
+    ({"batch_size": 64}, 4, ["batch_size 64"]),
+    ({"global_batch": 1024}, 8, []),  # as 128 on 8 are
+    ({"global_batch": 1024}, 4, ["global_batch 1024"]),
+    ({"accum_iter": 2}, 4, ["global_batch 1024", "accum_iter 2"]),
+    ({"num_workers": 3, "device": "cpu", "output_dir": "x"}, 1, ["num_workers 3", "output_dir x", "device cpu"]),
+]
+
+
+@pytest.mark.parametrize(("given", "processes", "listed"), DESCRIBED)
+def test_describe_lists_what_differs_and_nothing_that_was_settled(given, processes, listed):
+    given = {"model": "JiT-L/16", **given}
+    args = fresh(processes, **given)
+    args = dataclasses.replace(args, output_dir=given.get("output_dir", "output/a_name"), start_epoch=3)  # as util/resume.py
+    lines = configuration.describe(args, given, processes).splitlines()
+    assert [item for line in lines for item in line.split(": ")[1].split(", ")] == ["model JiT-L/16", *listed]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_goes_on_lists_what_its_checkpoint_has(tmp_path, capsys):
+    """Its settings hold, and are listed, though nobody gives them again; with those that are given now."""
+    listed = []
+    for changes in ({"global_batch": 32, "grad_clip": 1.0, "epochs": 1}, {"grad_clip": None, "lr": None, "epochs": 2}):
+        assert main_jit.main(arguments(output_dir=tmp_path, **changes)) == 0
+        said = capsys.readouterr().out.partition("settings that differ from the defaults:\n")[2]
+        listed.append([line for line in said.splitlines() if line.startswith("  ")])
+    assert [line.replace("epochs 1,", "epochs 2,") for line in listed[0]] == listed[1]
+    assert any("global_batch 32, lr 0.001" in line and "grad_clip 1.0" in line for line in listed[1])
+
+
+# --- which checkpoint -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny")
+def test_default_output_folder_is_found_again(here):
+    """Without --output_dir the same command goes on with its own run, and another one starts its own."""
+    for epochs in (1, 2):
+        assert main_jit.main(arguments(epochs=epochs)) == 0
+    (folder,) = (here / "output").iterdir()
+    assert folder.name == run_name(from_namespace(raw(folder)["args"]))
+    assert [line["step"] for line in read_log(folder)] == [0, 1, 2, 3]
+    before = listing(folder)
+    assert main_jit.main(arguments(epochs=1, seed=1)) == 0
+    assert len(list((here / "output").iterdir())) == 2 and listing(folder) == before
+    assert f"_{TINY.replace('/', '-')}_16_sf_x_" in folder.name
+
+

@@ -1,0 +1,110 @@
+"""Measure the spectrum of a data set, for noise schedules and Spectral Forcing: one pass over the images, one file.
+
+    python -m tools.measure_spectrum --dataset cifar10
+    python -m tools.measure_spectrum --dataset imagefolder --data_path ~/imagenet --img_size 256 --num_images 50000
+
+Shapes: N images as in training, without mirroring, which changes no spectrum; B of a batch, K rings of frequency.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from spectral_forcing import rings
+from spectral_ops.schedule import FIT, noise_bounds
+from spectral_ops.spectrum import NO_POWER, SpectrumSums, image_fits
+from util.data.datasets import DATASETS, Images, build_dataset
+from util.data.loader import build_loader
+from util.data.spectrum_file import DataSpectrum, default_spectrum_file, save_spectrum
+from util.errors import UserError
+from util.io import provenance
+
+DELTA = 0.1  # of the noise bounds in the metadata; a run has its own
+
+
+def measure(images: Images, index: np.ndarray, batch_size=256, num_workers=None, device="cpu") -> DataSpectrum:
+    """Return the spectrum of the images `index` (N,); UserError if they lack a class or a ring of frequency."""
+    n, labels = images.img_size, np.asarray(images.labels)[index]  # (N,)
+    if len(absent := np.setdiff1d(np.arange(images.num_classes), labels)):
+        raise UserError(f"Class {absent[0]} has no image among the {len(index)} measured ones. Measure more.")
+    batches = [index[i : i + batch_size].tolist() for i in range(0, len(index), batch_size)]
+    sums, powers, levels = SpectrumSums(n), [], []
+    for x, _ in tqdm(build_loader(images, batches, num_workers, pin_memory=False), unit="batch", disable=None):
+        x = x.to(device)  # uint8 (B, 3, H, W)
+        powers.append(sums.update(x).float().cpu())  # (B, K)
+        levels.append((x.double().mean((2, 3)) / 127.5 - 1).cpu())  # (B, 3)
+    level, spectra = torch.cat(levels), sums.finish()
+    if spectra["rapsd_centred"].min() <= NO_POWER:
+        raise UserError("The images do not differ in every ring of frequency. Measure more, or other images.")
+    fits = image_fits(torch.cat(powers), level, level.mean(0), n).numpy()  # (N, 4)
+    of_classes = [fits[labels == c] for c in range(images.num_classes)]
+    return DataSpectrum(
+        power=spectra["rapsd"].numpy(),
+        centred=spectra["rapsd_centred"].numpy(),
+        counts=rings(n)[1].numpy(),
+        level=level.mean(0).numpy(),
+        fits=fits.astype(np.float32),
+        labels=labels.astype(np.int32),
+        index=index.astype(np.int64),
+        mean=np.stack([rows.mean(0) for rows in of_classes]),
+        covariance=np.stack([np.cov(rows.T, bias=True) for rows in of_classes]),
+        low=np.stack([np.quantile(rows, 0.01, axis=0) for rows in of_classes]),
+        high=np.stack([np.quantile(rows, 0.99, axis=0) for rows in of_classes]),
+        meta=summary(spectra, fits) | {"dataset": images.name, "img_size": n, "class_num": images.num_classes},
+    )
+
+
+def summary(spectra: dict[str, torch.Tensor], fits: np.ndarray) -> dict:
+    """Return the noise bounds at DELTA, and mean and spread of the fits (N, 4)."""
+    nu_min, nu_max = map(float, noise_bounds(spectra["rapsd_centred"].max(), spectra["rapsd"][1:].min(), DELTA))
+    bounds = {"delta": DELTA, "nu_min": nu_min, "nu_max": nu_max}
+    return {
+        "num_images": len(fits),
+        "fit": "(a, alpha, ln P^c_0, ln P_min), ln P_k = a - alpha ln k over k >= 1 with weights 1 / k",
+        "bounds": bounds | {"lambda_0": -np.log(nu_max), "lambda_1": -np.log(nu_min)},
+        "fit_mean_and_std": {name: [float(x.mean()), float(x.std())] for name, x in zip(FIT, fits.T, strict=True)},
+        "corr_a_alpha": float(np.corrcoef(fits[:, :2].T)[0, 1]),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write and print; return exit code 0, or 2 with one sentence on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m tools.measure_spectrum", description=__doc__.partition("\n")[0])
+    parser.add_argument("--dataset", required=True, choices=DATASETS)
+    parser.add_argument("--data_path", help="folder of the data set")
+    parser.add_argument("--img_size", type=int, help="pixels per side (default: the data set's)")
+    parser.add_argument("--split", default="train", help="part of the data set (default: train)")
+    parser.add_argument("--num_images", type=int, help="measure a fixed random subset of this size (default: all)")
+    parser.add_argument("--batch_size", type=int, default=256, help="default: 256")
+    parser.add_argument("--num_workers", type=int, help="loader processes (default: by the data set and the cores)")
+    parser.add_argument("--out", type=Path, help="npz file (default: fid_stats/<dataset>_<img_size>_spectrum.npz)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    parser.add_argument("--device", default="cpu", help="where the transforms run (default: cpu)")
+    args = parser.parse_args(argv)
+    try:
+        img_size = args.img_size or DATASETS[args.dataset].img_size
+        out = args.out or default_spectrum_file(args.dataset, img_size)
+        if out.exists() and not args.overwrite:
+            raise UserError(f"{out} exists. --overwrite replaces it; --out names another file.")
+        images = build_dataset(args.dataset, args.data_path, img_size, args.split)
+        if args.num_images is not None and not 1 <= args.num_images <= len(images):
+            raise UserError(f"--num_images must be from 1 to {len(images)}, the number of images in the data set.")
+        index = np.sort(np.random.RandomState(0).permutation(len(images))[: args.num_images])
+        spectrum = measure(images, index, args.batch_size, args.num_workers, args.device)
+        spectrum.meta.update(split=args.split, data_path=args.data_path, **provenance(torch.device(args.device)))
+        save_spectrum(spectrum, out)
+    except UserError as error:
+        print(f"measure_spectrum: {error}", file=sys.stderr, flush=True)
+        return 2
+    bounds, (alpha, spread) = spectrum.meta["bounds"], spectrum.meta["fit_mean_and_std"]["alpha"]
+    bounds = f"lambda from {bounds['lambda_0']:.3f} to {bounds['lambda_1']:.3f} with delta {DELTA}"
+    print(f"{out}: {len(index)} images, alpha {alpha:.3f} +- {spread:.3f}, {bounds}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Bad images in a run of weeks: which image takes the place of a bad one, and how the run's log learns of it.
+
+Only with --on_bad_image skip, which sets `Images.bad_image_log`. The replacement depends on the files alone: not on
+the number of workers or ranks, nor on the step at which a run started.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from util.data.images import BadImage, DataError, Images
+from util.dist.context import DistContext
+from util.log import RunLog
+
+MAX_FRACTION = 0.01  # of the images of a data set may be bad: with more, the copy of the data set is broken ...
+MAX_COUNT = 50  # ... but that many may be bad in one of any size
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One bad image: its file, why it is bad, and the file of the image that takes its place."""
+
+    file: str
+    reason: str
+    replaced_by: str
+
+
+def same_class(images: Images, i: int) -> Iterator[int]:
+    """Yield the other images of the class of image i: those after it in the data set, then those from the start."""
+    same = np.flatnonzero(images.labels == images.labels[i])
+    yield from np.roll(same, -1 - int(np.searchsorted(same, i)))[:-1].tolist()
+
+
+class Replacing(Dataset):
+    """`images` with the next readable image of the same class in the place of a bad one.
+
+    Item i is (image uint8 (3, H, W), label int, its Replacement or None). DataError for a class without a readable
+    image. Files that the file system does not deliver are not replaced.
+    """
+
+    def __init__(self, images: Images):
+        self.images = images
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, Replacement | None]:
+        try:
+            return *self.images[i], None
+        except BadImage as error:
+            reason = error.reason
+        for j in same_class(self.images, i):
+            try:
+                x, y = self.images[j]
+            except BadImage:
+                continue
+            return x, y, Replacement(self.images.path(i), reason, self.images.path(j))
+        name = self.images.class_names[self.images.labels[i]]
+        raise DataError(f"no image of class {name} can be read: {self.images.path(i)}: {reason}. Restore the files.")
+
+
+def collate(items: list[tuple[Tensor, int, Replacement | None]]) -> tuple[Tensor, Tensor, list[Replacement]]:
+    """Return images (B, 3, H, W), labels (B,) int64, and the replacements among them."""
+    x, y = default_collate([(image, label) for image, label, _ in items])
+    return x, y, [replacement for *_, replacement in items if replacement]
+
+
+def check_bad_count(count: int, total: int, example: str) -> None:
+    """Raise DataError, on all ranks, if so many of `total` images are bad that the data set must be broken."""
+    if count > max(MAX_COUNT, MAX_FRACTION * total):
+        error = DataError(
+            f"{count} of {total} images are bad so far, more than {MAX_FRACTION:.0%}, for example {example}: the data "
+            "set seems to be broken. Repair it and start the same command again; it continues."
+        )
+        error.on_all_ranks = True
+        raise error
+
+
+class BadImageLog:
+    """The bad images that a run has met since its start, each of which is logged once."""
+
+    def __init__(self, images: Images):
+        self.total = len(images)
+        self.met: dict[str, Replacement] = {}  # on this rank, by file
+        self.reported: dict[str, Replacement] = {}  # on any rank, as of the last report
+
+    def add(self, replacements: Iterable[Replacement]) -> None:
+        self.met.update((replacement.file, replacement) for replacement in replacements)
+
+    def report(self, ctx: DistContext, log: RunLog, step: int) -> None:
+        """Log an event `bad_image` for each image that any rank has replaced since the last report.
+
+        All ranks call it after the same step: before each checkpoint and at the end, so that the log misses no image
+        however often the run is interrupted. DataError on all ranks when too many images are bad (`check_bad_count`).
+        """
+        parts = [met := [r for file, r in self.met.items() if file not in self.reported]]
+        if ctx.world_size > 1:
+            parts = [None] * ctx.world_size
+            dist.all_gather_object(parts, met)
+        new = {r.file: r for part in parts for r in part}
+        for file in sorted(new):
+            log.log("bad_image", step, asdict(new[file]))
+        self.reported |= new
+        if new:
+            first = new[min(new)]
+            log.info(f"replaced {len(new)} bad images ({len(self.reported)} so far), like {first.file}: {first.reason}")
+        check_bad_count(len(self.reported), self.total, min(self.reported, default=""))

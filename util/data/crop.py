@@ -1,0 +1,84 @@
+"""Reads one image file: ADM's centre crop, in RGB.
+
+Shapes: an image is uint8 (H, W, 3); a crop is (size, size, 3).
+"""
+
+import os
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from util.data.images import BadImage, DataError
+
+MAX_PIXELS = 2**28  # of an image as read and as enlarged: 16384 x 16384, 1 GiB in PIL, which uses 4 bytes per pixel
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # PIL's own check of the header; its default warns at a third of that
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to mode RGB. Alpha is dropped; 16-bit grey keeps its upper 8 bits, as PIL does for 16-bit colour."""
+    if image.mode == "F":
+        raise DataError("floating-point images have no agreed range; expected 8 or 16 bits per channel.")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip values above 255
+        grey = np.asarray(image).clip(0, 65535) >> 8  # (H, W)
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Return the centre crop (size, size, 3) of a PIL image of any size and mode, as ADM makes it.
+
+    Halve with BOX while the short side is at least 2 * size, resize with BICUBIC to a short side of `size`, cut out
+    the centre. An image of the right size comes back unchanged to the bit. DataError for mode F, and for an image so
+    narrow that it would be enlarged to more than MAX_PIXELS.
+    Source: Dhariwal and Nichol 2021, guided-diffusion, image_datasets.py.
+    """
+    image = to_rgb(image)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{image.width} x {image.height} pixels are too narrow: with a short side of {size} the image would have "
+            f"{width} x {height}; at most {MAX_PIXELS} pixels are made."
+        )
+    array = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (height, width, 3)
+    top, left = (height - size) // 2, (width - size) // 2
+    return array[top : top + size, left : left + size].copy()  # (size, size, 3)
+
+
+def read_crop(path: str, size: int) -> np.ndarray:
+    """Return the centre crop (size, size, 3) of an image file, of its first frame where it has several.
+
+    The whole file is read before PIL sees it, so that errors of the file system (DataError) are told from those of the
+    content (BadImage): no image, a damaged one, one with more than MAX_PIXELS, or one that cannot be converted to RGB.
+    """
+    try:
+        with open(path, "rb") as file:
+            too_large = os.fstat(file.fileno()).st_size > MAX_BYTES
+            content = b"" if too_large else file.read()
+    except OSError as e:
+        raise DataError(
+            f"cannot read the file {path}: {e.strerror or e}. This is an error of the file system, not a bad image, so "
+            "the image is not replaced: check the disk, permissions and limits, and start again."
+        ) from None
+    try:
+        if too_large:
+            raise DataError(f"the file has more than {MAX_BYTES} bytes.")
+        with Image.open(BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}.")
+            return center_crop(image, size)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        reason = "PIL knows no such format" if content else "the file is empty"
+    except DataError as e:
+        reason = str(e).rstrip(".")
+    except Exception as e:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error, ... on bad files
+        reason = f"{str(e).rstrip('.')} ({type(e).__name__})"
+    raise BadImage.at(path, reason, "Expected a whole image file: replace it or remove it")

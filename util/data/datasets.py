@@ -1,0 +1,185 @@
+"""The data sets, by name: images from disk as uint8 tensors with their labels.
+
+Nothing here is random: the order of an epoch is util/data/loader.py's, and flips and noise are drawn later, on the
+device (denoiser.py). A script adds a data set of its own with DATASETS["name"] = DatasetInfo(...).
+
+Shapes: an item is uint8 (3, H, W) in 0..255 with its label, an int in 0..num_classes-1, H = W = img_size; a batch is
+(B, 3, H, W) uint8 with labels (B,) int64.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from util.data import cache, cifar10
+from util.data.crop import center_crop, read_crop
+from util.data.images import BadImage, DataError, Images, NoSplitError
+
+__all__ = ["DATASETS", "BadImage", "DataError", "DatasetInfo", "Images", "build_dataset", "to_float"]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Convert uint8 (B, 3, H, W) in 0..255 to float32 in [-1, 1]: x / 127.5 - 1."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"to_float expects uint8 images, not {images.dtype}")
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) -> (3, H, W), contiguous, not sharing memory with the argument."""
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, sorted; empty when `folder` is not a folder."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir()) if folder.is_dir() else []
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder that holds the class folders of a split. A folder `train` without folders in it is a class."""
+    train = root / "train" if _class_folders(root / "train") else root
+    if split == "train":
+        return train
+    parent = train.parent if train.name == "train" else root
+    for folder in (parent / "val", parent / "test"):
+        if folder.is_dir():
+            return folder
+    raise NoSplitError(
+        f"no validation images: {parent} holds neither val nor test, with the class folders of the training set."
+    )
+
+
+class ImageFolderImages(Images):
+    """A folder of class folders of image files, each read, centre-cropped and converted to RGB when it is asked for.
+
+    `data_path` holds `train/` (and `val/` or `test/`), or is the training folder itself; `split` is train or val.
+    Labels number the class folders in sorted order (torchvision's ImageFolder). EXIF orientation is ignored, as in ADM.
+    DataError for a missing path, missing or empty class folders, and classes that differ between the splits.
+    """
+
+    def __init__(self, data_path: str | os.PathLike | None, img_size: int, split: str = "train"):
+        if split not in ("train", "val"):
+            raise DataError(f"an image folder has no split {split!r}; expected train or val.")
+        if not data_path:
+            raise DataError("no data path given; pass --data_path DIR, the folder that holds train/<class>/<image>.")
+        root = Path(data_path).expanduser().absolute()
+        try:
+            self.folder = _split_folder(root, split)
+            if not (classes := _class_folders(self.folder)):
+                fault = "holds no class folders" if self.folder.is_dir() else "does not exist or is not a folder"
+                raise DataError(
+                    f"{self.folder} {fault}. Expected --data_path to be a folder with train/<class>/<image>, or that "
+                    "train folder itself; one class is one folder as well."
+                )
+            listing = ImageFolder(self.folder, allow_empty=True)
+            if odd := sorted(set(classes) ^ set(_class_folders(_split_folder(root, "train")))):
+                raise DataError(
+                    f"the class folders of {self.folder} are not those of the training set, so labels would "
+                    f"differ. Only in one of the two: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}."
+                )
+        except OSError as e:
+            raise DataError(f"cannot list the {split} images below {root}: {e}. Check permissions.") from None
+        labels = np.array(listing.targets, dtype=np.int64)
+        if empty := [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]:
+            raise DataError(
+                f"{len(empty)} of the {len(classes)} class folders in {self.folder} hold no image: {', '.join(empty)}. "
+                f"Fill or remove them; the files must end in {', '.join(IMG_EXTENSIONS)}."
+            )
+        super().__init__(img_size, classes, labels)
+        # One array of bytes, not a list of strings: workers that only read it do not copy its pages.
+        self._paths = np.array([os.fsencode(os.path.relpath(path, self.folder)) for path, _ in listing.samples])
+
+    def path(self, i: int) -> str:
+        """The file of image i."""
+        return os.path.join(self.folder, os.fsdecode(bytes(self._paths[i])))
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return _to_tensor(read_crop(self.path(i), self.img_size)), int(self.labels[i])
+
+
+class Cifar10(Images):
+    """CIFAR-10 as util/data/cifar10.py wrote it; split train, or val, also called test. Other sizes: `center_crop`."""
+
+    def __init__(self, data_path: str | os.PathLike | None, img_size: int, split: str = "train"):
+        self._images, labels = cifar10.load(data_path or cifar10.FOLDER, "test" if split == "val" else split)
+        super().__init__(img_size, list(cifar10.CLASS_NAMES), labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image = self._images[i]  # (32, 32, 3)
+        if self.img_size != image.shape[0]:
+            image = center_crop(Image.fromarray(image), self.img_size)
+        return _to_tensor(image), int(self.labels[i])
+
+
+class Digits(Images):
+    """scikit-learn's 1797 handwritten digits: 8x8 values 0..16, scaled to 0..255, resized with BICUBIC, grey as RGB."""
+
+    def __init__(self, img_size: int, split: str = "train"):
+        if split != "train":
+            raise DataError(f"the digits have no split {split!r}; all 1797 of them are train.")
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        super().__init__(img_size, [str(d) for d in range(10)], digits.target.astype(np.int64))
+        small = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+        grey = [Image.fromarray(d).resize((img_size, img_size), Image.Resampling.BICUBIC) for d in small]
+        self._images = torch.from_numpy(np.stack([np.asarray(g) for g in grey]))  # (N, H, W)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self._images[i].expand(3, -1, -1).clone(), int(self.labels[i])
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known about a data set by its name, before it is opened; most are defaults of the flags of that name."""
+
+    build: Callable[[str | os.PathLike | None, int, str], Images]  # (data_path, img_size, split) -> the images
+    img_size: int
+    class_num: int
+    flip: bool = True  # a mirrored image is as good an example of its class
+    metrics: str = "fid,is"
+    data_path: str | None = None
+    in_memory: bool = False  # reading an item opens no file
+    class_names: tuple[str, ...] | None = None  # for the labels of pictures; None: the numbers of the classes
+    crop: str = "centre crop of ADM (util.data.center_crop)"  # recorded in reference statistics
+
+
+def _image_folder(data_path: str | os.PathLike | None, img_size: int, split: str) -> Images:
+    """Open an image folder, or a cache of one (util/data/cache.py)."""
+    folder = cache.find(data_path, split)
+    return cache.CachedImages(folder, img_size) if folder else ImageFolderImages(data_path, img_size, split)
+
+
+DATASETS = {
+    "imagefolder": DatasetInfo(_image_folder, 256, 1000),
+    "cifar10": DatasetInfo(
+        Cifar10, 32, 10, data_path=str(cifar10.FOLDER), in_memory=True, class_names=cifar10.CLASS_NAMES
+    ),
+    "digits": DatasetInfo(
+        lambda data_path, img_size, split: Digits(img_size, split),
+        img_size=32,
+        class_num=10,
+        flip=False,
+        metrics="class_agreement",
+        in_memory=True,
+        crop="none, resized with bicubic interpolation",
+    ),
+}
+
+
+def build_dataset(name: str, data_path: str | os.PathLike | None, img_size: int, split: str = "train") -> Images:
+    """Open the data set `name` of DATASETS. data_path None: the data set's own default."""
+    if name not in DATASETS:
+        raise DataError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}.")
+    info = DATASETS[name]
+    images = info.build(data_path or info.data_path, img_size, split)
+    images.name, images.in_memory = name, info.in_memory
+    return images

@@ -1,0 +1,180 @@
+"""The order in which images are read, the loader that reads them, and the time that training waits for it.
+
+The order of an epoch is a function of (seed, epoch), and the global batch of a step does not depend on how many ranks
+and microbatches share it.
+
+Shapes: B images of a microbatch; a batch is (B, 3, H, W) uint8 with labels (B,) int64.
+"""
+
+import atexit
+import os
+import signal
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from util.data.bad_images import Replacing, collate
+from util.data.images import DataError, Images
+from util.dist.preemption import SIGNALS
+
+
+def positions(rank: int, world_size: int, microbatch: int, batch_size: int) -> range:
+    """Return the positions in the global batch of the `batch_size` images of a microbatch on a rank."""
+    first = (microbatch * world_size + rank) * batch_size
+    return range(first, first + batch_size)
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Lists of batch_size image indices for one rank, such that the global batches depend on (seed, epoch) alone.
+
+    Step s of an epoch is perm[s*G : (s+1)*G] with G = batch_size * world_size * accum_iter and perm the permutation
+    of (seed, epoch); the images after the last whole global batch are dropped. Within a step, this rank takes
+    `positions(rank, world_size, m, batch_size)` for m = 0..accum_iter-1, one list each.
+    DataError when the images do not fill one global batch.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int, accum_iter: int, seed: int):
+        if min(batch_size, world_size, accum_iter) < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"bad {batch_size=}, {rank=}, {world_size=}, {accum_iter=}")
+        self.num_images, self.batch_size, self.accum_iter, self.seed = num_images, batch_size, accum_iter, seed
+        self.rank, self.world_size = rank, world_size
+        self.global_batch = batch_size * world_size * accum_iter
+        if num_images < self.global_batch:
+            raise DataError(
+                f"the dataset has {num_images} images, fewer than one global batch of {self.global_batch} "
+                f"= {batch_size} per rank x {world_size} ranks x {accum_iter} accumulated. "
+                "Lower --batch_size (BATCH_SIZE) or --global_batch (GLOBAL_BATCH), or use more images."
+            )
+        self.set_epoch(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_images // self.global_batch
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch, and the step in it at which the next iteration starts (0..steps_per_epoch)."""
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step {start_step} is not in 0..{self.steps_per_epoch}")
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.start_step) * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[int]]:
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.epoch]))
+        order = np.random.Generator(bits).permutation(self.num_images)  # (num_images,)
+        for step in range(self.start_step, self.steps_per_epoch):
+            batch = order[step * self.global_batch : (step + 1) * self.global_batch]
+            for microbatch in range(self.accum_iter):
+                mine = positions(self.rank, self.world_size, microbatch, self.batch_size)
+                yield batch[mine.start : mine.stop].tolist()
+
+
+def default_workers(images: Images) -> int:
+    """Worker processes per rank: 0 for images in memory, else this rank's share of the cores, 1..max_workers."""
+    if images.in_memory:
+        return 0
+    share = len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(images.max_workers, share))
+
+
+def _init_worker(worker_id: int) -> None:
+    """Use one thread, and leave signals that ask to stop to the parent, which ends its workers when it is done."""
+    torch.set_num_threads(1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader whose workers end with it: after an error, at `close`, when it is collected and at exit.
+
+    torch and multiprocessing end workers by SIGTERM, which these ignore, and would then wait for them forever. Where
+    `images.bad_image_log` is set, bad images are replaced, and noted there when their batch is handed out.
+    """
+
+    def __init__(self, images: Images, **options):
+        self.bad_image_log = images.bad_image_log
+        self._end: weakref.finalize | None = None
+        if self.bad_image_log is None:
+            super().__init__(images, **options)
+        else:
+            super().__init__(Replacing(images), collate_fn=collate, **options)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        try:
+            batches = super().__iter__()
+            if self.num_workers > 0 and self._end is None:
+                self._end = weakref.finalize(self, _end_workers, batches, os.getpid())
+                self._end.atexit = False  # multiprocessing's own hook would come before it
+                atexit.register(self._end)
+            for x, y, *replacements in batches:
+                for replacement in replacements:
+                    self.bad_image_log.add(replacement)
+                yield x, y
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the workers now; iterating again starts new ones."""
+        if self._end is not None:
+            self._end()
+        self._end = self._iterator = None
+
+
+def _end_workers(batches: Iterator, pid: int) -> None:
+    if os.getpid() == pid:  # else in a forked worker, which has a copy of every loader
+        batches._shutdown_workers()  # torch has no public name for it
+        for worker in batches._workers:
+            worker.kill()
+
+
+def build_loader(
+    images: Images, sampler: Iterable[list[int]], num_workers: int | None, pin_memory: bool
+) -> ImageLoader:
+    """Return a loader of (images (B, 3, H, W) uint8, labels (B,) int64) in the sampler's order.
+
+    num_workers None: `default_workers`. Call the sampler's set_epoch before each iteration over the loader.
+    """
+    workers = default_workers(images) if num_workers is None else num_workers
+    return ImageLoader(
+        images,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_init_worker,
+        persistent_workers=workers > 0,
+        prefetch_factor=2 if workers else None,
+        generator=torch.Generator().manual_seed(0),  # else each iteration would advance torch's global random state
+    )
+
+
+class DataTimer:
+    """Iterates over a loader and measures the share of the time that the host waits for it.
+
+    Where the host runs ahead of a device, the device may still be busy meanwhile: the share is an upper bound of the
+    time that the device lacks data.
+    """
+
+    def __init__(self, loader: Iterable):
+        self.batches, self.waited, self.start = iter(loader), 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def share(self) -> float:
+        """Return the waiting share, 0..1, of the time since the last call, at first since the start."""
+        share = self.waited / (time.perf_counter() - self.start)
+        self.waited, self.start = 0.0, time.perf_counter()
+        return share

@@ -1,0 +1,176 @@
+"""Logging of a run: always a file of JSON lines, Weights & Biases unless disabled, and the terminal.
+
+Only rank 0 writes; on the other ranks every call does nothing.
+"""
+
+import json
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from util.dist.context import DistContext
+from util.errors import UserError
+from util.io import replacing
+
+LOG_NAME = "log.jsonl"
+WANDB_ID_NAME = "wandb_id.txt"
+MIN_SECONDS, MAX_SECONDS = 5.0, 60.0  # between two progress lines where there is no terminal
+
+
+def wandb_settings(config: Any, name: str) -> dict[str, Any]:
+    """Return the keyword arguments of wandb.init; `name` is the run's where the flags give none."""
+    return {
+        "project": config.wandb_project,
+        "entity": config.wandb_entity,
+        "name": config.wandb_run_name or name,
+        "mode": config.wandb_mode,
+        "config": config.as_dict(),
+    }
+
+
+def progress(items: Iterable, ctx: DistContext, total: int, desc: str, unit: str) -> Iterable:
+    """Wrap `items` in a progress bar on rank 0 of a terminal; return them unchanged elsewhere."""
+    show = ctx.is_main and sys.stderr.isatty()
+    return tqdm(items, total=total, desc=desc, unit=unit, dynamic_ncols=True, leave=False) if show else items
+
+
+def warn(messages: Iterable[str], ctx: DistContext) -> None:
+    if ctx.is_main:
+        for message in messages:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class RunLog:
+    """The log of one run. A log that exists in the folder is continued, and so is its Weights & Biases run.
+
+    Args:
+        folder: the run's output folder.
+        wandb: keyword arguments of wandb.init (project, entity, name, mode, config); mode "disabled" turns it off.
+        resumed_step: training resumes at this step; lines about later steps are removed, since they are repeated.
+
+    Raises:
+        UserError: Weights & Biases was requested and does not start.
+    """
+
+    def __init__(self, folder: Path, ctx: DistContext, wandb: Mapping[str, Any], resumed_step: int | None = None):
+        self.is_main, self.file, self.wandb_run = ctx.is_main, None, None
+        self.path = folder / LOG_NAME
+        if not self.is_main:
+            return
+        if resumed_step is not None and self.path.exists():
+            _truncate(self.path, resumed_step)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        if wandb["mode"] != "disabled":
+            self._start_wandb(folder, wandb)
+
+    def _start_wandb(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = folder / WANDB_ID_NAME
+        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+        quiet = wandb.Settings(console="off", silent=True)
+        try:
+            self.wandb_run = wandb.init(**settings, dir=str(folder), id=run_id, resume="allow", settings=quiet)
+            self.wandb_run.define_metric("*", step_metric="step")
+        except Exception as error:  # wandb raises many types; each of them means that there is no logging
+            raise UserError(f"Weights & Biases did not start ({error}). ENABLE_WANDB=0 runs without it.") from error
+        id_file.write_text(run_id + "\n")
+
+    def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one JSON line; its numbers also go to Weights & Biases as `event/name`."""
+        if not self.is_main:
+            return
+        try:
+            self.file.write(json.dumps({"time": round(time.time(), 3), "event": event, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"The log {self.path} cannot be written: {error}.") from error
+        if self.wandb_run is not None:
+            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+            self.wandb_run.log({**numbers, "step": step})
+
+    def image(self, name: str, step: int, path: Path) -> None:
+        """Upload a picture to Weights & Biases, if that is on."""
+        if self.wandb_run is not None:
+            import wandb
+
+            self.wandb_run.log({name: wandb.Image(str(path)), "step": step})
+
+    def info(self, text: str) -> None:
+        """Print a line above the progress bar, if there is one."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self, exit_code: int = 0) -> None:
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=exit_code)
+        if self.file is not None:
+            self.file.close()
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Remove the lines about steps from `step` on, and a last line that was cut off.
+
+    A line "train" carries the number of its last step, counted from 0; every other line the number of finished steps.
+    """
+    kept = []
+    for text in path.read_text().splitlines(keepends=True):
+        try:
+            line = json.loads(text)
+            repeated = line["event"] != "start" and line["step"] + (line["event"] == "train") > step
+        except (ValueError, KeyError, TypeError):
+            continue
+        if not repeated and text.endswith("\n"):
+            kept.append(text)
+    with replacing(path) as file:
+        file.write("".join(kept).encode())
+
+
+class ImageProgress:
+    """Progress over images: a bar in a terminal; elsewhere a line for each tenth, or at least once a minute.
+
+    Args:
+        done: images that existed before; they do not count towards images per second.
+    """
+
+    def __init__(self, desc: str, total: int, done: int, ctx: DistContext):
+        self.desc, self.total, self.first, self.done, self.printed = desc, total, done, done, done
+        self.start = self.printed_at = time.perf_counter()
+        self.is_main = ctx.is_main
+        show = self.is_main and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=desc, unit="image", leave=False) if show else None
+
+    def update(self, done: int) -> None:
+        """Report that `done` images of the total exist now."""
+        if self.bar is not None:
+            self.bar.update(done - self.done)
+        self.done = done
+        now = time.perf_counter()
+        waited = now - self.printed_at
+        due = waited >= MAX_SECONDS or (waited >= MIN_SECONDS and done - self.printed >= self.total / 10)
+        if self.is_main and self.bar is None and done < self.total and due:
+            rate = max(done - self.first, 1) / (now - self.start)
+            text = f"{self.desc}: {done}/{self.total} images ({100 * done / self.total:.0f}%), {rate:.3g} images/s"
+            print(f"{text}, {duration((self.total - done) / rate)} left", file=sys.stderr, flush=True)
+            self.printed, self.printed_at = done, now
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Format a duration with two units at most: 40 s, 12 min, 2 h 5 min, 3 days 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} days {minutes % 1440 // 60} h"
