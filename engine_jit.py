@@ -382,7 +382,7 @@ class Trainer:
         self.products["samples"] = grid
         with ema.applied() if ema else nullcontext():
             with unsharded(self.denoiser):
-                self.products |= gates.record(self.denoiser.net, config, epoch, step, ctx, self.log)
+                self.products |= gates.record(self.denoiser.net, config, epoch, step, self.folder, ctx, self.log)
             labels = spread_labels(config.wandb_num_vis, config.class_num)
             sample_grid(
                 self.denoiser, config, labels, ctx, grid, f"{config.model}  epoch {epoch + 1}  cfg {config.cfg:g}"

@@ -55,15 +55,13 @@ class _InverseGain:
         steps = torch.linspace(0, 1, NODES, dtype=low.dtype, device=low.device)
         self.nodes = low + (high - low) * steps  # (B, NODES)
         self.nodes[:, -1:] = high
-        q, _ = self._gain(self.nodes)
+        q = self._gains(self.nodes).sum(-1)
         self.first, self.rise = q[:, :1], q[:, -1:] - q[:, :1]  # (B, 1)
         self.values = ((q - self.first) / self.rise).contiguous()  # (B, NODES), 0 .. 1
 
-    def _gain(self, lam: Tensor) -> tuple[Tensor, Tensor]:
-        """Q and dQ/dlambda at lambda (B, N), (B, N) each."""
-        x = lam[..., None] + self.log_power  # (B, N, K)
-        gain = torch.sigmoid(x) * self.weight
-        return gain.sum(-1), (gain * torch.sigmoid(-x)).sum(-1)
+    def _gains(self, lam: Tensor) -> Tensor:
+        """The terms of Q at lambda: (B, N) -> (B, N, K)."""
+        return torch.sigmoid(lam[..., None] + self.log_power) * self.weight
 
     def __call__(self, u: Tensor) -> Tensor:
         left = (torch.searchsorted(self.values, u.contiguous(), right=True) - 1).clamp(0, NODES - 2)
@@ -71,8 +69,9 @@ class _InverseGain:
         low, high = self.nodes.gather(1, left), self.nodes.gather(1, left + 1)
         lam = low + (high - low) * ((u - u0) / (u1 - u0).clamp_min(TINY))
         for _ in range(NEWTON_STEPS):
-            q, slope = self._gain(lam)
-            lam = lam - ((q - self.first) / self.rise - u) / (slope / self.rise).clamp_min(TINY)
+            gains = self._gains(lam)
+            slope = (gains * torch.sigmoid(-lam[..., None] - self.log_power)).sum(-1) / self.rise  # du/dlambda
+            lam = lam - ((gains.sum(-1) - self.first) / self.rise - u) / slope.clamp_min(TINY)
             lam = torch.minimum(torch.maximum(lam, low), high)
         return lam
 

@@ -10,8 +10,8 @@ with its checksums. `measure` prints how many images a second a loader delivers,
 """
 
 import argparse
+import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def write(args: argparse.Namespace) -> None:
     """Cache the training images, and the validation images where there are any."""
     if cache.find(args.data_path):
-        raise UserError(f"--data_path {args.data_path} is an image cache already: name the folder it was made from.")
+        raise DataError(f"--data_path {args.data_path} is an image cache already: name the folder it was made from.")
     splits = {"train": ImageFolderImages(args.data_path, args.img_size)}
     with suppress(NoSplitError):  # both are opened before hours of work go into the first
         splits["val"] = ImageFolderImages(args.data_path, args.img_size, "val")
@@ -64,38 +64,36 @@ def write(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Compare all blocks of a cache with their checksums; DataError naming those that are damaged."""
-    if not (train := cache.find(args.cache.expanduser())):
+    """Compare all pixels of a cache with their checksums."""
+    if not (train := cache.find(args.cache)):
         raise DataError(f"{args.cache} holds no image cache: name the folder that was --out of `prepare_data cache`.")
     for folder in (train, train.parent / "val"):
-        if os.path.isfile(folder / cache.INDEX):
+        if (folder / cache.INDEX).exists():
             index = cache.Index.load(folder)
+            cache.CachedImages(folder, index.img_size)  # checks everything except the pixels
             if damaged := cache.damaged_blocks(folder, index):
                 raise DataError(
-                    f"{folder}: blocks {damaged[:5]}, {len(damaged)} of {len(index.blocks())}, are missing or do not "
-                    f"have their checksum. Copy the cache again, or {cache.AGAIN}: it writes those blocks."
+                    f"{folder}: {len(damaged)} of {len(index.blocks())} blocks do not have their checksums. Copy the "
+                    f"cache again, or {cache.AGAIN}: it writes those blocks."
                 )
             print(f"{folder}: all {index.num_images} images have their checksums", flush=True)
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Print images per second of one loader, in training's order, over epochs until SECONDS have passed."""
+    """Print images per second of one loader, in the order of an epoch of training, measured for SECONDS."""
     img_size = args.img_size or DATASETS[args.dataset].img_size
     images = build_dataset(args.dataset, args.data_path, img_size)
     sampler = GlobalBatchSampler(len(images), args.batch_size, 0, 1, 1, seed=0)
     loader = build_loader(images, sampler, args.num_workers, pin_memory=False)
-    next(iter(loader))  # the workers have started
-    count, epoch, start = 0, 0, time.perf_counter()
-    while time.perf_counter() - start < SECONDS:
-        sampler.set_epoch(epoch := epoch + 1)
-        for x, _ in loader:
-            count += len(x)
-            if time.perf_counter() - start >= SECONDS:
-                break
-    rate = count / (time.perf_counter() - start)
-    about = {**vars(args), "class": type(images).__name__, "num_images": len(images)}
-    about |= {"img_size": img_size, "num_workers": loader.num_workers}
-    print(json.dumps({"images_per_s": round(rate, 1), **about, **provenance(torch.device("cpu"))}))
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    next(batches)  # the workers have started
+    count, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < SECONDS:
+        count += len(next(batches)[0])
+    rate = round(count / seconds, 1)
+    chosen = {"img_size": img_size, "num_workers": loader.num_workers}
+    about = {"class": type(images).__name__, "num_images": len(images), **provenance(torch.device("cpu"))}
+    print(json.dumps({"images_per_s": rate, **vars(args), **chosen, **about}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

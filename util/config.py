@@ -198,7 +198,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Run: folders, checkpoints, hardware, logging"""
+    """Run (folders, checkpoints, hardware, logging)"""
 
     output_dir: str | None = flag(None, PER_CALL, "folder of the run (default: output/<name made from the settings>)")
     resume: str | None = flag(None, PER_CALL, "folder of a run to resume, evaluate or sample (default: --output_dir)")

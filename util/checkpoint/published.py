@@ -30,24 +30,16 @@ PROJ1 = "net.x_embedder.proj1.weight"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, a file or a sharded one's folder, whose tensors are read when they are used.
+    """A checkpoint, whose tensors are read from disk when they are used."""
 
-    Attributes:
-        weights: "model", "model_ema1", "model_ema2" -> state dict, for `load_weights`.
-        optimizer: param_groups, and slot -> tensor for step, exp_avg, exp_avg_sq; None if there is none.
-        args: the flags it was trained with; `sf_source` says where disable_dct_patchify among them comes from.
-        run: our additions; empty for a published file.
-        notes: warnings about newer checkpoints that are damaged.
-    """
-
-    path: Path
-    weights: Mapping[str, Mapping[str, Tensor]]
-    optimizer: dict[str, Any] | None
-    epoch: int
-    args: dict[str, Any]
-    sf_source: str
-    run: dict[str, Any]
-    notes: tuple[str, ...] = ()
+    path: Path  # a file, or the folder of a sharded one
+    weights: Mapping[str, Mapping[str, Tensor]]  # "model", "model_ema1", "model_ema2" -> state dict
+    optimizer: dict[str, Any] | None  # param_groups, and slot -> tensor for step, exp_avg, exp_avg_sq
+    epoch: int  # the last finished one, counted from 0
+    args: dict[str, Any]  # the flags it was trained with; disable_dct_patchify is always among them
+    sf_source: str  # where that one comes from, for a message
+    run: dict[str, Any]  # our additions; empty for a published file
+    notes: tuple[str, ...] = ()  # warnings about newer checkpoints that are damaged
 
     @property
     def at(self) -> str:
@@ -118,7 +110,7 @@ def _understand(path: Path, content: Any) -> Checkpoint:
     if isinstance(args.get("batch_size"), int) and isinstance(args.get("world_size"), int):
         args.setdefault("global_batch", args["batch_size"] * args["world_size"])  # published runs do not record it
     if isinstance(args.get("window_size"), int) and args["window_size"] <= 0:
-        args["window_size"] = None
+        args["window_size"] = None  # the whole image
     for key, state in states.items():  # linear (bottleneck, C*p*p) -> convolution (bottleneck, C, p, p)
         p = round((state[PROJ1][0].numel() / 3) ** 0.5)
         if 3 * p * p != state[PROJ1][0].numel():
@@ -168,23 +160,27 @@ def copy_into(targets: Mapping[Any, Tensor], state: Mapping[Any, Tensor]) -> Non
         target.copy_(value)
 
 
+def whole(state: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """Return a checkpoint's state dict with unsharded tensors in host memory."""
+    tensors = {key: torch.empty_like(value, device="cpu") for key, value in state.items()}
+    copy_into(tensors, state)
+    return tensors
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
-    """Fill an AdamW, over DTensors if sharded, from a checkpoint's `optimizer`; UserError if groups or shapes differ."""
+    """Fill an AdamW, sharded or not, from a checkpoint's `optimizer`; UserError if groups or shapes differ."""
     own, theirs = optimizer.param_groups, state["param_groups"]
-    sizes = [[len(group["params"]) for group in groups] for groups in (theirs, own)]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"{path}: its optimizer has groups of {sizes[0]} tensors, and the network's of {sizes[1]}.")
-    slots, parameters = (chain(*(group["params"] for group in groups)) for groups in (theirs, own))
-    parameters = dict(zip(slots, parameters, strict=True))
     values = {slot: {"step": torch.as_tensor(step).clone()} for slot, step in state["step"].items()}
-    for moment in sharded.MOMENTS:
-        targets = {slot: torch.zeros_like(parameters[slot], requires_grad=False) for slot in values}
-        try:
-            copy_into(targets, state[moment])
-        except RuntimeError as error:
-            raise UserError(f"{path}: its optimizer's {moment} does not fit the network: {error}") from error
-        for slot, target in targets.items():
-            values[slot][moment] = target
     # The checkpoint says what the optimizer computes; how it is executed is for this process to say.
     execution = {key: own[0][key] for key in ("fused", "foreach", "capturable", "differentiable")}
-    optimizer.load_state_dict({"state": values, "param_groups": [{**group, **execution} for group in theirs]})
+    slots, parameters = (chain(*(group["params"] for group in groups)) for groups in (theirs, own))
+    try:
+        parameters = dict(zip(slots, parameters, strict=True))
+        for moment in sharded.MOMENTS:
+            targets = {slot: torch.zeros_like(parameters[slot], requires_grad=False) for slot in values}
+            copy_into(targets, state[moment])
+            for slot, target in targets.items():
+                values[slot][moment] = target
+        optimizer.load_state_dict({"state": values, "param_groups": [{**group, **execution} for group in theirs]})
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: its optimizer does not fit the network: {error}") from error

@@ -1,7 +1,7 @@
 """A checkpoint as a folder that all ranks write and read together, through torch.distributed.checkpoint (DCP).
 
     checkpoint-last.dcp/
-        shard-00001-model-00001-of-00005.safetensors   rank 0's part of the weights (1), both EMAs (2, 3), moments (4, 5)
+        shard-00001-model-00001-of-00005.safetensors   rank 0: weights (1), both EMAs (2, 3), AdamW's moments (4, 5)
         checkpoint.json                                the rest, and the SHA-256 of itself and of those files
 
 Tensors are named "<section>.<parameter>", as in "exp_avg.net.blocks.0.attn.qkv.weight". Any number of ranks can read
@@ -32,14 +32,9 @@ WEIGHTS, MOMENTS = ("model", "model_ema1", "model_ema2"), ("exp_avg", "exp_avg_s
 
 
 def write(path: Path, content: Mapping[str, Any], group: dist.ProcessGroup) -> None:
-    """Write a checkpoint to the folder `path` and flush it to disk. All ranks call this together.
+    """Write `content` (train_state.py), as DTensors in host memory, to the folder `path`, and flush it to disk.
 
-    Args:
-        content: from `train_state`, in host memory: DTensors on a mesh of `group`, the optimizer's state by names.
-        group: a gloo group that nothing else uses meanwhile.
-
-    Raises:
-        UserError: on all ranks, if one of them cannot write.
+    All ranks of `group`, a gloo group that nothing else uses meanwhile, call this; UserError on all if one fails.
     """
     rank, groups, state = dist.get_rank(group), content["optimizer"]["param_groups"], content["optimizer"]["state"]
     names = [name for entry in groups for name in entry["params"]]
@@ -50,25 +45,20 @@ def write(path: Path, content: Mapping[str, Any], group: dist.ProcessGroup) -> N
         tensors |= {f"{section}.{name}": value for name, value in values.items()}
         file_numbers |= {f"{section}.{name}": number for name in values}
 
-    def write_tensors() -> dict[str, dict[str, Any]]:
+    def write_tensors() -> dict[str, dict[str, str]]:
         if rank == 0:
             shutil.rmtree(path, ignore_errors=True)  # DCP creates it again before any rank writes
         writer = HuggingFaceStorageWriter(str(path), file_numbers, save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=group)
-        files = sorted(path.glob(f"shard-{rank + 1:05d}-*"))
-        return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
+        return {file.name: {"sha256": sha256_file(file)} for file in path.glob(f"shard-{rank + 1:05d}-*")}
 
-    try:
-        files = {name: entry for part in on_all_ranks(group, write_tensors) for name, entry in part.items()}
-        about = {"epoch": content["epoch"], "args": vars(content["args"]), "run": content["run"]}
-        about |= {"weights": list(content["model"]), "optimizer": groups, "files": files}
-        settings = {**about, "sha256": json_hash(about, 64)}
-        on_all_ranks(group, lambda: rank or write_json(path / SETTINGS, settings))
-    except UserError as error:
-        raise UserError(f"The checkpoint cannot be written to {path}: {error}") from error
+    files = {name: digest for part in on_all_ranks(path, group, write_tensors) for name, digest in part.items()}
+    about = {"epoch": content["epoch"], "args": vars(content["args"]), "run": content["run"], "files": files}
+    about |= {"weights": list(content["model"]), "optimizer": groups}
+    on_all_ranks(path, group, lambda: rank or write_json(path / SETTINGS, {**about, "sha256": json_hash(about, 64)}))
 
 
-def on_all_ranks(group: dist.ProcessGroup, work: Callable[[], Any]) -> list[Any]:
+def on_all_ranks(path: Path, group: dist.ProcessGroup, work: Callable[[], Any]) -> list[Any]:
     """Call `work` on all ranks, and return what it returns on each. An error on one is a UserError on all."""
     value, problem = None, None
     try:
@@ -78,7 +68,7 @@ def on_all_ranks(group: dist.ProcessGroup, work: Callable[[], Any]) -> list[Any]
     outcomes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, (value, problem), group=group)
     if problems := [problem for _, problem in outcomes if problem]:
-        raise UserError(problems[0])
+        raise UserError(f"The checkpoint cannot be written to {path}: {problems[0]}")
     return [value for value, _ in outcomes]
 
 
@@ -91,12 +81,9 @@ def settings(path: Path) -> dict[str, Any]:
 
 
 class Section(dict[Hashable, Tensor]):
-    """A state dict of meta tensors, whose values `copy_to` reads from a sharded checkpoint.
+    """A state dict of meta tensors, whose values `copy_to` reads from the checkpoint that has the settings `about`.
 
-    Args:
-        about: the settings of that checkpoint. Reading is refused if a run has put another one in its place.
-        names: key -> name of the tensor in the files.
-        stored: name -> meta tensor.
+    `names` maps its keys to names in the files, and `stored` those to meta tensors.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], names: Mapping[Hashable, str], stored: Mapping[str, Tensor]):
@@ -112,20 +99,15 @@ class Section(dict[Hashable, Tensor]):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Verify a checkpoint, and return its content as published.py describes it, with `Section`s for state dicts.
-
-    Raises:
-        UserError: it is not what was written, or cannot be read.
-    """
+    """Verify a checkpoint, and return its content as published.py describes it, with `Section`s for state dicts."""
     about = settings(path)
     with _reading(path, about):
-        files = about["files"]
-        if different := {file.name for file in path.glob("*.safetensors")} ^ set(files):
-            raise UserError(f"{path} is damaged: {min(different)} is missing or does not belong to it.")
+        files, found = about["files"], sorted(path.glob("*.safetensors"))
         with ThreadPoolExecutor(8) as pool:
-            for name, digest in zip(files, pool.map(lambda name: sha256_file(path / name), files), strict=True):
-                if digest != files[name]["sha256"]:
-                    raise UserError(f"{path} is damaged: the checksum of {name} differs.")
+            digests = dict(zip((file.name for file in found), pool.map(sha256_file, found), strict=True))
+        for name in sorted(files.keys() | digests.keys()):
+            if digests.get(name) != files.get(name, {}).get("sha256"):
+                raise OSError(f"it is damaged: the checksum of {name} differs, or there should be no such file")
         found = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         stored = {name: torch.empty(t.size, dtype=t.properties.dtype, device="meta") for name, t in found.items()}
 
@@ -146,7 +128,7 @@ def load(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path, about: dict[str, Any]) -> Iterator[None]:
-    """Turn any error into a UserError, which says so if `path` no longer holds the checkpoint of `about` at the end."""
+    """Turn all errors into UserErrors, and refuse what was read if a run has put another checkpoint there meanwhile."""
     problem = None
     try:
         yield
@@ -158,7 +140,7 @@ def _reading(path: Path, about: dict[str, Any]) -> Iterator[None]:
             "that stays with --checkpoint."
         )
     if problem is not None:
-        raise problem if isinstance(problem, UserError) else UserError(f"{path} cannot be read: {_reason(problem)}")
+        raise UserError(f"{path} cannot be read: {_reason(problem)}") from problem
 
 
 def _reason(error: BaseException) -> str:

@@ -13,15 +13,11 @@ from util.dist.parallel import is_sharded
 from util.errors import UserError
 from util.optim import EMA
 
+EMAs = tuple[EMA, EMA]
+
 
 def train_state(
-    denoiser: Denoiser,
-    optimizer: Optimizer,
-    emas: tuple[EMA, EMA],
-    step: int,
-    steps_per_epoch: int,
-    args: Mapping[str, Any],
-    run: Mapping[str, Any],
+    denoiser: Denoiser, optimizer: Optimizer, emas: EMAs, step: int, steps_per_epoch: int, args: Mapping, run: Mapping
 ) -> dict[str, Any]:
     """Return the content of a checkpoint after `step` steps, with tensors that training goes on to change.
 
@@ -38,12 +34,10 @@ def train_state(
     }
 
 
-def load_train_state(
-    checkpoint: Checkpoint, denoiser: Denoiser, optimizer: Optimizer, emas: tuple[EMA, EMA]
-) -> None:
+def load_train_state(checkpoint: Checkpoint, denoiser: Denoiser, optimizer: Optimizer, emas: EMAs) -> None:
     """Fill denoiser, optimizer and EMAs, sharded or not, from a checkpoint; UserError if they do not fit."""
     if checkpoint.optimizer is None:
-        raise UserError(f"{checkpoint.path} has no optimizer to resume with; --init_from starts a run from its weights.")
+        raise UserError(f"{checkpoint.path} has no optimizer state; --init_from starts a run from its weights.")
     load_weights(denoiser, checkpoint.weights["model"], checkpoint.path)
     for ema, state in zip(emas, (checkpoint.weights["model_ema1"], checkpoint.weights["model_ema2"]), strict=True):
         check_fit(ema.state_dict(), state, checkpoint.path)
@@ -54,7 +48,7 @@ def load_train_state(
 def load_initial_weights(checkpoint: Checkpoint, which: str, denoiser: Denoiser) -> list[str]:
     """Fill an initialised denoiser with the weights `which` ("model", "ema1" or "ema2") of a checkpoint.
 
-    Modules in OPTIONAL that the checkpoint has nowhere keep their initial values; a note is returned on each.
+    Modules in OPTIONAL that the checkpoint does not have keep their initial values; a note is returned on each.
     """
     state, own, notes, fresh = checkpoint.weights[WEIGHTS[which]], denoiser.state_dict(), [], set()
     for name, flag in OPTIONAL.items():

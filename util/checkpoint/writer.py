@@ -30,7 +30,7 @@ class Written:
 
 
 class HostCopy:
-    """Copies nested dicts of tensors to host memory, which it keeps. DTensors are put on `mesh`, which is of CPUs."""
+    """Copies nested dicts of tensors to host memory, which it keeps. DTensors are put on `mesh`, a mesh of CPUs."""
 
     def __init__(self, device: torch.device, mesh: DeviceMesh | None = None):
         self.device, self.mesh, self._buffers = device, mesh, {}
@@ -55,12 +55,12 @@ class HostCopy:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run into `folder`, one at a time. `keep_last` of the newest stay.
+    """Writes the checkpoints of a run into `folder`, one at a time. The `keep_last` newest stay.
 
     Args:
         last_step: step of the newest checkpoint in the folder if it is intact, else None.
         first_step: step at which training resumes; earlier checkpoints of later steps are removed.
-        sharded: all ranks write together: all methods are collectives. Otherwise rank 0 writes alone.
+        sharded: all ranks write together, and call all methods together. Otherwise rank 0 writes alone.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CheckpointWriter:
         self.folder, self.keep_last, self.last_step, self.first_step = folder, keep_last, last_step, first_step
         self.ctx, self.group = ctx, gloo_group() if sharded else None  # the group is for the thread alone
         self._copy = HostCopy(ctx.device, DeviceMesh.from_group(self.group, "cpu") if sharded else None)
-        # The thread would be on device 0, where DCP opens a context on each rank.
+        # A thread starts on device 0, where DCP would open a context on each rank.
         on_device = partial(torch.cuda.set_device, ctx.device) if ctx.device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=on_device)
         self._writing: Future[Written] | None = None
@@ -88,24 +88,23 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, content, step, keep_as_epoch, start, time.perf_counter())
 
     def _write(self, content: dict, step: int, keep_as_epoch: int | None, start: float, copied: float) -> Written:
-        path = self.folder / files.NAME
         if self.group is None:
-            files.save(self.folder, content, self.last_step)
-            self._tidy(path, keep_as_epoch)
+            path = files.save(self.folder, content, self.last_step)
+            self._keep_and_prune(path, keep_as_epoch)
         else:
-            path, following = self.folder / files.NAME_SHARDED, self.folder / files.NEXT_SHARDED
-            sharded_checkpoint.write(following, content, self.group)
+            path, written = self.folder / files.NAME_SHARDED, self.folder / files.NEXT_SHARDED
+            sharded_checkpoint.write(written, content, self.group)
 
             def put_in_place() -> None:
                 if self.ctx.is_main:
-                    self._tidy(files.put_in_place(following, self.last_step), keep_as_epoch)
+                    self._keep_and_prune(files.put_in_place(written, self.last_step), keep_as_epoch)
 
-            sharded_checkpoint.on_all_ranks(self.group, put_in_place)
+            sharded_checkpoint.on_all_ranks(path, self.group, put_in_place)
         self.last_step = step
         size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
         return Written(path, step, copied - start, time.perf_counter() - start, size)
 
-    def _tidy(self, path: Path, keep_as_epoch: int | None) -> None:
+    def _keep_and_prune(self, path: Path, keep_as_epoch: int | None) -> None:
         if keep_as_epoch is not None:
             files.keep(path, keep_as_epoch)
         try:
@@ -116,8 +115,7 @@ class CheckpointWriter:
 
     def keep(self, epoch: int) -> None:
         """Keep the newest checkpoint for good, as the one after `epoch` (counted from 0), if it is intact."""
-        newest = files.find(self.folder)
-        if self.ctx.is_main and self.last_step is not None and newest is not None:
+        if self.ctx.is_main and self.last_step is not None and (newest := files.find(self.folder)):
             files.keep(newest, epoch)
 
     def finished(self) -> list[Written]:

@@ -22,7 +22,7 @@ MAX_COUNT = 50  # ... but that many may be bad in one of any size
 
 @dataclass(frozen=True)
 class Replacement:
-    """One bad image: its file, why it is bad, and the file of the image that takes its place."""
+    """One bad image, and the file of the image that takes its place."""
 
     file: str
     reason: str
@@ -38,8 +38,7 @@ def same_class(images: Images, i: int) -> Iterator[int]:
 class Replacing(Dataset):
     """`images` with the next readable image of the same class in the place of a bad one.
 
-    Item i is (image uint8 (3, H, W), label int, its Replacement or None). DataError for a class without a readable
-    image. Files that the file system does not deliver are not replaced.
+    Item i is (image uint8 (3, H, W), label int, its Replacement or None). DataError for a class without any.
     """
 
     def __init__(self, images: Images):
@@ -70,8 +69,8 @@ def check_bad_count(count: int, total: int, example: str) -> None:
     """Raise DataError, on all ranks, if so many of `total` images are bad that the data set must be broken."""
     if count > max(MAX_COUNT, MAX_FRACTION * total):
         error = DataError(
-            f"{count} of {total} images are bad so far, more than {MAX_FRACTION:.0%}, for example {example}: the data "
-            "set seems to be broken. Repair it and start the same command again; it continues."
+            f"{count} of {total} images are bad so far, more than {MAX_FRACTION:.0%}, for example {example}: the copy "
+            "of the data set seems to be broken. Repair it and start the same command again."
         )
         error.on_all_ranks = True
         raise error
@@ -82,8 +81,8 @@ class BadImageLog:
 
     def __init__(self, images: Images):
         self.total = len(images)
-        self.met: dict[str, Replacement] = {}  # on this rank, by file
-        self.reported: dict[str, Replacement] = {}  # on any rank, as of the last report
+        self.met: dict[str, Replacement] = {}  # by file, on this rank
+        self.reported: set[str] = set()  # files of all ranks
 
     def add(self, replacements: Iterable[Replacement]) -> None:
         self.met.update((replacement.file, replacement) for replacement in replacements)
@@ -101,7 +100,7 @@ class BadImageLog:
         new = {r.file: r for part in parts for r in part}
         for file in sorted(new):
             log.log("bad_image", step, asdict(new[file]))
-        self.reported |= new
+        self.reported |= new.keys()
         if new:
             first = new[min(new)]
             log.info(f"replaced {len(new)} bad images ({len(self.reported)} so far), like {first.file}: {first.reason}")

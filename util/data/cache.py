@@ -5,8 +5,8 @@
     CACHE/train/cache.json   the `Index`: what the images were made from, and which blocks of them are finished
     CACHE/val/...            the same, where the image folder has val/ or test/
 
-A block of images is on the disk before the index lists it: writing may be interrupted at any moment, and the next call
-continues. Pixels are read and written by system calls: with a memory map, a failing disk would kill the process.
+The index lists a block of images once it is on the disk, so an interrupted cache can be continued. Pixels are read and
+written by system calls: with a memory map, a failing disk would kill the process.
 
 Shapes: N images, each uint8 (3, H, W), H = W = img_size.
 """
@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -69,14 +70,11 @@ class Index:
     def offset(self, folder: Path, mode: str = "r") -> int:
         """Return where the pixels start in images.npy, which mode "w+" creates; DataError unless its size is right."""
         shape = (self.num_images, 3, self.img_size, self.img_size)
-        try:
+        with suppress(FileNotFoundError, ValueError):
             images = np.lib.format.open_memmap(folder / IMAGES, mode, np.uint8, shape)
             if (images.dtype, images.shape) == (np.uint8, shape):
                 return images.offset
-            fault = f"it holds {images.dtype} {images.shape}, expected uint8 {shape}"
-        except (FileNotFoundError, ValueError) as e:
-            fault = str(e)
-        raise DataError(f"{folder / IMAGES} is missing or damaged ({fault}): copy it again, or {AGAIN}.")
+        raise DataError(f"{folder / IMAGES} is missing, damaged or not uint8 {shape}: copy it again, or {AGAIN}.")
 
 
 def find(data_path: str | os.PathLike | None, split: str = "train") -> Path | None:
@@ -92,8 +90,7 @@ class CachedImages(Images):
     """One split of a cache, in the place of the ImageFolderImages that it was made from: same items, order and paths.
 
     An image that could not be read when the cache was made is a BadImage here too, and known from the start (`bad`).
-    DataError for a cache that is unfinished, damaged, or of another size or version, and for pixels that the file
-    system does not deliver. Opening reads no pixels; `damaged_blocks` compares them with their checksums.
+    DataError for a cache that is unfinished, damaged, or of another size or version. Opening reads no pixels.
     """
 
     max_workers = 4  # one would do, thousands of images a second at 256 pixels, except for slow disks
@@ -135,16 +132,18 @@ class CachedImages(Images):
 
 
 def damaged_blocks(folder: Path, index: Index) -> list[int]:
-    """Return the numbers of the blocks that are missing or do not have the checksum in the index."""
-    offset, image_bytes = index.offset(folder), 3 * index.img_size**2
+    """Return the numbers of the blocks that are not finished or do not have the checksum in the index."""
+    offset, blocks, image_bytes = index.offset(folder), index.blocks(), 3 * index.img_size**2
 
-    def sha256(block: range) -> str:
+    def is_whole(k: int) -> bool:
+        if str(k) not in index.sha256:
+            return False
         with open(folder / IMAGES, "rb") as file:
-            file.seek(offset + block.start * image_bytes)
-            return hashlib.sha256(file.read(len(block) * image_bytes)).hexdigest()
+            file.seek(offset + blocks[k].start * image_bytes)
+            return hashlib.sha256(file.read(len(blocks[k]) * image_bytes)).hexdigest() == index.sha256[str(k)]
 
     with ThreadPoolExecutor(4) as pool:
-        return [k for k, found in enumerate(pool.map(sha256, index.blocks())) if found != index.sha256.get(str(k))]
+        return [k for k, whole in enumerate(pool.map(is_whole, range(len(blocks)))) if not whole]
 
 
 def _open_index(images: Images, folder: Path) -> Index:
@@ -167,13 +166,15 @@ def _open_index(images: Images, folder: Path) -> Index:
         raise DataError(f"{folder} holds {odd[0]}, which is no part of an image cache: name an empty folder in --out.")
     else:
         size = max(1, BLOCK_BYTES // (3 * images.img_size**2))
-        made = provenance(torch.device("cpu"))
-        index = Index(num_images=len(images), source=str(images.folder), made=made, block_size=size, **wanted)
+        index = Index(
+            **wanted, num_images=len(images), source="", made=provenance(torch.device("cpu")), block_size=size
+        )
     try:
         index.offset(folder)
     except DataError:
         index.offset(folder, mode="w+")
         index.sha256.clear()
+    index.source = str(images.folder)
     write_json(folder / FILES, files)
     write_json(folder / INDEX, asdict(index))
     return index
@@ -189,9 +190,7 @@ def write_cache(images: Images, folder: Path, num_threads: int | None = None, sk
     index, image_bytes = _open_index(images, folder), 3 * images.img_size**2
     missing = len(images) * image_bytes - 512 * os.stat(folder / IMAGES).st_blocks  # the file is sparse at first
     if missing > shutil.disk_usage(folder).free:
-        raise DataError(
-            f"the disk of {folder} is too small: {missing / 1e9:.3g} GB more are needed. Name another --out."
-        )
+        raise DataError(f"the disk of {folder} is too small: it needs {missing / 1e9:.3g} GB more. Name another --out.")
 
     def decode(i: int, out: np.ndarray) -> str:
         try:
@@ -203,12 +202,13 @@ def write_cache(images: Images, folder: Path, num_threads: int | None = None, sk
             raise
 
     with_bad = set() if skip_bad else {int(i) // index.block_size for i in index.bad}
-    todo = sorted(with_bad.union(damaged_blocks(folder, index)))
-    blocks = [index.blocks()[k] for k in todo]
-    progress = ImageProgress(f"cache {folder.name}", len(images), len(images) - sum(map(len, blocks)), DistContext())
+    blocks = {k: index.blocks()[k] for k in sorted(with_bad.union(damaged_blocks(folder, index)))}
+    index.sha256 = {k: digest for k, digest in index.sha256.items() if int(k) not in blocks}
+    done = len(images) - sum(map(len, blocks.values()))
+    progress = ImageProgress(f"cache {folder.name}", len(images), done, DistContext())
     threads = max(1, len(os.sched_getaffinity(0)) if num_threads is None else num_threads)
     with open(folder / IMAGES, "r+b") as file, ThreadPoolExecutor(threads) as pool:
-        for k, block in zip(todo, blocks, strict=True):
+        for k, block in blocks.items():
             pixels = np.zeros((len(block), 3, images.img_size, images.img_size), np.uint8)
             reasons = dict(zip(map(str, block), pool.map(decode, block, pixels), strict=True))
             file.seek(index.offset(folder) + block.start * image_bytes)

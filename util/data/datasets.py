@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import cache, cifar10
 from util.data.crop import center_crop, read_crop
@@ -70,6 +68,8 @@ class ImageFolderImages(Images):
             raise DataError(f"an image folder has no split {split!r}; expected train or val.")
         if not data_path:
             raise DataError("no data path given; pass --data_path DIR, the folder that holds train/<class>/<image>.")
+        from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder  # here: it takes seconds to import
+
         root = Path(data_path).expanduser().absolute()
         try:
             self.folder = _split_folder(root, split)

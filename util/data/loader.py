@@ -12,12 +12,14 @@ import signal
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from util.data.bad_images import Replacing, collate
+from util.data.bad_images import BadImageLog, Replacing, collate
+from util.data.datasets import build_dataset
 from util.data.images import DataError, Images
 from util.dist.preemption import SIGNALS
 
@@ -64,14 +66,37 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.start_step) * self.accum_iter
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def permutation(self) -> np.ndarray:
+        """Return the order of this epoch's images, (num_images,) int64."""
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, self.epoch]))
-        order = np.random.Generator(bits).permutation(self.num_images)  # (num_images,)
+        return np.random.Generator(bits).permutation(self.num_images)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.permutation()
         for step in range(self.start_step, self.steps_per_epoch):
             batch = order[step * self.global_batch : (step + 1) * self.global_batch]
             for microbatch in range(self.accum_iter):
                 mine = positions(self.rank, self.world_size, microbatch, self.batch_size)
                 yield batch[mine.start : mine.stop].tolist()
+
+
+def open_images(config: Any) -> Images:
+    """Open the training images of a configuration; with --on_bad_image skip, loaders replace bad ones.
+
+    Raises:
+        DataError: data that cannot be read, or that has another number of classes.
+    """
+    images = build_dataset(config.dataset, config.data_path, config.img_size)
+    if images.num_classes != config.class_num:
+        raise DataError(
+            f"{config.data_path or config.dataset} has {images.num_classes} classes and --class_num is "
+            f"{config.class_num}; --class_num {images.num_classes} starts a new run on it."
+        )
+    if config.on_bad_image == "skip" and not images.in_memory:
+        images.bad_image_log = BadImageLog(images)
+    elif images.bad:
+        images[min(images.bad)]  # raises BadImage now rather than in the middle of training
+    return images
 
 
 def default_workers(images: Images) -> int:

@@ -1,7 +1,4 @@
-"""The rank of this process among all, the process group, and the few collectives that the project uses.
-
-Shapes: W ranks, n rows of which this rank has its contiguous part.
-"""
+"""The rank of this process among all, the process group, and the few collectives that the project uses."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,8 +15,6 @@ from util.errors import UserError
 
 CPU = torch.device("cpu")
 PATIENCE = timedelta(days=1)  # how far apart ranks may be in an evaluation
-# After a timeout NCCL's watchdog ends the process, and writes the last collectives of each rank to a file.
-NCCL_ON_TIMEOUT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
 T = TypeVar("T")
 
 _patient: dist.ProcessGroup | None = None  # gloo, for waits of hours: one rank has more images to make than another
@@ -72,8 +67,7 @@ def process_group(ctx: DistContext, timeout_minutes: float = 30.0, single_proces
     if alone and not single_process:
         yield
         return
-    for name, value in NCCL_ON_TIMEOUT.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # the last collectives of each rank, to a file
     store = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
     with _explain_unreachable():
         backend = "nccl" if ctx.device.type == "cuda" else "gloo"
@@ -96,7 +90,7 @@ def _explain_unreachable() -> Iterator[None]:
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
             raise
-        raise UserError(  # a node's own name often resolves to 127.0.1.1
+        raise UserError(
             f"The ranks cannot connect to the addresses of each other's host names ({str(error).splitlines()[0]}). "
             "Set GLOO_SOCKET_IFNAME to the network interface between the nodes, as `ip addr` lists it, also on GPUs."
         ) from error

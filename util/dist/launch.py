@@ -1,12 +1,15 @@
-"""Run torchrun in this process: signals become a request to stop, the exit codes of the workers become one.
+"""Run torchrun in this process, so that signals become a request to stop and workers' exit codes this process's own.
 
     python -m util.dist.launch ARGUMENTS-OF-TORCHRUN main_jit.py FLAGS
 
-main_jit.py, the worker, ends through `run_main` and `leave`. util/dist/preemption.py describes how both communicate.
+A worker, main_jit.py, ends through `run_main`. util/dist/preemption.py says how launcher and workers communicate.
+Modules that import torch are imported in functions: signals are blocked first, so that torch's threads inherit that.
 """
 
+import atexit
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,114 +18,118 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from util.dist import preemption
-from util.dist.preemption import BURST, EXIT_CODE, Preempted
 from util.errors import UserError
 
-STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT)
-STOPPED_AT_ONCE = 130
-
-
-def info(text: str) -> None:
-    print(f"launcher: {text}", file=sys.stderr, flush=True)
-
-
-# ---- the launcher ----------------------------------------------------------------------------------------------------
+STOP = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT}
+AT_ONCE = 130  # exit code after a second Ctrl-C
+EXIT_CODE = 75  # asked to stop: EX_TEMPFAIL of sysexits.h, the same command, started again, resumes
+BURST = 0.3  # seconds: a SIGINT this soon after another is the same one, sent to a process and to its group
 
 
 def launch(arguments: Sequence[str]) -> int:
     """Run torchrun until it ends. Return 75 if the workers were asked to stop, and otherwise why they failed."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # first: threads and workers inherit it
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # workers inherit it
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException, errors
+
     state = Path(tempfile.mkdtemp(prefix="jit-"))
     os.environ.update(JIT_STATE_DIR=str(state), JIT_LAUNCHER_PID=str(os.getpid()))
+    signal.signal(signal.SIGUSR2, signal.default_int_handler)  # until torchrun handles it
     threading.Thread(target=_handle_signals, args=(state,), daemon=True).start()
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    failed = True
+    codes = [1]
     try:
         run.main(["--signals_to_handle=SIGUSR2", *arguments])
-        failed = False
-    except SignalException:
-        return STOPPED_AT_ONCE
-    except ChildFailedError as error:
+        codes = [0]
+    except (SignalException, KeyboardInterrupt):
+        return AT_ONCE
+    except errors.ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
     except Exception:
         traceback.print_exc()
     finally:
-        recorded = [int(file.read_text()) for file in state.glob("exit-*")]
+        codes += [int(file.read_text()) for file in state.glob("exit-*")]
         shutil.rmtree(state, ignore_errors=True)
-    code = exit_code(failed, recorded)
+    code = max(code for code in codes if code != EXIT_CODE) or max(codes)  # a failure outweighs a 75
     if code == EXIT_CODE and os.environ.get("REQUEUE") == "1":
         _requeue(os.environ["SLURM_JOB_ID"])
     return code
 
 
 def _handle_signals(state: Path) -> None:
-    """Write the stop file at the first signal; a second Ctrl-C, or Ctrl-\\, ends everything at once."""
+    """Write the stop file at the first signal; end everything at a second Ctrl-C, or at a SIGQUIT."""
     asked_at = None
     while True:
-        number = signal.sigwait(STOP)
-        now = time.monotonic()
+        number, now = signal.sigwait(STOP), time.monotonic()
         if number == signal.SIGINT and asked_at is not None and now - asked_at < BURST:
             continue
         if number == signal.SIGQUIT or (number == signal.SIGINT and asked_at is not None):
-            info("stopping at once")
-            os.kill(os.getpid(), signal.SIGUSR2)  # torchrun ends its workers
+            _info("stopping at once")
+            os.kill(os.getpid(), signal.SIGUSR2)  # torchrun's main thread ends its workers and raises SignalException
             time.sleep(5)
-            shutil.rmtree(state, ignore_errors=True)
-            os._exit(STOPPED_AT_ONCE)  # torchrun hangs; the workers end with this process
+            os._exit(AT_ONCE)  # it hangs in a call; the workers end with this process
         asked_at = now
         (state / "stop").write_text(f"{number.name}\n")
-
-
-def exit_code(failed: bool, recorded: Iterable[int]) -> int:
-    """Return the exit code of a node from those of its workers. A failure outweighs a 75, a reason torchrun's 1."""
-    failures = [code for code in recorded if code != EXIT_CODE]
-    failure = max([int(failed), *failures])
-    return failure or (EXIT_CODE if EXIT_CODE in recorded else 0)
 
 
 def _requeue(job: str) -> None:
     """Put a SLURM job back into the queue, unless it was cancelled, timed out or is requeued by SLURM itself."""
     try:
         show = ["scontrol", "show", "job", job, "--oneliner"]
-        words = subprocess.run(show, capture_output=True, text=True, timeout=60).stdout.split()
-        state = next((word[9:] for word in words if word.startswith("JobState=")), "unknown")
+        found = re.search(r"JobState=(\w+)", subprocess.run(show, capture_output=True, text=True, timeout=60).stdout)
+        state = found[1] if found else "unknown"
         if state != "RUNNING":
-            return info(f"job {job} is not requeued: its state is {state}")
-        info(f"job {job} is requeued and resumes from its checkpoint")
+            return _info(f"job {job} is not requeued: its state is {state}")
+        _info(f"job {job} is requeued and resumes from its checkpoint")
         subprocess.run(["scontrol", "requeue", job], timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        info(f"scontrol failed ({error}): submit the job with sbatch --requeue")
+        _info(f"scontrol failed ({error}): submit the job with sbatch --requeue")
 
 
-# ---- a worker --------------------------------------------------------------------------------------------------------
+def _info(text: str) -> None:
+    print(f"launcher: {text}", file=sys.stderr, flush=True)
 
 
-def run_main(run: Callable[[Sequence[str] | None], str | None], arguments: Sequence[str] | None = None) -> int:
-    """Call `run`, print the line that it returns or why it ended, and return the exit code for the parent process.
+def run_main(run: Callable[[Sequence[str] | None], str | None], argv: Sequence[str] | None = None) -> int:
+    """Call `run`; print the line that it returns, or why it ended. Return the exit code for this process's parent.
 
-    0: done; 2: a UserError, said in one sentence; 1: any other error; 75: asked to stop; 130: a second Ctrl-C.
+    0: done; 2: a UserError, explained in a sentence; 1: any other error; 75: asked to stop; 130: a second Ctrl-C.
     """
     from torch.distributed import is_initialized
 
-    from util.dist.context import find_context
+    from util.dist import context, preemption
 
-    ctx = find_context("cpu")
+    ctx = context.find_context("cpu")
     with preemption.listening():
         try:
-            line = run(arguments)
+            line = run(argv)
             if ctx.is_main and line:
                 print(line, flush=True)
             return preemption.finish(0)
-        except Preempted as stop:
-            reason, code, recorded = str(stop), preemption.finish(EXIT_CODE, on_all_ranks=True), None
-            ...
+        except preemption.Preempted as stop:
+            sentence, code, on_all_ranks = str(stop), EXIT_CODE, True
+        except UserError as error:
+            sentence, code, on_all_ranks = f"error: {error}", 2, error.on_all_ranks or ctx.world_size == 1
+        except Exception as error:
+            traceback.print_exc()
+            sentence, code, on_all_ranks = f"rank {ctx.rank}: {type(error).__name__}: {error}", 1, False
         except KeyboardInterrupt:
-            ...
+            sentence, code, on_all_ranks = "interrupted; the same command resumes", AT_ONCE, False
+    code = preemption.finish(code, on_all_ranks)
+    if is_initialized():
+        atexit.register(os._exit, code)  # no destructor may wait for the other ranks
+    elif code == 2 and not ctx.is_main:  # every rank has this error: rank 0 says it, and torchrun ends the others
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        time.sleep(5)
+    if ctx.is_main or not on_all_ranks:
+        print(f"main_jit.py: {sentence}", file=sys.stderr, flush=True)
+    if code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        summary = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}  # of torchrun
+        Path(path).write_text(json.dumps({"message": summary}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[1:]))

@@ -67,10 +67,9 @@ class FeatureCache:
     png_folder: Path | None = None  # for PNGs of the images
 
     def prepare(self) -> list[int]:
-        """Create the folders, remove damaged files and return the images that are missing. For one rank.
+        """Create the folders, remove damaged files and return the images that are missing, on one rank.
 
-        Raises UserError for a folder that cannot be written, or that has PNGs of another evaluation.
-        """
+        Raises UserError if a folder cannot be written or has PNGs of another evaluation."""
         try:
             if self.png_folder and not self.folder.exists() and any(self.png_folder.glob("*.png")):
                 raise UserError(f"--save_images {self.png_folder} has PNGs already. Name another folder.")
@@ -206,8 +205,8 @@ def evaluate_and_write(
     identity = run_on_rank0(ctx, lambda: identify(target, suite, ctx.device))
     name = report_name(config, target.epoch, target.at)
     name += f"-{io.json_hash([identity['images'], identity['features'], config.save_images])}.features"
-    png_folder = Path(config.save_images) if config.save_images else None
-    cache = FeatureCache(folder / name, config.num_images, suite.streams, png_folder)
+    pngs = Path(config.save_images) if config.save_images else None
+    cache = FeatureCache(folder / name, config.num_images, suite.streams, pngs)
     missing = run_on_rank0(ctx, cache.prepare)
     start = time.perf_counter()
     seconds = _compute_features(target, suite, cache, missing, labels, ctx)
@@ -238,7 +237,7 @@ def evaluate_and_write(
             **(extra or {}),
             **io.provenance(ctx.device),
         }
-        _, path = find_report(folder, target, identity)
+        path = find_report(folder, target, identity)[1]
         try:
             io.write_json(path, report)
             suite.plot(path.with_suffix(".png"))

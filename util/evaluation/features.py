@@ -23,10 +23,8 @@ from util.errors import UserError
 from util.io import sha256_file
 
 INCEPTION_SHA256 = "6726825d"  # its first digits, as torch-fidelity names them
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth"
-)
+INCEPTION_NAME = f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_NAME}"
 PUBLISHED = "published by torch-fidelity"
 INCEPTION_VARIABLE = "INCEPTION_WEIGHTS"
 EFFNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -91,7 +89,7 @@ def ensure_inception_weights(weights: str | Path | None = None) -> tuple[Path, s
     by its path and hold plain tensors. Raises UserError for a file that is missing, unreadable, damaged or unsafe.
     """
     given = weights or os.environ.get(INCEPTION_VARIABLE)
-    path = Path(given or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_URL.rsplit('/', 1)[1]}").expanduser()
+    path = Path(given or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_NAME}").expanduser()
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds; by default an unanswered download never ends
     try:
@@ -120,8 +118,7 @@ class InceptionV3(Extractor):
     It resizes images to 299 x 299 itself. Raises UserError for weights that ensure_inception_weights refuses.
     """
 
-    name = "inception"
-    streams = {"inception_2048": 2048, "inception_logits_unbiased": 1008}  # noqa: RUF012
+    name, streams = "inception", {"inception_2048": 2048, "inception_logits_unbiased": 1008}
 
     def __init__(self, device="cpu", inception_weights=None, img_size=None):
         super().__init__(device)
@@ -152,8 +149,7 @@ class EffNetLite0(Extractor):
     and mapped to [-1, 1]. Raises UserError if the package is missing or its file is another one.
     """
 
-    name = "effnet_lite0"
-    streams = {"effnet_lite0": 1280}  # noqa: RUF012
+    name, streams = "effnet_lite0", {"effnet_lite0": 1280}
 
     def __init__(self, device="cpu", inception_weights=None, img_size=None):
         super().__init__(device)
@@ -187,8 +183,7 @@ class EffNetLite0(Extractor):
 class DigitPixels(Extractor):
     """The 64 numbers of scikit-learn's digits: grey, area-averaged to 8 x 8, 0 (background) to 16 (ink)."""
 
-    name = "digit_pixels"
-    streams = {"digit_8x8": 64}  # noqa: RUF012
+    name, streams = "digit_pixels", {"digit_8x8": 64}
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
         grey = images.float().mean(dim=1, keepdim=True)  # (B, 1, H, W)

@@ -27,7 +27,6 @@ from util.log import progress
 from util.rng import CounterRNG
 from util.schedules import SampleSchedules
 
-
 # -------------------------------------------------------------------------------------------------------- settings
 
 
@@ -76,7 +75,7 @@ def sampling_mode(denoiser: Denoiser) -> Iterator[None]:
     was_training = denoiser.training
     denoiser.eval()
     try:
-        with torch.no_grad(), unsharded(denoiser), denoiser.cast_weights():
+        with unsharded(denoiser), torch.no_grad(), denoiser.cast_weights():
             yield
     finally:
         denoiser.train(was_training)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectral_ops.spectrum import ring_ratio, spectrum_gap
-from util.data.datasets import build_dataset
+from util.data.datasets import Digits
 from util.errors import UserError
 from util.evaluation.features import DigitPixels, EffNetLite0, Extractor, GreySpectrum, InceptionV3
 from util.evaluation.plots import plot_spectra
@@ -35,24 +35,20 @@ def frechet_distance(features: Tensor, mu: Tensor | np.ndarray, sigma: Tensor | 
 
         d = |mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2))
 
-    The statistics of `features` (N, F) are computed in their own type, as torch-fidelity does with float32.
-    Source: Heusel et al. 2017, arXiv:1706.08500, equation 6.
+    The statistics of `features` (N, F) are computed in their own type, as torch-fidelity does with float32 (Heusel et
+    al. 2017, arXiv:1706.08500, equation 6).
     """
     from torch_fidelity import metric_fid
 
     pair = metric_fid.fid_features_to_statistics(features), {"mu": mu, "sigma": sigma}
     pair = [{key: np.asarray(array, dtype=np.float64) for key, array in moments.items()} for moments in pair]
-    try:
-        return metric_fid.fid_statistics_to_metric(*pair, False)[metric_fid.KEY_METRIC_FID]
-    except np.linalg.LinAlgError as error:
-        raise UserError(f"The Fréchet distance could not be computed: {error}.") from error
+    return metric_fid.fid_statistics_to_metric(*pair, False)[metric_fid.KEY_METRIC_FID]
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
     """Compute mean and standard deviation over 10 splits of the Inception Score, exp(E_x KL(p(y|x) || p(y))).
 
-    `logits` (N, 1008) must be in index order: it decides which images share a split.
-    Source: Salimans et al. 2016, arXiv:1606.03498.
+    `logits` (N, 1008) are in index order, which decides the splits (Salimans et al. 2016, arXiv:1606.03498).
     """
     from torch_fidelity import metric_isc
 
@@ -66,8 +62,7 @@ def precision_recall(generated: Tensor, real: Tensor, rows: int = PRC_ROWS) -> t
         r_k(y, Y) = distance from y in Y to its k-th nearest other point of Y
         P = share of generated x with |x - y| <= r_k(y, real) for some real y;   R the same with the sets exchanged
 
-    `rows` of the distance matrices exist at a time; it does not change the result.
-    Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 to 3.
+    `rows` of the distance matrices exist at a time (Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 to 3).
     """
     from torch_fidelity import metric_prc
 
@@ -81,8 +76,7 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
         MMD^2 between X and Y, unbiased, with the kernel k(x, y) = (x . y / F + 1)^3; may be slightly negative
 
-    Features are (N, F) and (M, F); a subset of fewer than 1000 images is all of them.
-    Source: Binkowski et al. 2018, arXiv:1801.01401, section 4.
+    A subset of fewer than 1000 images is all of them (Binkowski et al. 2018, arXiv:1801.01401, section 4).
     """
     from torch_fidelity import metric_kid
 
@@ -99,7 +93,7 @@ def digit_classifier(img_size: int) -> tuple[Callable[[np.ndarray], np.ndarray],
     """
     from sklearn.svm import SVC
 
-    images, labels = zip(*build_dataset("digits", None, img_size), strict=True)
+    images, labels = zip(*Digits(img_size), strict=True)
     x, y = DigitPixels()(torch.stack(images))["digit_8x8"].numpy(), np.array(labels)  # (1797, 64), (1797,)
     test, train = np.split(np.random.RandomState(0).permutation(len(y)), [597])
     model = SVC(kernel="rbf", C=10.0, gamma=0.001)
@@ -200,51 +194,54 @@ class MetricSuite:
     ):
         self.names, self.img_size, self.num_images = parse_metrics(",".join(names)), img_size, num_images
         self.warnings, self.not_computed, self.details = [], {}, {}
-        self.files: dict[str, Reference] = {}  # by the first value of the metric that names them
-        self.real: dict[str, dict[str, Tensor]] = {}  # the arrays that each metric reads
-        build = cache(lambda extractor: extractor(device, inception_weights, img_size))
+        self.files: dict[str, Reference] = {}  # first value of a metric that was asked for -> its reference file
+        self.real: dict[str, dict[str, Tensor]] = {}  # metric -> the arrays of its file
         self.metrics = {name: metric for name, metric in METRICS.items() if name in self.names}
         for name, metric in self.metrics.items():
             if dataset != (metric.dataset or dataset):
                 raise UserError(f"{name} is defined for the data set {metric.dataset}, not for {dataset}.")
             if num_images < metric.least:
                 raise UserError(f"{name} needs at least {metric.least} images, not {num_images}.")
+        build = cache(lambda extractor: extractor(device, inception_weights, img_size))
+        loaded: dict[type[Extractor], Reference] = {}
         for name, metric in self.metrics.items():
             extractor = build(metric.extractor)
-            if metric.arrays:
+            if metric.arrays and metric.extractor not in loaded:
                 usual = default_reference(dataset, img_size, extractor.name)
-                path = usual if self.files else fid_stats or usual
-                reference = load_reference(path, dataset, img_size, extractor, metric.stream)
-                self.files[metric.values[0]], self.real[name] = reference, reference.arrays
-                self.warnings += reference.warnings
+                path = usual if loaded else fid_stats or usual
+                loaded[metric.extractor] = load_reference(path, dataset, img_size, extractor, metric.stream)
+                self.warnings += loaded[metric.extractor].warnings
+            if metric.arrays:
+                self.files[metric.values[0]] = file = loaded[metric.extractor]
+                self.real[name] = file.arrays
+                if missing := metric.arrays - file.arrays.keys():
+                    raise UserError(
+                        f"{name} needs {', '.join(missing)}, which {file.path} lacks; prepare_ref.py stores it."
+                    )
             if "sigma" in metric.needs and num_images < (dim := extractor.streams[metric.stream]):
                 self.warnings.append(
                     f"{name} from {num_images} images is biased, as the covariance is rank deficient with fewer than "
                     f"{dim}. Compare it only with values from the same number of images."
                 )
-        if not self.files:  # the spectrum gap needs no network
+        if not loaded:  # the spectrum gap needs no network
             usual = [default_reference(dataset, img_size, e.name) for e in (EffNetLite0, InceptionV3)]
-            paths = [fid_stats] if fid_stats else [path for path in usual if path.exists()]
-            for file in (load_reference(path, dataset, img_size) for path in paths):
+            for path in [fid_stats] if fid_stats else [path for path in usual if path.exists()]:
+                file = load_reference(path, dataset, img_size)
                 self.files |= {"spectrum_gap": file} if SPECTRUM in file.arrays else {}
             if fid_stats and not self.files:
                 self.warnings.append(f"{fid_stats} is not used: no metric needs it, and it holds no {SPECTRUM}.")
         for name, metric in METRICS.items():
-            files = list(self.files.values())
+            files = list(self.files.values()) if metric.beside == "any" else []
             if metric.beside in self.names:
                 files = [self.files[METRICS[metric.beside].values[0]]]
-            elif metric.beside != "any":
-                continue
-            for file in reversed(files):
-                if (
-                    all(len(file.arrays.get(key, ())) >= metric.least for key in metric.arrays)
-                    and num_images >= metric.least
-                ):
+            for file in files:
+                rows = [len(file.arrays.get(key, ())) for key in metric.arrays]
+                if name not in self.metrics and min(num_images, *rows) >= metric.least:
                     self.metrics[name], self.real[name] = metric, file.arrays
             if files and name not in self.metrics:
-                needed = f"at least {metric.least} images and {', '.join(metric.arrays)} in"
-                why = f"{needed} {' or '.join(str(file.path) for file in files)} are needed; prepare_ref.py stores them"
-                self.not_computed |= dict.fromkeys(metric.values, why)
+                where = " or ".join(str(file.path) for file in files)
+                why = f"it needs at least {metric.least} images and {', '.join(metric.arrays)} in {where}"
+                self.not_computed |= dict.fromkeys(metric.values, f"{why}; prepare_ref.py stores them")
         self.extractors = [build(extractor) for extractor in dict.fromkeys(m.extractor for m in self.metrics.values())]
         self.streams = {m.stream: build(m.extractor).streams[m.stream] for m in self.metrics.values()}
 

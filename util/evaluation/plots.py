@@ -45,7 +45,7 @@ def plot_sweep(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[st
     """Draw each metric over cfg: a colour for each EMA, a line style for each interval, a ring around the best.
 
     Args:
-        rows: one dict per setting with ema, cfg, interval_min and interval_max (None without guidance, cfg 1), best, and
+        rows: a dict per setting with ema, cfg, interval_min and interval_max (None without guidance, cfg 1), best, and
             the metrics `names`, None where a metric is not defined.
     """
     figure = _figure(max(4.5, 3.6 * len(names)), 3.6)

@@ -47,9 +47,8 @@ class Reference:
 class Moments:
     """Mean and unbiased covariance in float64, batch by batch, and mergeable between ranks (Chan et al. 1979).
 
-    For disjoint sets a and b with n, mean and scatter M = sum of (x - mean)(x - mean)^T each, and d = mean_b - mean_a:
-
-        n = n_a + n_b,   mean = mean_a + d n_b / n,   M = M_a + M_b + d d^T n_a n_b / n,   sigma = M / (n - 1)
+    n, mean, scatter M = sum of (x - mean)(x - mean)^T of a and b, d = mean_b - mean_a:   mean = mean_a + d n_b / n,
+    M = M_a + M_b + d d^T n_a n_b / n,   sigma = M / (n - 1)
     """
 
     def __init__(self, dim: int):
@@ -108,14 +107,14 @@ def load_reference(
     try:
         sha256 = sha256_file(path)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("mu", "sigma", "features", *SPECTRA) if key in file.files}
+            optional = [key for key in ("features", *SPECTRA) if key in file.files]
+            arrays = {key: file[key] for key in ("mu", "sigma", *optional)}
             meta = json.loads(str(file["meta"])) if "meta" in file.files else None
         dim = extractor.streams[stream] if extractor else arrays["mu"].size
         shapes = {"mu": (dim,), "sigma": (dim, dim)} | dict.fromkeys(SPECTRA, (num_rings(img_size),))
-        arrays["sigma"]  # KeyError if it is missing
     except FileNotFoundError as error:
-        of = dataset if DATASETS[dataset].in_memory else f"{dataset} --data_path DIR"
-        command = f"python prepare_ref.py --dataset {of} --img_size {img_size} --extractor {name} --out {path}"
+        data = dataset if DATASETS[dataset].in_memory else f"{dataset} --data_path DIR"
+        command = f"python prepare_ref.py --dataset {data} --img_size {img_size} --extractor {name} --out {path}"
         raise UserError(f"The reference {path} does not exist. Make it: {command} (fid_stats/README.md).") from error
     except Exception as error:  # a damaged or hostile file may raise anything
         expected = "an npz with mu, sigma and, if present, a JSON text in meta was expected"

@@ -107,8 +107,7 @@ def hold_out(
         if not 0 < count < len(dataset):
             raise UserError(f"{flag} holds out {count} of {len(dataset)} images. Choose another fraction.")
         whole, numbers, dataset = dataset, order[:count], Subset(dataset, np.sort(order[count:]))
-    numbers = np.sort(numbers[: config.val_images])
-    images = Subset(whole, numbers)
+    images = Subset(whole, np.sort(numbers[: config.val_images]))
     return dataset, Validation(images, config.seed, config.batch_size, config.num_workers, config.val_rings)
 
 
@@ -152,9 +151,7 @@ class Validation:
     num_workers: int | None
     by_ring: bool
 
-    def measure(
-        self, denoiser: Denoiser, emas: tuple[EMA, EMA], ctx: DistContext, time_sampler: TimeSampler
-    ) -> dict[str, Any]:
+    def measure(self, denoiser: Denoiser, emas: tuple[EMA, EMA], ctx: DistContext, time_sampler: TimeSampler) -> dict:
         """Return `log_values` of the weights and both EMAs, on all ranks. No state of training changes."""
         index = list(local_range(len(self.images), ctx))
         batches = [index[i : i + self.batch_size] for i in range(0, len(index), self.batch_size)]

@@ -40,11 +40,8 @@ def test_image_folder_layouts_and_attributes(tmp_path):
     assert len(ImageFolderImages(tmp_path, 16, "val")) == len(ImageFolderImages(tmp_path / "train", 16, "val")) == 2
     (tmp_path / "val").rename(tmp_path / "test")
     assert len(ImageFolderImages(tmp_path, 16, "val")) == 2
-
-
-def test_a_class_may_be_called_train(tmp_path):
-    make_folder(tmp_path, {"boat": 1, "train": 2})
-    assert ImageFolderImages(tmp_path, 16).class_names == ["boat", "train"]
+    make_folder(tmp_path / "boats", {"boat": 1, "train": 2})  # a class may be called train
+    assert ImageFolderImages(tmp_path / "boats", 16).class_names == ["boat", "train"]
 
 
 def refuse(match, *args):
@@ -84,7 +81,7 @@ def test_a_folder_that_may_not_be_listed_is_a_sentence(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match="cannot list the train images .*Permission denied"):
+    with pytest.raises(DataError, match=r"cannot list the train images .*Permission denied"):
         build_dataset("imagefolder", make_folder(tmp_path, {"a": 1}), SIZE)
 
 

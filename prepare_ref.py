@@ -1,0 +1,193 @@
+"""Make a reference file from real images: data set -> extractor -> statistics, features and spectra -> fid_stats/.
+
+    python prepare_ref.py --dataset cifar10 --extractor effnet_lite0
+    torchrun --nproc_per_node=8 prepare_ref.py --dataset imagefolder --data_path ~/imagenet --img_size 256
+
+The images are read in index order, unaugmented, with the crop of training. Each rank takes a contiguous part of the
+batches, and rank 0 merges: one rank and many give the same numbers.
+
+Shapes: B images of a batch, uint8 (B, 3, H, W); F features; see util/evaluation/reference.py for what is written.
+"""
+
+import argparse
+import atexit
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spectral_ops.spectrum import SpectrumSums
+from util.data.datasets import DATASETS, Images, build_dataset
+from util.data.loader import build_loader
+from util.dist.context import DistContext, find_context, gloo_group, local_range, process_group, raise_on_all_ranks
+from util.errors import UserError
+from util.evaluation.features import Extractor, InceptionV3, ensure_inception_weights
+from util.evaluation.metrics import METRICS
+from util.evaluation.reference import Moments, default_reference, save_reference
+from util.io import provenance
+from util.log import progress
+
+SUBSET_SEED, FEATURES_SEED = 0, 1  # of the permutations that choose the images, and those whose features are stored
+LEAST_FEATURES = METRICS["precision_recall"].least
+TIMEOUT_MINUTES = 24 * 60.0  # a rank that has finished waits for the slowest
+EXTRACTORS = {metric.extractor.name: metric for metric in METRICS.values() if "sigma" in metric.needs}
+Statistics = tuple[Moments, SpectrumSums, Tensor]  # the last are stored features (m, F), float32, in index order
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--dataset", required=True, choices=DATASETS)
+    add("--data_path", help="folder of the data set")
+    add("--img_size", type=int, help="pixels per side (default: the data set's)")
+    add("--split", default="train", help="part of the data set (default: train)")
+    add("--extractor", default="inception", choices=EXTRACTORS)
+    add("--inception_weights", help="file of Inception weights; default: $INCEPTION_WEIGHTS, else a download")
+    add("--batch_size", type=int, default=64)
+    add("--num_workers", type=int, help="workers per rank that read images; default: by the data set and the cores")
+    add("--num_images", type=int, help="use the first so many images of a fixed permutation; default: all")
+    add("--num_features", type=int, default=10_000, help="store those of so many images, for precision, recall and KID")
+    add("--out", type=Path, help="file to write; default: the one that evaluation looks for in fid_stats/")
+    add("--overwrite", action="store_true", help="replace the file if it exists")
+    add("--device", help="cpu or cuda; default: cuda if available")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse, before the work, wrong flags and a file that could not be written or that would be lost."""
+    for flag, least in (("batch_size", 1), ("num_workers", 0), ("num_features", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise UserError(f"--{flag} must be at least {least}, not {value}.")
+    if 0 < args.num_features < LEAST_FEATURES:
+        raise UserError(f"--num_features must be 0 or at least {LEAST_FEATURES}, not {args.num_features}.")
+    if args.out is None and args.split != "train":
+        raise UserError("Evaluation looks for a file made from the split train. Give --out for another one.")
+    args.out = args.out or default_reference(args.dataset, args.img_size, args.extractor)
+    if args.out.suffix != ".npz":
+        raise UserError(f"--out must end in .npz: {args.out}")
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"{args.out} exists. Give --overwrite to replace it, or another --out.")
+    folder = next(path for path in args.out.absolute().parents if path.exists())
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {args.out}: the folder {folder} cannot be written to.")
+
+
+def choose_indices(total: int, num_images: int | None) -> list[int]:
+    """Return the first `num_images` of a fixed permutation of range(total), sorted; all of them for None."""
+    num_images = total if num_images is None else num_images
+    if not 2 <= num_images <= total:
+        raise UserError(f"--num_images must be from 2 to {total}, the number of images in the data set.")
+    return sorted(np.random.RandomState(SUBSET_SEED).permutation(total)[:num_images].tolist())
+
+
+def choose_features(num_images: int, num_features: int) -> list[int]:
+    """Return the positions in 0 .. num_images - 1 whose features are stored: a fixed random subset, sorted."""
+    return sorted(np.random.RandomState(FEATURES_SEED).permutation(num_images)[:num_features].tolist())
+
+
+def compute(
+    images: Images, indices: Sequence[int], stored: Sequence[int], extractor: Extractor, args: Any, ctx: DistContext
+) -> Statistics:
+    """Compute this rank's part of the statistics of the images `indices`, in that order.
+
+    `stored` are the positions in `indices` whose features are returned. Raises UserError for a non-finite feature or an
+    image that cannot be read.
+    """
+    batch_count = -(-len(indices) // args.batch_size)
+    starts = [i * args.batch_size for i in local_range(batch_count, ctx)]
+    batches = [list(indices[start : start + args.batch_size]) for start in starts]
+    loader = build_loader(images, batches, args.num_workers, pin_memory=extractor.device.type == "cuda")
+    stream = EXTRACTORS[args.extractor].stream
+    moments, spectra = Moments(extractor.streams[stream]), SpectrumSums(images.img_size)
+    rows, keep = [torch.empty(0, extractor.streams[stream])], set(stored)
+    for start, (x, _) in zip(starts, progress(loader, ctx, len(batches), stream, "batch"), strict=True):
+        x = x.to(extractor.device, non_blocking=True)  # (B, 3, H, W)
+        features = extractor(x)[stream]  # (B, F)
+        moments.update(features)
+        spectra.update(x)
+        rows.append(features[[i for i in range(len(x)) if start + i in keep]])
+    return moments, spectra, torch.cat(rows)
+
+
+def merge(part: Statistics, ctx: DistContext) -> Statistics | None:
+    """Merge the parts of all ranks on rank 0; return None on the others."""
+    if ctx.world_size == 1:
+        return part
+    moments, spectra, features = part
+    parts = [None] * ctx.world_size if ctx.is_main else None
+    dist.gather_object((moments, spectra.pack(), features), parts, group=gloo_group(timedelta(minutes=TIMEOUT_MINUTES)))
+    if parts is None:
+        return None
+    for other_moments, other_spectra, _ in parts[1:]:
+        moments.merge(other_moments)
+        spectra.merge(spectra.unpack(other_spectra))
+    return moments, spectra, torch.cat([rows for _, _, rows in parts])  # (M, F)
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """Make the file that `args` describe. Return its path and sha256 on rank 0. Raises UserError."""
+    info, kind = DATASETS[args.dataset], EXTRACTORS[args.extractor].extractor
+    args.img_size = args.img_size or info.img_size
+    ctx = find_context(args.device)
+    with process_group(ctx, TIMEOUT_MINUTES):
+
+        def prepare() -> tuple[Images, list[int], list[int]]:
+            check(args)
+            images = build_dataset(args.dataset, args.data_path, args.img_size, args.split)
+            indices = choose_indices(len(images), args.num_images)
+            if kind is InceptionV3 and ctx.local_rank == 0:
+                ensure_inception_weights(args.inception_weights)  # the other ranks of the node find the file
+            return images, indices, choose_features(len(indices), args.num_features)
+
+        images, indices, stored = raise_on_all_ranks(ctx, prepare)
+        extractor = raise_on_all_ranks(ctx, lambda: kind(ctx.device, args.inception_weights, args.img_size))
+        part = raise_on_all_ranks(ctx, lambda: compute(images, indices, stored, extractor, args, ctx))
+        total = merge(part, ctx)
+    if total is None:
+        return None
+    moments, spectra, features = total
+    arrays = {**moments.finish(), **spectra.finish(), **({"features": features} if stored else {})}
+    meta = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "img_size": args.img_size,
+        "crop": info.crop,
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "extractor_details": extractor.describe(),
+        "num_images": len(indices),
+        "subset_seed": None if args.num_images is None else SUBSET_SEED,
+        "num_features": len(stored),
+        "features_seed": FEATURES_SEED if stored else None,
+        "batch_size": args.batch_size,
+        "processes": ctx.world_size,
+        "tf32": {"matmul": False, "cudnn": torch.backends.cudnn.allow_tf32},
+        **provenance(ctx.device),
+    }
+    return f"{args.out}\nsha256 {save_reference(args.out, arrays, meta)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0, or 2 after an error that one sentence on stderr explains."""
+    try:
+        if line := run(build_parser().parse_args(argv)):
+            print(line)
+    except UserError as error:
+        if dist.is_initialized():
+            atexit.register(os._exit, 2)  # no destructor may wait for the other ranks
+        if not error.on_all_ranks or dist.get_rank() == 0:
+            print(f"prepare_ref.py: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

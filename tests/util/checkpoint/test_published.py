@@ -1,0 +1,273 @@
+"""Checkpoints in the published form, in both of its layouts: round trip, refusals, nothing executed."""
+
+import argparse
+import os
+import pathlib
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.conftest import Payload, differences, raw
+from tests.util.checkpoint.helpers import (
+    KEYS,
+    PATH,
+    build,
+    content_of,
+    plain_adamw,
+    published,
+    steps,
+    training,
+    write,
+)
+from util.checkpoint.files import NAME, find, save
+from util.checkpoint.published import OPTIONAL, PROJ1, load, load_optimizer, load_weights, whole
+from util.checkpoint.train_state import load_initial_weights, load_train_state
+from util.errors import UserError
+from util.optim import EMA, build_optimizer
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+# --- round trip -----------------------------------------------------------------------------------------------------
+
+
+def test_file_has_the_published_form(tmp_path):
+    denoiser, optimizer, emas = training()
+    save(tmp_path, content_of(denoiser, optimizer, emas))
+    content = raw(tmp_path)
+    assert set(content) == {*KEYS, "optimizer", "epoch", "args", "run"}
+    names = list(denoiser.net.state_dict())
+    assert "pos_embed" in names and not any("dct" in n or "radius" in n for n in names)
+    assert all(list(content[key]) == [f"net.{n}" for n in names] for key in KEYS)
+    assert content["model"][PROJ1].dim() == 4 and type(content["args"]) is argparse.Namespace
+    assert content["epoch"] == 6 and content["run"] == {"step": 70, "steps_per_epoch": 10}
+    for name, parameter in denoiser.named_parameters():
+        assert torch.equal(content["model"][name], parameter)
+        assert torch.equal(content["model_ema1"][name], emas[0].shadow[name])
+        assert torch.equal(content["model_ema2"][name], emas[1].shadow[name])
+        assert not torch.equal(content["model_ema1"][name], content["model_ema2"][name])
+    plain_adamw(denoiser).load_state_dict(content["optimizer"])  # torch's own, as published code has it
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        assert torch.load(tmp_path / NAME, weights_only=True)["epoch"] == 6
+
+
+def test_round_trip(tmp_path):
+    state = training()
+    save(tmp_path, content_of(*state, step=73, metrics={"loss": 0.5}))
+    checkpoint = load(tmp_path)
+    assert (checkpoint.epoch, checkpoint.at, checkpoint.notes) == (6, "-step000000073", ())
+    assert checkpoint.run["metrics"] == {"loss": 0.5} and checkpoint.args["img_size"] == 16
+    denoiser = build(seed=1)
+    resumed = denoiser, build_optimizer(denoiser, 0.3, (0.9, 0.95)), (EMA(denoiser, 0.9), EMA(denoiser, 0.5))
+    load_train_state(checkpoint, *resumed)
+    assert differences(content_of(*state, step=73), content_of(*resumed, step=73)) == []
+    for denoiser, optimizer, _ in (state, resumed):
+        steps(denoiser, optimizer, 2, seed=5)
+    assert differences(content_of(*state), content_of(*resumed)) == []
+
+
+# --- published files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_published_checkpoint_continues_as_it_would_have(tmp_path, linear, fused):
+    """Two more steps from the file and two more without it give the same weights."""
+    content, denoiser, optimizer = published(linear, fused=fused)
+    checkpoint = load(write(tmp_path, content))
+    assert checkpoint.run == {} and checkpoint.epoch == 3 and checkpoint.args["lr"] == 1e-3
+    for i, key in enumerate(KEYS):
+        assert not differences({k: v + 0.01 * i for k, v in denoiser.state_dict().items()}, checkpoint.weights[key])
+    fresh = build(seed=1)
+    ours = build_optimizer(fresh, 0.0, (0.5, 0.5))
+    load_weights(fresh, checkpoint.weights["model"], checkpoint.path)
+    load_optimizer(ours, checkpoint.optimizer, checkpoint.path)
+    assert [g["weight_decay"] for g in ours.param_groups] == [0.0, 0.1]  # what it computes, is the checkpoint's
+    assert all(g["fused"] and g["betas"] == (0.9, 0.95) for g in ours.param_groups)  # how it is executed is ours
+    steps(denoiser, optimizer, 2, seed=5)
+    steps(fresh, ours, 2, seed=5)
+    for (name, a), b in zip(fresh.named_parameters(), denoiser.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("said", [None, False, True])
+def test_spectral_forcing_is_inferred(tmp_path, linear, said):
+    """What the settings say wins over the layout; without it linear means on. The message names the source."""
+    checkpoint = load(write(tmp_path, published(linear, said)[0]))
+    assert checkpoint.args["disable_dct_patchify"] == (said if said is not None else not linear)
+    if said is not None:
+        assert "settings say so" in checkpoint.sf_source
+    else:
+        assert ("linear" in checkpoint.sf_source, "convolution" in checkpoint.sf_source) == (linear, not linear)
+    assert checkpoint.weights["model_ema2"][PROJ1].shape == (8, 3, 8, 8)
+
+
+def test_published_settings_take_our_form(tmp_path):
+    content = published()[0]
+    vars(content["args"]).update(batch_size=4, world_size=8, window_size=0)
+    args = load(write(tmp_path, content)).args
+    assert args["global_batch"] == 32 and args["window_size"] is None
+
+
+def test_torchs_old_format_loads(tmp_path):
+    content = published()[0]
+    torch.save(content, tmp_path / NAME, _use_new_zipfile_serialization=False)
+    assert differences(load(tmp_path).weights["model"], content["model"]) == []
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refused(folder, *parts):
+    with pytest.raises(UserError) as error:
+        load(folder)
+    for part in parts:
+        assert part in str(error.value)
+    return str(error.value)
+
+
+def test_no_checkpoint(tmp_path):
+    refused(tmp_path, str(tmp_path / NAME), "no checkpoint")
+    refused(tmp_path / "missing", str(tmp_path / "missing"), "no such folder")
+    assert find(tmp_path) is None and find(tmp_path / "missing") is None
+    write(tmp_path, published()[0])
+    for file in (NAME, "missing.pth"):
+        refused(tmp_path / file, "name its folder instead", str(tmp_path))
+    with pytest.raises(UserError, match=f"best.pth: that folder has {NAME}"):
+        load(tmp_path, "best.pth")
+    (tmp_path / NAME).rename(tmp_path / "best.pth")
+    assert load(tmp_path, "best.pth").epoch == 3
+
+
+@pytest.mark.parametrize("part", [0.0, 1e-4, 0.1, 0.5, 0.9, 0.9999])
+def test_truncated_files(tmp_path, part):
+    path = write(tmp_path, published()[0]) / NAME
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    refused(tmp_path, "truncated")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"<!DOCTYPE html>\n",
+        b"PK\x03\x04 no zip",
+        b"\x80\x04",
+        b"\x00" * 100,
+        pickle.dumps([1, 2]),
+        b"these are no weights\n",  # IndexError in the unpickler
+        b"Get the weights elsewhere\n",  # struct.error
+    ],
+)
+def test_other_files(tmp_path, content):
+    (tmp_path / NAME).write_bytes(content)
+    refused(tmp_path, NAME)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("all", foreign) for foreign in ([1, 2], torch.zeros(3), {"state_dict": {}}, None)],
+        *[(key, None) for key in (*KEYS, "epoch", "args")],  # missing
+        ("args", {"model": "x"}),
+        ("epoch", "3"),
+        ("model", [1]),
+        ("model_ema1", {"net.weight": torch.zeros(1)}),
+        ("model_ema2", {"net.weight": 1}),
+        ("model_ema1", {PROJ1: torch.zeros(8, 190)}),  # no square patch of 3 channels
+    ],
+)
+def test_entries_that_are_missing_or_something_else(tmp_path, key, value):
+    content = value if key == "all" else {**published()[0], key: value}
+    if value is None and key != "all":
+        del content[key]
+    refused(write(tmp_path, content), "not a JiT checkpoint", f"lacks {key}" if value is None and key != "all" else "")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_nothing_in_a_file_is_executed(tmp_path):
+    marker = tmp_path / "executed"
+    content = published()[0]
+    for bad in (Payload(marker), {**content, "extra": Payload(marker)}):
+        refused(write(tmp_path, bad), "plain settings")
+    content["args"].hidden = Payload(marker)
+    refused(write(tmp_path, content), "plain settings")
+    torch.save(content, tmp_path / NAME, _use_new_zipfile_serialization=False)
+    refused(tmp_path, "plain settings")
+    (tmp_path / NAME).write_bytes(pickle.dumps(Payload(marker)))
+    refused(tmp_path, "plain settings")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("value", [pathlib.PurePosixPath("/x"), SimpleNamespace(a=1), os.getcwd], ids=repr)
+def test_namespace_is_the_only_type_that_is_allowed(tmp_path, value):
+    content = published()[0]
+    content["args"].other = value
+    refused(write(tmp_path, content), "plain settings")
+
+
+def test_weights_that_do_not_fit_change_nothing():
+    denoiser = build()
+    good = {k: v.clone() for k, v in denoiser.state_dict().items()}
+    other, name = {k: v + 1 for k, v in good.items()}, "net.blocks.2.attn.qkv.weight"
+    wrong = {
+        f"{name} is missing": {k: v for k, v in other.items() if k != name},
+        "net.pos_embed is missing": {k: v for k, v in other.items() if k != "net.pos_embed"},
+        "net.surplus is unknown": {**other, "net.surplus": torch.zeros(1)},
+        f"{name} is [7] and the network's is [96, 32]": {**other, name: torch.zeros(7)},
+        "net.in_context_posemb is missing": {k.removeprefix("net."): v for k, v in other.items()},
+    }
+    for message, state in wrong.items():
+        with pytest.raises(UserError) as error:
+            load_weights(denoiser, state, PATH)
+        assert message in str(error.value) and str(PATH) in str(error.value)
+        assert not differences(dict(denoiser.state_dict()), good)
+
+
+def test_optimizer_that_does_not_fit(tmp_path):
+    denoiser = build()
+    ours, state = build_optimizer(denoiser, 0.0, (0.9, 0.95)), load(write(tmp_path, published()[0])).optimizer
+    cut = {**state, "param_groups": [{**state["param_groups"][0], "params": [0]}, state["param_groups"][1]]}
+    for bad in (cut, {**state, "exp_avg": {**state["exp_avg"], 0: torch.zeros(3)}}):
+        with pytest.raises(UserError, match=r"x\.pth: its optimizer does not fit the network"):
+            load_optimizer(ours, bad, PATH)
+    assert not ours.state
+
+
+# --- modules that not every network has -------------------------------------------------------------------------------
+
+ADDED = {"spectral_residual": "time"}  # 4 blocks with 33 * 8 weights and biases for each of two gates, and 9 * 2
+
+
+def test_the_flag_of_an_optional_module_is_named():
+    assert set(OPTIONAL) >= {"spectral_residual", "schedule_embedder"}
+    plain, residual = build(), build(**ADDED)
+    for module, other, who in ((plain, residual, "file"), (residual, plain, "network")):
+        with pytest.raises(UserError, match=rf"only the {who} has a spectral_residual: --spectral_residual\)"):
+            load_weights(module, other.state_dict(), PATH)
+
+
+def test_optional_modules_are_added_to_the_weights_of_a_network_without(tmp_path):
+    content = published()[0]
+    denoiser = build(seed=1, **ADDED)
+    fresh = {k: v.clone() for k, v in denoiser.state_dict().items() if ".spectral_residual." in k}
+    notes = load_initial_weights(load(write(tmp_path, content)), "ema2", denoiser)
+    assert notes == [f"{4 * (33 * 8 + 9 * 2):,} new parameters of --spectral_residual"]
+    assert differences({k: v for k, v in denoiser.state_dict().items() if k in fresh}, fresh) == []
+    assert differences({k: v for k, v in denoiser.state_dict().items() if k not in fresh}, content["model_ema2"]) == []
+
+
+def test_optional_modules_are_taken_where_the_checkpoint_has_them(tmp_path):
+    trained, denoiser = build(seed=2, **ADDED), build(seed=1, **ADDED)
+    content = {**published()[0], **{key: dict(trained.state_dict()) for key in KEYS}}
+    checkpoint = load(write(tmp_path, content))
+    assert load_initial_weights(checkpoint, "model", denoiser) == []
+    assert differences(dict(denoiser.state_dict()), dict(trained.state_dict())) == []
+    with pytest.raises(UserError, match="is unknown"):  # and are not dropped
+        load_initial_weights(checkpoint, "model", build())
+    assert differences(whole(checkpoint.weights["model"]), content["model"]) == []

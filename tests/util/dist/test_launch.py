@@ -1,0 +1,297 @@
+"""util/dist/launch.py with the real torchrun, and workers that wait or fail; scontrol is a stand-in.
+
+The launcher is forked from this process, which spares importing torch; most workers only write what a real one writes.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed.run  # noqa: F401 (before the fork)
+
+from tests.launcher_stand_ins import ROOT, children, program
+from util.dist import launch
+from util.dist.launch import launch as run_launcher
+from util.dist.launch import run_main
+from util.dist.preemption import EXIT_CODE, Preempted
+from util.errors import UserError
+
+LIGHT = """
+import os, signal, sys, time
+from pathlib import Path
+rank, folder, state = os.environ["RANK"], Path(sys.argv[1]), Path(os.environ["JIT_STATE_DIR"])
+def end(code):
+    (state / f"exit-{rank}").write_text(f"{code}")
+    sys.exit(0)
+"""
+WAIT = """
+(folder / f"up-{rank}").write_text("")
+while not (state / "stop").exists() or not (reason := (state / "stop").read_text()):
+    time.sleep(0.02)
+time.sleep(float((sys.argv + ["0"])[2]))
+(folder / f"saved-{rank}").write_text(reason)
+end(75)
+"""
+REAL = """
+import os, sys, time
+from pathlib import Path
+from util.dist import launch, preemption
+from util.errors import UserError
+def run(argv):
+    rank, folder = os.environ["RANK"], Path(argv[0])
+    (folder / f"up-{rank}").write_text("")
+    while not preemption.requested():
+        BODY
+    (folder / f"saved-{rank}").write_text(preemption.requested())
+    raise preemption.Preempted("saved")
+sys.exit(launch.run_main(run, sys.argv[1:]))
+"""
+
+
+def in_the_foreground() -> None:
+    """A shell starts what runs in its background, these tests perhaps, with some signals ignored."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Job:
+    """The launcher with workers that run `main`."""
+
+    def __init__(
+        self, folder: Path, main: str, *flags: str, ranks: int = 2, torchrun: tuple[str, ...] = (), **variables
+    ):
+        self.folder, self.said = folder, folder / "said"
+        (folder / "main_jit.py").write_text(main)
+        words = [f"--nproc_per_node={ranks}", "--standalone", "--local_addr=127.0.0.1", *torchrun]
+        words += [str(folder / "main_jit.py"), str(folder), *flags]
+        variables = {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT), **variables}
+        self.process = multiprocessing.get_context("fork").Process(target=self._launch, args=(words, variables))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def _launch(self, words: list[str], variables: dict[str, str]) -> None:
+        os.setsid()
+        in_the_foreground()
+        os.environ.update(variables)
+        launch.tempfile.tempdir = None  # TMPDIR is read again
+        os.dup2(os.open(self.said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+        sys.stderr = os.fdopen(2, "w")  # not pytest's
+        os._exit(run_launcher(words))
+
+    def wait_for(self, *names: str) -> None:
+        end = time.monotonic() + 120
+        while not all((self.folder / name).exists() for name in names):
+            assert time.monotonic() < end and self.process.is_alive(), self.said.read_text()
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str]:
+        self.process.join(120)
+        return self.process.exitcode, self.said.read_text()
+
+
+def waiting(folder: Path, *flags: str, ranks: int = 2, main: str = LIGHT + WAIT) -> Job:
+    job = Job(folder, main, *flags, ranks=ranks)
+    job.wait_for(*(f"up-{rank}" for rank in range(ranks)))
+    return job
+
+
+def wait_until_gone(pid: int, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < end, f"{pid} still runs"
+        time.sleep(0.05)
+
+
+# ---- signals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "send"), [("SIGTERM", os.kill), ("SIGINT", os.killpg), ("SIGHUP", os.kill), ("SIGUSR1", os.killpg)]
+)
+def test_a_signal_to_the_launcher_reaches_the_workers_as_a_file(tmp_path, name, send):
+    job = waiting(tmp_path)
+    send(job.pid, getattr(signal, name))
+    code, said = job.end()
+    assert code == EXIT_CODE, said
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [f"{name}\n"] * 2
+    assert "Traceback" not in said and "ChildFailed" not in said and not list(tmp_path.glob("jit-*"))
+
+
+def test_a_scheduler_may_signal_all_processes_even_while_they_start(tmp_path):
+    """Real workers are blocked from the signal until they have saved, and rank 0 says it once."""
+    job = Job(tmp_path, REAL.replace("BODY", "time.sleep(0.02)"))
+    end = time.monotonic() + 60
+    while len(children(job.pid)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    for name in ("SIGTERM", "SIGUSR1"):
+        for pid in children(job.pid):
+            os.kill(pid, getattr(signal, name))
+    os.kill(job.pid, signal.SIGTERM)
+    code, said = job.end()
+    assert code == EXIT_CODE and (tmp_path / "saved-1").read_text() == "SIGTERM", said
+    assert said.count("Received SIGTERM: finishing this step") == 1 and said.count("saved") == 1
+
+
+@pytest.mark.parametrize(("times", "milliseconds"), [(2, 0), (2, 3), (20, 0.05), (20, 5)])
+def test_a_burst_of_ctrl_c_is_one(tmp_path, times, milliseconds):
+    """`timeout -s INT` sends it to its child and to the group."""
+    job = waiting(tmp_path, ranks=1)
+    for _ in range(times):
+        os.killpg(job.pid, signal.SIGINT)
+        time.sleep(milliseconds / 1000)
+    code, said = job.end()
+    assert code == EXIT_CODE and "at once" not in said.replace("stops at once", "")
+
+
+@pytest.mark.parametrize("names", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("SIGQUIT",)])
+def test_a_second_ctrl_c_ends_everything_at_once(tmp_path, names):
+    job = waiting(tmp_path, "60")
+    workers, began = children(job.pid), time.monotonic()
+    for name in names:
+        os.kill(job.pid, getattr(signal, name))
+        time.sleep(0.5)
+    code, said = job.end()
+    assert code == 130 and "stopping at once" in said and time.monotonic() - began < 15
+    for pid in workers:
+        wait_until_gone(pid)
+    assert not list(tmp_path.glob("saved-*")) and not list(tmp_path.glob("jit-*"))
+
+
+def test_other_requests_may_repeat(tmp_path):
+    job = waiting(tmp_path, "1", ranks=1)
+    for name in ("SIGINT", "SIGUSR1", "SIGTERM", "SIGTERM"):
+        os.kill(job.pid, getattr(signal, name))
+        time.sleep(0.1)
+    assert job.end()[0] == EXIT_CODE
+
+
+def test_workers_do_not_outlive_a_launcher_that_is_killed(tmp_path):
+    job = waiting(tmp_path, ranks=1, main=REAL.replace("BODY", "time.sleep(0.02)"))
+    (worker,) = children(job.pid)
+    job.process.kill()
+    wait_until_gone(worker)
+
+
+# ---- exit codes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("main", "ranks", "expected"),
+    [
+        ("", 1, 0),
+        ("end(0)", 2, 0),
+        ("end(75 if rank == '0' else 0)", 2, 75),
+        ("end(2 if rank == '0' else 75)", 2, 2),
+        ("if rank == '1': sys.exit(5)\nend(75)", 2, 1),
+        ("(state / 'exit-0').write_text('2'); sys.exit(2)", 1, 2),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, 1),
+    ],
+)
+def test_a_failure_outweighs_a_preemption_and_a_reason_torchruns_1(tmp_path, main, ranks, expected):
+    code, said = Job(tmp_path, LIGHT + main, ranks=ranks).end()
+    assert code == expected, said
+
+
+@pytest.mark.slow  # imports torch in many processes
+@pytest.mark.parametrize(
+    ("body", "ranks", "expected", "times"),
+    [
+        ("raise UserError('no such thing')", 1, 2, 1),
+        ("raise UserError('no such thing')", 2, 2, 1),
+        ("e = UserError('no such thing'); e.on_all_ranks = True; raise e", 2, 2, 1),
+        ("raise ValueError('no such thing') if rank == '1' else preemption.Preempted", 2, 1, 2),  # traceback, sentence
+    ],
+)
+def test_a_refusal_is_said_once(tmp_path, body, ranks, expected, times):
+    code, said = Job(tmp_path, REAL.replace("BODY", body), ranks=ranks).end()
+    said, _, summary = said.partition("FAILED")  # of torchrun
+    assert code == expected and said.count("no such thing") == times, said
+    if ranks == 1 or "on_all_ranks" in body:
+        assert not summary  # for torchrun the workers have succeeded
+    else:
+        assert "no such thing" in summary.partition("Root Cause")[2]
+
+
+def test_failed_workers_are_started_again(tmp_path):
+    """MAX_RESTARTS."""
+    once = "if not (folder / 'again').exists(): (folder / 'again').touch(); sys.exit(3)"
+    job = Job(tmp_path, LIGHT + once + WAIT, ranks=1, torchrun=("--max_restarts=1",))
+    job.wait_for("up-0")
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.end()[0] == EXIT_CODE
+
+
+# ---- SLURM -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "body", "requeue", "calls"),
+    [
+        ("RUNNING", "end(75)", "1", ["requeue 77"]),
+        ("CANCELLED", "end(75)", "1", []),
+        ("PREEMPTED", "end(75)", "1", []),
+        ("RUNNING", "end(75)", "0", []),
+        ("RUNNING", "end(0)", "1", []),
+        ("RUNNING", "end(2)", "1", []),
+    ],
+)
+def test_requeue(tmp_path, state, body, requeue, calls):
+    show = f'echo "JobId=77 JobState={state} Reason="'
+    scontrol = f'case $1 in requeue) echo "$*" >> "{tmp_path}/requeued" ;; show) {show} ;; esac'
+    program(tmp_path / "bin/scontrol", scontrol)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    _, said = Job(tmp_path, LIGHT + body, ranks=1, PATH=path, SLURM_JOB_ID="77", REQUEUE=requeue).end()
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text().splitlines() if requeued.exists() else []) == calls
+    assert ("job 77 is requeued" in said) == bool(calls)
+    assert ("is not requeued: its state is" in said) == (state != "RUNNING")
+
+
+# ---- run_main --------------------------------------------------------------------------------
+
+
+def raising(error):
+    def run(argv):
+        raise error
+
+    return run
+
+
+ENDS = {  # error -> exit code alone, exit code for torchrun under the launcher with one rank, with two
+    Preempted("stopped"): (75, 0, 0),
+    UserError("wrong"): (2, 0, 2),
+    RuntimeError("unforeseen"): (1, 1, 1),
+    KeyboardInterrupt(): (130, 130, 130),
+}
+
+
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
+def test_run_main_tells_its_parent_and_the_launcher(tmp_path, monkeypatch, capsys, error):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "3", "MASTER_ADDR": "x", "JIT_STATE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    codes = []
+    for ranks in (1, 2):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        codes.append(run_main(raising(error), []))
+        assert (tmp_path / "exit-3").read_text() == f"{ENDS[error][0]}\n"
+    monkeypatch.delenv("JIT_STATE_DIR")
+    assert (run_main(raising(error), []), *codes) == ENDS[error]
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, RuntimeError)
+
+
+def test_an_error_that_all_ranks_have_is_printed_by_rank_0(monkeypatch, capsys):
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    error = UserError("wrong everywhere")
+    error.on_all_ranks = True
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "x", "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        assert run_main(raising(error), []) == 2
+    assert capsys.readouterr().err == "main_jit.py: error: wrong everywhere\n"
+    assert run_main(lambda argv: argv[0], ["done"]) == 0
+    assert capsys.readouterr().out == ""  # this is rank 1

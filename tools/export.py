@@ -1,0 +1,101 @@
+"""Export one set of weights with its configuration as safetensors, or merge a sharded checkpoint into one .pth file.
+
+python -m tools.export --resume DIR --ema ema1 --out digits.safetensors
+python -m tools.export --resume DIR --format pth --out merged/checkpoint-last.pth
+
+from tools.export import load_denoiser
+denoiser, config = load_denoiser("digits.safetensors")
+v = denoiser.velocity(z, t, y)              # z (B, 3, H, W), t (B,), y (B,)
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from denoiser import Denoiser
+from util.build import build_denoiser, denoiser_settings, describe_operators
+from util.checkpoint import files
+from util.checkpoint.published import WEIGHTS, load, load_weights, whole
+from util.checkpoint.sharded import MOMENTS
+from util.config import resolve
+from util.errors import UserError
+from util.io import replacing
+
+
+def export(folder: str | Path, out: str | Path, ema: str = "ema1", name: str | None = None) -> Any:
+    """Write the weights `ema` of a run's newest checkpoint, or of the one called `name`. Return the configuration."""
+    checkpoint = load(folder, name)
+    config = resolve({}, checkpoint.args, training=False)
+    denoiser = build_denoiser(config)
+    load_weights(denoiser, checkpoint.weights[WEIGHTS[ema]], checkpoint.path)
+    about = {"config": json.dumps(denoiser_settings(config)), "weights": ema, "epoch": str(checkpoint.epoch)}
+    with replacing(out) as file:
+        save_file({key: value.contiguous() for key, value in denoiser.state_dict().items()}, file.name, metadata=about)
+    return config
+
+
+def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> tuple[Denoiser, Any]:
+    """Return the denoiser of an exported file, in evaluation mode, and its configuration; UserError for other files."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata() or {}
+            settings = json.loads(about["config"]) if "config" in about else _flags(json.loads(about["denoiser"]))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not an export of this project: {error}") from error
+    config = resolve({}, settings, training=False)
+    denoiser = build_denoiser(config)
+    load_weights(denoiser, tensors, Path(path))
+    return denoiser.to(device).eval(), config
+
+
+def _flags(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an earlier export, in which two of Spectral Forcing's had other names, as flags."""
+    settings["disable_dct_patchify"] = not settings.pop("spectral_forcing")
+    if (fixed := settings.pop("sf_fixed_scale")) is not None:
+        settings |= {"disable_dct_scale_schedule": True, "dct_fixed_scale": fixed}
+    return settings
+
+
+def merge(folder: str | Path, out: str | Path, name: str | None = None) -> None:
+    """Write a run's checkpoint, sharded or not, as one file in the published form; it is in memory meanwhile."""
+    checkpoint = load(folder, name)
+    content: dict[str, Any] = {key: whole(state) for key, state in checkpoint.weights.items()}
+    if (saved := checkpoint.optimizer) is not None:
+        moments = {moment: whole(saved[moment]) for moment in MOMENTS}
+        state = {slot: {"step": step, **{m: moments[m][slot] for m in MOMENTS}} for slot, step in saved["step"].items()}
+        content["optimizer"] = {"state": state, "param_groups": saved["param_groups"]}
+    content |= {"epoch": checkpoint.epoch, "args": argparse.Namespace(**checkpoint.args), "run": checkpoint.run}
+    with replacing(out) as file:
+        files.write(file, content)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--resume", required=True, help="folder of the run")
+    parser.add_argument("--out", required=True, help="file to write, in an existing folder")
+    parser.add_argument("--checkpoint", help="file in the folder of the run (default: the newest)")
+    parser.add_argument("--ema", default="ema1", choices=tuple(WEIGHTS), help="which weights, for safetensors")
+    parser.add_argument("--format", default="safetensors", choices=("safetensors", "pth"))
+    args = parser.parse_args()
+    try:
+        if args.format == "pth":
+            merge(args.resume, args.out, args.checkpoint)
+            print(args.out)
+        else:
+            config = export(args.resume, args.out, args.ema, args.checkpoint)
+            print(f"{args.out}: {config.model} at {config.img_size} px, {describe_operators(config)}")
+    except (UserError, OSError) as error:
+        print(f"tools.export: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

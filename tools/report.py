@@ -1,0 +1,144 @@
+"""Compare evaluations of several runs in one table.
+
+    python -m tools.report output/b16 output/b16-sf --sort fid --csv table.csv
+
+A run's evaluations are <run>/eval/*.json and <run>/sweep/**/*.json; files may be named as well. What all rows share is
+printed once. A column whose name ends in " !" makes rows incomparable, and a warning below the table says why.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from util.errors import UserError
+from util.evaluation.features import PUBLISHED
+from util.evaluation.metrics import METRICS
+
+WHY = {  # first word of a column -> why rows that differ in it are not comparable
+    "N": "a Fréchet distance falls and an Inception Score rises with the number of images",
+    "reference": "distances to different references are different quantities",
+    "extractor": "features of other weights are other features",
+    "quantisation": "rounding moves every metric",
+}
+
+
+def read(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Return one row per report, the names of their metrics, and warnings. Raises UserError if there is no report."""
+    rows, metrics, warnings, seen = [], {}, [], set()
+    names = [Path(argument).resolve().name for argument in arguments]
+    for path in map(Path, arguments):
+        files = [*sorted(path.glob("eval/*.json")), *sorted(path.glob("sweep/**/*.json"))] if path.is_dir() else [path]
+        for file in (file for file in files if file.resolve() not in seen):
+            seen.add(file.resolve())
+            folder = next((p.parent for p in file.absolute().parents if p.name in ("eval", "sweep")), file)
+            try:
+                report = json.loads(file.read_text(encoding="utf-8"))
+                if isinstance(report, dict) and isinstance(report.get("metrics"), dict) and "num_images" in report:
+                    run = str(folder) if names.count(folder.name) > 1 else folder.name
+                    rows.append({"run": run, **row_of(report)})
+                    metrics |= report["metrics"]
+                elif file == path:
+                    warnings.append(f"{file} is skipped: it is not the report of an evaluation")
+            except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+                warnings.append(f"{file} is skipped: {error}")
+    if not rows:
+        expected = "expected eval/*.json or sweep/**/*.json, which main_jit.py --evaluate_gen --resume DIR writes"
+        raise UserError(f"No report of an evaluation in {', '.join(arguments)}: {expected}. {'; '.join(warnings)}")
+    return rows, list(metrics), warnings
+
+
+def row_of(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of one report: settings, what decides whether it is comparable, and the metrics."""
+    measured = report.get("measured_with") or {}
+    interval, solver = report.get("interval"), report.get("solver")
+    if solver is not None:
+        solver += str(report.get("steps", ""))
+    if report.get("grid", "uniform") != "uniform":
+        solver += " {grid} {spectral_variant} {spectral_delta}".format(**report)
+    row = {
+        "epoch": report["epoch"] + 1 if "epoch" in report else None,  # counted from 1, as in file names
+        "ema": report.get("ema"),
+        "cfg": report.get("cfg"),
+        "interval": None if interval is None else "-".join(f"{end:g}" for end in interval),
+        "solver": solver,
+        "seed": report.get("seed"),
+        "N": report["num_images"],
+    }
+    for metric, file in (measured.get("references") or {}).items():
+        row[f"reference {metric}"] = f"{Path(file.get('file') or '?').stem} {(file.get('sha256') or 'unknown')[:9]}"
+    for extractor in measured.get("extractors") or []:
+        if sha256 := extractor.get("weights_sha256"):  # None: it has no weights
+            name = "" if extractor.get("weights", PUBLISHED) == PUBLISHED else "not published "
+            row[f"extractor {extractor['extractor']}"] = name + sha256[:9]
+    return row | {"quantisation": report.get("quantisation")} | report["metrics"]
+
+
+def sort(rows: list[dict[str, Any]], metrics: list[str], metric: str) -> list[dict[str, Any]]:
+    """Return the rows best first; rows without the metric, or with one that is not a number, last."""
+    if metric not in metrics:
+        raise UserError(f"--sort {metric}: no report has that metric; there are {', '.join(metrics) or 'none'}.")
+    sign = -1 if any(metric in m.values and not m.lower_is_better for m in METRICS.values()) else 1
+    values = [sign * row[metric] if row.get(metric) is not None else math.nan for row in rows]
+    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: (math.isnan(values[i]), values[i]))]
+
+
+def differs(rows: list[dict[str, Any]], name: str) -> bool:
+    """Whether rows differ in a column. Files differ by sha256, not by name; unknown is no difference for WHY."""
+    values = {row.get(name) for row in rows} - ({None} if name.split()[0] in WHY else set())
+    return len({value.split()[-1] for value in values} if " " in name else values) > 1
+
+
+def text(value: Any) -> str:
+    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: list[dict[str, Any]], metrics: list[str]) -> str:
+    """Return what the rows share, the aligned table, and warnings where rows are not comparable."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in metrics]
+    shown = [name for name in names if name == "run" or differs(rows, name)]
+    shared = {name: next((text(row[name]) for row in rows if row.get(name) is not None), None) for name in names}
+    above = [f"{name} {value}" for name, value in shared.items() if name not in shown and value is not None]
+    bad = [name for name in shown if name.split()[0] in WHY]
+    lines = [[name + " !" * (name in bad) for name in shown] + metrics]
+    lines += [[text(row.get(name)) for name in shown + metrics] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    out = ["all: " + ", ".join(above)] if above else []
+    out += ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    for name in bad:
+        values = ", ".join(dict.fromkeys(text(row.get(name)) for row in rows))
+        out.append(f"warning: rows are not comparable across {name} ({values}): {WHY[name.split()[0]]}")
+    return "\n".join(out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code: 0, or 2 after an error that one sentence explains."""
+    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", metavar="DIR", help="folders of runs, or JSON files of evaluations")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write all columns of all rows there")
+    parser.add_argument("--sort", metavar="METRIC", help="best first by this metric")
+    args = parser.parse_args(argv)
+    try:
+        rows, metrics, warnings = read(args.paths)
+        rows = sort(rows, metrics, args.sort) if args.sort else rows
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(table(rows, metrics))
+        if args.csv:
+            with open(args.csv, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+                writer.writeheader()
+                writer.writerows(rows)
+    except (UserError, OSError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
