@@ -3,9 +3,10 @@
 #   make demo      a first run: trains on handwritten digits, samples and measures, in a few minutes on a CPU
 #   make setup     the environment alone; returns at once when it is there
 #   make test      the tests          make lint      ruff and shellcheck
+#   make test-slow, make test-gpu     tests that take minutes, and those that need a GPU
 #   make test-cluster                 two hosts and a SLURM on this machine; as root on Debian or Ubuntu
 #   make bench     the benchmarks, in small: one JSON line each (docs/performance.md)
-#   make bench-gpu MINUTES=9          those that need a GPU, in as many calls as it takes: benchmarks/results/
+#   make gpu-report MINUTES=9         what a GPU measures, most important first: benchmarks/results/
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
 #   make evaluate-cifar10 RUN=DIR     reference statistics and a small sweep of a CIFAR-10 run
 
@@ -17,7 +18,7 @@ READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 UV     := uv==0.13.8
 
-.PHONY: help setup demo bench bench-gpu test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
+.PHONY: help setup demo bench gpu-report test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,11 +31,11 @@ $(READY): requirements.txt
 	  { echo "Python 3.11 or 3.12 is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	$(BIN)/uv pip install --python $(BIN)/python -r requirements.txt
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements.txt
 	@touch $@
 
 $(READY_DEV): requirements-dev.txt requirements-effnet.txt $(READY)
-	$(BIN)/uv pip install --python $(BIN)/python -r requirements-dev.txt
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements-dev.txt
 	@touch $@
 
 # 56 epochs of 28 steps; the settings are in output/demo/config.json. One thread: more hardly help so small a
@@ -66,11 +67,11 @@ test-cluster: $(READY_DEV)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m cluster
 
 bench: setup
-	@for name in step step_parts sampler sf_operator loader evaluate startup; do \
+	@for name in step sampler; do \
 	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.$$name || exit; done
 
-bench-gpu: setup
-	$(BIN)/python -m benchmarks.on_gpu $(if $(MINUTES),--minutes $(MINUTES))
+gpu-report: setup
+	$(BIN)/python -m benchmarks.gpu_report $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
@@ -78,7 +79,7 @@ lint: $(READY_DEV)
 	$(BIN)/shellcheck run_jit_multinode.sh .ci/run
 
 cifar10: setup
-	$(BIN)/python -m util.cifar10
+	$(BIN)/python -m util.data.cifar10
 
 # RUN is the folder of a CIFAR-10 run. Reference statistics once, then three guidance scales, then the best one.
 evaluate-cifar10: setup

@@ -26,7 +26,7 @@ from util.checkpoint.writer import CheckpointWriter
 from util.compile import check_compiler, compile_denoiser
 from util.config import check, describe, run_name
 from util.cpu_layers import speed_up_on_cpu
-from util.data.datasets import to_float
+from util.data.datasets import Images, to_float
 from util.data.loader import DataTimer, GlobalBatchSampler, build_loader, open_images, positions
 from util.dist import preemption
 from util.dist.context import (
@@ -53,7 +53,8 @@ from util.evaluation import gates
 from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write, loggable, metric_line, report_exists
 from util.evaluation.generate import sample_grid, setting_name
 from util.evaluation.images import spread_labels
-from util.evaluation.validation import hold_out, init_overlap_warnings
+from util.evaluation.metrics import MetricSuite
+from util.evaluation.validation import Validation, hold_out, init_overlap_warnings
 from util.io import commit, provenance, versions, wait_for_file, write_json
 from util.log import LOG_NAME, RunLog, progress, wandb_settings, warn
 from util.optim import EMA, build_optimizer, learning_rate, peak_lr
@@ -81,8 +82,15 @@ def train(given: Mapping[str, Any], ctx: DistContext) -> str:
             f"EPOCHS={config.epochs * 2} continues, RESUME={run} EVALUATE_GEN=1 evaluates. "
             f"Its samples and metrics are in {run}/samples and {run}/eval."
         )
+    # Data are opened, and refused, before the ranks wait for each other.
+    images, validation = hold_out(open_images(config), config, checkpoint.args if checkpoint else None)
+    sampler = GlobalBatchSampler(
+        len(images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed
+    )
+    start = start_step(checkpoint, config.start_epoch, sampler.steps_per_epoch)
     with process_group(ctx, config.dist_timeout, single_process=config.parallel == "fsdp"):
-        trainer = Trainer(config, given, checkpoint, source, ctx)
+        assert_same_across_ranks("run", (run_name(config), start, len(images)), ctx)
+        trainer = Trainer(config, given, (images, validation, sampler), start, checkpoint, source, ctx)
         del checkpoint, source  # their memory, and the disk space of a file that is replaced
         if config.dry_run:
             report = dry_run(trainer)
@@ -102,6 +110,8 @@ class Trainer:
         self,
         config: Any,
         given: Mapping[str, Any],
+        data: tuple[Images, Validation | None, GlobalBatchSampler],
+        step: int,
         checkpoint: Checkpoint | None,
         source: Checkpoint | None,
         ctx: DistContext,
@@ -111,6 +121,8 @@ class Trainer:
         Args:
             config: the resolved configuration.
             given: the flags on the command line.
+            data: training images, validation images, order of the training images.
+            step: number of finished steps.
             checkpoint: what the run resumes from; None for a new run.
             source: the checkpoint whose weights a new run starts from; None for fresh weights.
         """
@@ -119,23 +131,17 @@ class Trainer:
         self.sharded = config.parallel == "fsdp"
 
         # Data: uint8 images in an order that (seed, epoch) decides.
-        self.images, self.validation = hold_out(open_images(config), config, checkpoint.args if checkpoint else None)
-        self.sampler = GlobalBatchSampler(
-            len(self.images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed
-        )
+        self.images, self.validation, self.sampler = data
         self.loader = build_loader(self.images, self.sampler, config.num_workers, ctx.device.type == "cuda")
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.step = start_step(checkpoint, config.start_epoch, self.steps_per_epoch)
+        self.step = step
         if source is not None:
             warn(init_warnings(config, source) + init_overlap_warnings(config, source.args), ctx)
-        held_out = len(self.validation.images) if self.validation else 0
-        assert_same_across_ranks("run", (run_name(config), self.step, len(self.images), held_out), ctx)
-        self.suite = build_suite(config, ctx, config.num_images) if config.online_eval else None
+        self.suite = build_online_suite(config, ctx) if config.online_eval else None
         warn([*(self.suite.warnings if self.suite else ()), *ema_warnings(config, self.total_steps)], ctx)
 
         # Model: network and operators, replicated or sharded, with the weights of a checkpoint or fresh ones.
-        torch.manual_seed(config.seed)
         self.denoiser = self._build_denoiser(fresh=checkpoint is None)
         self.emas = EMA(self.denoiser, config.ema_decay1), EMA(self.denoiser, config.ema_decay2)
         self.optimizer = build_optimizer(self.denoiser, config.weight_decay, (config.beta1, config.beta2))
@@ -155,13 +161,15 @@ class Trainer:
         self.newest = self.folder / (files.NAME_SHARDED if self.sharded else files.NAME)
 
     def _build_denoiser(self, fresh: bool) -> torch.nn.Module:
-        config, ctx = self.config, self.ctx
-        dtype = autocast_dtype(config, ctx.device)
+        def build() -> torch.nn.Module:
+            torch.manual_seed(self.config.seed)
+            return build_denoiser(self.config, autocast_dtype(self.config, self.ctx.device))
+
         if not self.sharded:
-            return build_denoiser(config, dtype).to(ctx.device)
-        denoiser = build_sharded(lambda: build_denoiser(config, dtype), ctx)
+            return build().to(self.ctx.device)
+        denoiser = build_sharded(build, self.ctx)
         if fresh:
-            init_sharded(denoiser, lambda: build_denoiser(config, dtype), ctx)
+            init_sharded(denoiser, build, self.ctx)
         return denoiser
 
     def _load(self, checkpoint: Checkpoint | None, source: Checkpoint | None) -> str:
@@ -485,7 +493,7 @@ class Trainer:
             "peak_lr": peak_lr(config),
             "steps_per_epoch": self.steps_per_epoch,
             "parameters": parameters,
-            "processes": ctx.world_size,
+            "ranks": ctx.world_size,
             "device": str(ctx.device),
             "operators": describe_operators(config),
             "started_from": self.started_from,
@@ -507,6 +515,15 @@ class Trainer:
             f"  epochs {config.start_epoch + 1}{at} to {config.epochs}, in {self.folder} ({path.name})\n"
             f"settings that differ from the defaults:\n{describe(config, self.given, ctx.world_size)}"
         )
+
+
+def build_online_suite(config: Any, ctx: DistContext) -> MetricSuite:
+    """Build the metrics of --online_eval. Their errors say how to train without."""
+    try:
+        return build_suite(config, ctx, config.num_images)
+    except UserError as error:
+        error.args = (f"{error} ONLINE_EVAL=0 (--no-online_eval) trains without an evaluation.",)
+        raise
 
 
 def samples_are_due(config: Any, epochs_done: int) -> bool:

@@ -244,14 +244,15 @@ def inception_file(tmp_path_factory):
 
 
 @pytest.fixture
-def no_network(monkeypatch, tmp_path):
+def no_network(monkeypatch, tmp_path_factory):
     """An empty torch hub cache, no variable, and a download that fails at once."""
 
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
+    hub = tmp_path_factory.mktemp("hub")
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
 

@@ -148,7 +148,7 @@ def test_two_processes_train_as_one(pair, alone, name):
         for parameter, value in two[key].items():
             torch.testing.assert_close(value, one[key][parameter], rtol=0, atol=2e-5, msg=parameter)
     assert two["args"].global_batch == one["args"].global_batch == 16
-    assert read_log(folder, "start")[0]["processes"] == 2
+    assert read_log(folder, "start")[0]["ranks"] == 2
 
 
 def test_one_process_goes_on_where_two_stopped(pair, tmp_path):
@@ -173,7 +173,7 @@ def test_one_log_and_one_set_of_files(pair):
     samples = sorted(p.name for p in (folder / "samples").glob("*seed0-*/*"))
     assert samples == [*(f"{i:06d}.png" for i in range(7)), "grid.png", "settings.json"]
     report = json.loads(next((folder / "eval").iterdir()).read_text())
-    assert report["processes"] == 2 and report["num_images"] == 30
+    assert report["ranks"] == 2 and report["num_images"] == 30
 
 
 def test_evaluation_by_two_and_by_one(pair, tmp_path):
@@ -182,7 +182,7 @@ def test_evaluation_by_two_and_by_one(pair, tmp_path):
     one = json.loads(next((tmp_path / "eval").iterdir()).read_text())
     two = json.loads(next((pair[0] / "plain" / "eval").iterdir()).read_text())
     assert one["metrics"] == pytest.approx(two["metrics"], abs=1 / 30 + 1e-9)  # one image may be on the edge
-    assert one["processes"] == 1
+    assert one["ranks"] == 1
 
 
 def test_refusal_writes_nothing(pair):

@@ -63,7 +63,7 @@ def test_data_that_is_missing(here, refuses):
     refuses(arguments(output_dir="out", **data), "no data path given", "--data_path")
     refuses(arguments(output_dir="out", **data, data_path=here / "nowhere"), here / "nowhere", "does not exist")
     (here / "empty").mkdir()
-    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "is empty")
+    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "holds no class folders")
     (here / "empty" / "train").mkdir()
     refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "hold no image")
     images(here / "data", "a", "b")
@@ -78,7 +78,7 @@ def test_number_of_classes(here, refuses):
 
 
 def test_fewer_images_than_a_batch(here, refuses):
-    refuses(arguments(output_dir="out", batch_size=41), "40 images", "41 per process", "BATCH_SIZE")
+    refuses(arguments(output_dir="out", batch_size=41), "40 images", "41 per rank", "BATCH_SIZE")
     refuses(arguments(output_dir="out", global_batch=48), "40 images", "3 accumulated")
 
 
@@ -246,7 +246,8 @@ def test_metrics_are_checked_when_a_run_goes_on(run, refuses):
 def test_metrics_of_another_data_set(here, refuses):
     images(here / "data", "a", "b", count=8)
     settings = {"dataset": "imagefolder", "data_path": "data", "class_num": 2, "online_eval": True, "num_images": 4}
-    refuses(arguments(output_dir="out", **settings, metrics="class_agreement"), "digits only", "ONLINE_EVAL=0")
+    argv = arguments(output_dir="out", **settings, metrics="class_agreement")
+    refuses(argv, "class_agreement is defined for the data set digits", "ONLINE_EVAL=0")
 
 
 # --- devices --------------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def test_more_processes_than_devices(refuses, monkeypatch):
     names = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    refuses(arguments(output_dir="out", device=None), "2 of this node", "2 are visible", "NUM_GPUS")
+    refuses(arguments(output_dir="out", device=None), "Local rank 2", "2 are visible", "NUM_GPUS")
     monkeypatch.setenv("LOCAL_RANK", "1")
     ctx = find_context(None)
     assert (ctx.rank, ctx.world_size, ctx.local_rank, str(ctx.device)) == (2, 3, 1, "cuda:1")
@@ -291,6 +292,7 @@ def test_negative_number_of_workers(refuses):
 def test_a_cuda_device_has_a_number(monkeypatch):
     """torch.cuda.set_device refuses a device without one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     assert find_context(None).device == find_context("cuda").device == torch.device("cuda", 0)

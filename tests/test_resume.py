@@ -18,6 +18,7 @@ from tests.conftest import FEW, arguments, flags, raw, read_log, register, state
 from util.checkpoint import files
 from util.checkpoint.files import NAME
 from util.dist import preemption
+from util.evaluation import generate
 from util.log import LOG_NAME, _truncate
 from util.train_metrics import TrainMetrics
 
@@ -78,6 +79,7 @@ def test_a_requested_stop_saves_and_says_where(whole, tmp_path, capsys, monkeypa
     while not (tmp_path / NAME).exists() or raw(tmp_path)["run"]["step"] < RUN["epochs"] * EPOCH:
         with monkeypatch.context() as patch:
             patch.setattr(preemption, "requested", lambda: "SIGUSR1")
+            patch.setattr(generate, "requested_on_any_rank", lambda ctx: None)  # the next test is about samples
             train(tmp_path, code=preemption.EXIT_CODE, **RUN)
         starts += 1
         assert raw(tmp_path)["run"]["step"] == starts
@@ -90,6 +92,17 @@ def test_a_requested_stop_saves_and_says_where(whole, tmp_path, capsys, monkeypa
     assert sorted(p.name for p in (whole / "samples").iterdir()) == sorted(
         p.name for p in (tmp_path / "samples").iterdir()
     )
+
+
+def test_a_stop_while_samples_are_generated_resumes_with_them(whole, tmp_path, monkeypatch):
+    grid = "samples/epoch0002-ema1-heun2-cfg2.9.png"
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "requested_on_any_rank", lambda ctx: "SIGUSR1")
+        train(tmp_path, code=preemption.EXIT_CODE, **RUN)
+    assert raw(tmp_path)["epoch"] == 1 and not (tmp_path / grid).exists()
+    train(tmp_path, **RUN)
+    assert (tmp_path / grid).read_bytes() == (whole / grid).read_bytes()
+    assert state_differences(whole, tmp_path) == []
 
 
 def test_missing_samples_are_generated_when_the_run_resumes(whole, tmp_path, monkeypatch):
@@ -258,6 +271,7 @@ def test_kill_9(whole, tmp_path):
 
 
 if __name__ == "__main__":
+
     def slow_save(content, file, save=torch.save):
         save(content, file)
         file.flush()

@@ -130,7 +130,7 @@ def test_a_run(combination, settings, tmp_path):
     assert ("net.schedule_embedder.weight" in raw(folder)["model"]) == told
     assert ("spectrum_sha256" in report) == (told or combination["grid"] != "uniform")
     on = "" if combination["grid"] == "uniform" else f" {combination['grid']} mixed 0.1"
-    assert row_of("run", report)["solver"] == f"{'heun' if combination['prediction'] == 'x' else 'euler'}3{on}"
+    assert row_of(report)["solver"] == f"{'heun' if combination['prediction'] == 'x' else 'euler'}3{on}"
 
 
 # --- two processes --------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_two_ranks_train_and_evaluate_as_one(settings, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=1e-5)
     inference(tmp_path / "two", evaluate_gen=True, num_images=30, output_dir=tmp_path / "again")
     two, again = report_of(tmp_path / "two"), report_of(tmp_path / "again")
-    assert (two["processes"], again["processes"]) == (2, 1)
+    assert (two["ranks"], again["ranks"]) == (2, 1)
     assert two["metrics"] == pytest.approx(again["metrics"], abs=1 / 30 + 1e-9)  # one image may be on the edge
 
 

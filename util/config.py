@@ -149,9 +149,7 @@ class TrainConfig:
     ema_decay1: float = flag(0.9999, LOCKED_FOR_TRAINING, "decay of the first EMA", ge=0, le=1)
     ema_decay2: float = flag(0.9996, LOCKED_FOR_TRAINING, "decay of the second EMA", ge=0, le=1)
     label_drop_prob: float = flag(0.1, LOCKED_FOR_TRAINING, "probability that a label becomes 'no class'", ge=0, le=1)
-    accum_iter: int | None = flag(
-        None, PER_CALL, "microbatches per step (default: as --global_batch needs)", ge=1
-    )
+    accum_iter: int | None = flag(None, PER_CALL, "microbatches per step (default: as --global_batch needs)", ge=1)
     seed: int = flag(0, LOCKED_FOR_TRAINING, "of weights, order and noise, and of samples", ge=0, lt=2**64)
     start_epoch: int = flag(0, PER_CALL, "first epoch of a run without checkpoint", ge=0)
     init_from: str | None = flag(None, PER_CALL, "folder of another run, whose weights a new run starts from")

@@ -53,15 +53,16 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-RESIDUAL = {"block_operators": {"spectral_residual": partial(SpectralResidual, mode="time_label")}}
+POWER = [k**-2.9 for k in range(1, 24)]
+RESIDUAL = {"spectral_residual": partial(SpectralResidual, mode="time_label")}
 VARIANTS = {
-    "float32": {"dtype": None},
-    "snr": {"forcing": {"schedule": "snr", "power": [k**-2.9 for k in range(1, 24)]}},
-    "no_context": {"in_context_len": 0},
-    "conditioned": {"schedule_cond": True},
+    "plain": {},
     "sped_up": {"dtype": None, "sped_up": True},
-    "residual": RESIDUAL,
-    "recomputed": {"recompute": True, **RESIDUAL},
+    "no_context": {"in_context_len": 0, "forcing": {"window_size": 8}},
+    "all": {
+        **{"block_operators": RESIDUAL, "schedule_cond": True, "recompute": True},
+        **{"forcing": {"schedule": "snr", "power": POWER}},
+    },
 }
 
 
@@ -82,11 +83,8 @@ def step(denoiser: nn.Module) -> torch.Tensor:
     return loss.detach()
 
 
-CASES = [
-    *(("block", name, 4 if name == "no_context" else 5) for name in VARIANTS),
-    *(("model", name, 4) for name in ("float32", "conditioned", "recomputed")),
-    ("off", "float32", 0),
-]
+CASES = [("off", "plain", 0), ("model", "all", 4)]
+CASES += [("block", name, 4 if name == "no_context" else 5) for name in VARIANTS]
 
 
 @pytest.mark.parametrize(("mode", "name", "count"), CASES)

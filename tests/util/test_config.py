@@ -410,7 +410,9 @@ def test_bound_in_training(name):
 def test_free(name):
     for training in (False, True):
         assert getattr(resolve({name: OVERRIDABLE_VALUES[name]}, saved(), training), name) == OVERRIDABLE_VALUES[name]
-        assert getattr(resolve({}, saved(**{name: OVERRIDABLE_VALUES[name]}), training), name) == OVERRIDABLE_VALUES[name]
+        assert (
+            getattr(resolve({}, saved(**{name: OVERRIDABLE_VALUES[name]}), training), name) == OVERRIDABLE_VALUES[name]
+        )
 
 
 @pytest.mark.parametrize("name", PER_CALL_VALUES)
@@ -624,7 +626,8 @@ DESCRIBED = [  # given, on so many processes -> what is listed, apart from --mod
 def test_describe_lists_what_differs_and_nothing_that_was_settled(given, processes, listed):
     given = {"model": "JiT-L/16", **given}
     args = fresh(processes, **given)
-    args = dataclasses.replace(args, output_dir=given.get("output_dir", "output/a_name"), start_epoch=3)  # as util/resume.py
+    settled = {"output_dir": given.get("output_dir", "output/a_name"), "start_epoch": 3}  # as util/resume.py does
+    args = dataclasses.replace(args, **settled)
     lines = configuration.describe(args, given, processes).splitlines()
     found = [item for line in lines for item in line.split(": ")[1].split(", ")]
     assert sorted(found) == sorted(["model JiT-L/16", *listed])
@@ -657,5 +660,3 @@ def test_default_output_folder_is_found_again(here):
     assert main_jit.main(arguments(epochs=1, seed=1)) == 0
     assert len(list((here / "output").iterdir())) == 2 and listing(folder) == before
     assert f"_{TINY.replace('/', '-')}_16_sf_x_" in folder.name
-
-

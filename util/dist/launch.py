@@ -1,15 +1,12 @@
-"""Run torchrun in this process, so that signals become a request to stop and workers' exit codes this process's own.
+"""The launcher, python -m util.dist.launch ARGUMENTS-OF-TORCHRUN main_jit.py FLAGS, and the main function of a worker.
 
-    python -m util.dist.launch ARGUMENTS-OF-TORCHRUN main_jit.py FLAGS
-
-A worker, main_jit.py, ends through `run_main`. util/dist/preemption.py says how launcher and workers communicate.
-Modules that import torch are imported in functions: signals are blocked first, so that torch's threads inherit that.
+The launcher runs torchrun in its own process: signals become a request to stop, workers' exit codes its own (how, says
+util/dist/preemption.py). What imports torch is imported in functions, after signals have been blocked for all threads.
 """
 
 import atexit
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +30,7 @@ def launch(arguments: Sequence[str]) -> int:
     """Run torchrun until it ends. Return 75 if the workers were asked to stop, and otherwise why they failed."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # workers inherit it
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException, errors
+    from torch.distributed.elastic.multiprocessing import SignalException
 
     state = Path(tempfile.mkdtemp(prefix="jit-"))
     os.environ.update(JIT_STATE_DIR=str(state), JIT_LAUNCHER_PID=str(os.getpid()))
@@ -45,10 +42,8 @@ def launch(arguments: Sequence[str]) -> int:
         codes = [0]
     except (SignalException, KeyboardInterrupt):
         return AT_ONCE
-    except errors.ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:  # ChildFailedError is torchrun's summary
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         codes += [int(file.read_text()) for file in state.glob("exit-*")]
         shutil.rmtree(state, ignore_errors=True)
@@ -71,17 +66,16 @@ def _handle_signals(state: Path) -> None:
             time.sleep(5)
             os._exit(AT_ONCE)  # it hangs in a call; the workers end with this process
         asked_at = now
-        (state / "stop").write_text(f"{number.name}\n")
+        if state.exists():  # else the workers have ended
+            (state / "stop").write_text(f"{number.name}\n")
 
 
 def _requeue(job: str) -> None:
     """Put a SLURM job back into the queue, unless it was cancelled, timed out or is requeued by SLURM itself."""
     try:
-        show = ["scontrol", "show", "job", job, "--oneliner"]
-        found = re.search(r"JobState=(\w+)", subprocess.run(show, capture_output=True, text=True, timeout=60).stdout)
-        state = found[1] if found else "unknown"
-        if state != "RUNNING":
-            return _info(f"job {job} is not requeued: its state is {state}")
+        shown = subprocess.check_output(["scontrol", "show", "job", job, "--oneliner"], text=True, timeout=60)
+        if "JobState=RUNNING" not in shown:
+            return _info(f"job {job} is not requeued: it is not in the state RUNNING")
         _info(f"job {job} is requeued and resumes from its checkpoint")
         subprocess.run(["scontrol", "requeue", job], timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:

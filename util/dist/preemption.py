@@ -1,8 +1,8 @@
 """Requests to stop, by a signal or from the launcher, and the exit code that the launcher is told.
 
 Code that can stop safely asks `requested` between two steps or batches. Started alone or by torchrun, SIGTERM, SIGINT
-and SIGUSR1 are noted. torchrun neither forwards all signals nor returns its workers' exit codes; so the launcher, which
-runs it, names a folder of this node in JIT_STATE_DIR, and its workers inherit that signals are blocked:
+and SIGUSR1 are noted. torchrun does not return its workers' exit codes; so the launcher, which runs it, names a folder
+of this node in JIT_STATE_DIR, and its workers inherit that signals are blocked:
 
     <JIT_STATE_DIR>/stop          launcher -> workers: stop soon; contains the signal's name
     <JIT_STATE_DIR>/exit-<l>      worker -> launcher: the exit code of the worker with local rank l
@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +42,9 @@ def listening() -> Iterator[None]:
     previous = {number: signal.signal(number, _note) for number in (() if recorded else SIGNALS)}
     if recorded:
         recorded.unlink(missing_ok=True)  # by the worker that this one replaces (MAX_RESTARTS)
-    if (launcher := os.environ.get("JIT_LAUNCHER_PID")) and recorded and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the launcher
-        if os.getppid() != int(launcher):
-            os._exit(1)
+    if (launcher := os.environ.get("JIT_LAUNCHER_PID")) and recorded and sys.platform == "linux":  # PR_SET_PDEATHSIG:
+        if ctypes.CDLL(None).prctl(1, signal.SIGKILL) or os.getppid() != int(launcher):
+            os._exit(1)  # a worker does not outlive the launcher
     try:
         yield
     finally:
@@ -65,18 +63,17 @@ def _note(number: int, frame: object) -> None:
 def _accept(reason: str) -> None:
     global _reason, _since
     _reason, _since = reason, time.monotonic()
-    text = (
-        f"main_jit.py: Received {reason}: finishing this step or batch of images, then saving. Ctrl-C again stops now."
-    )
+    text = f"main_jit.py: Received {reason}: finishing this step or batch, then saving. A second Ctrl-C stops at once."
     if os.environ.get("RANK", "0") == "0":  # by a system call: a signal handler may have interrupted a print
         os.write(sys.__stderr__.fileno(), f"{text}\n".encode())
 
 
 def requested() -> str | None:
     """Return the signal that asked this process to stop, None if there was none."""
-    stop = _state_file("stop") if _reason is None else None
-    if stop and stop.exists() and (reason := stop.read_text().strip()):  # empty: the launcher is about to write it
-        _accept(reason)
+    if _reason is None and (recorded := _exit_file()):
+        stop = recorded.with_name("stop")
+        if stop.exists() and (reason := stop.read_text().strip()):  # empty: the launcher is about to write it
+            _accept(reason)
     return _reason
 
 
@@ -92,16 +89,16 @@ def requested_on_any_rank(ctx: DistContext) -> str | None:
 
 
 class StepVotes:
-    """What any rank asks for (K questions), all ranks decide after the same step.
+    """What any rank asks for, all ranks decide after the same step; on GPUs `lag` steps after it was asked for.
 
-    Votes (K,) are summed over the ranks, in host memory, at each step; on GPUs they are read `lag` steps later.
+    The wishes, a tensor of K questions, are summed over the ranks in host memory, beside the work of the GPU.
     """
 
     def __init__(self, ctx: DistContext, questions: tuple[str, ...]):
         self.ctx, self.questions = ctx, questions
         self.lag = 2 if ctx.world_size > 1 and ctx.device.type == "cuda" else 0
         self._group = gloo_group() if self.lag else None
-        self._pending: deque = deque()
+        self._pending = []  # (votes, their reduction)
 
     def __call__(self, wishes: dict[str, bool]) -> set[str]:
         """Vote at this step. Return the questions that are decided now, the same on all ranks."""
@@ -111,16 +108,15 @@ class StepVotes:
         self._pending.append((votes, dist.all_reduce(votes, group=self._group, async_op=True)))
         if len(self._pending) <= self.lag:
             return set()
-        votes, sent = self._pending.popleft()
+        votes, sent = self._pending.pop(0)
         sent.wait()
         return {name for name, vote in zip(self.questions, votes.tolist(), strict=True) if vote > 0}
 
 
 def finish(code: int, on_all_ranks: bool = False) -> int:
-    """Tell the launcher the exit code, if there is one. Return the code for the process that started this one.
+    """Tell the launcher, if there is one, the exit code. Return the code for the process that started this one.
 
-    torchrun restarts failed workers (MAX_RESTARTS) and prints where they failed: if all ranks stop alike and have said
-    why, it is told of success.
+    Under the launcher it is 0 if all ranks stop alike and have said why: torchrun restarts and reports what fails.
     """
     recorded = _exit_file()
     if recorded:
@@ -129,10 +125,6 @@ def finish(code: int, on_all_ranks: bool = False) -> int:
 
 
 def _exit_file() -> Path | None:
-    return _state_file(f"exit-{os.environ.get('LOCAL_RANK', '0')}")  # a restart may number nodes in another order
-
-
-def _state_file(name: str) -> Path | None:
-    """A file in the launcher's folder; None without the launcher."""
+    """The file for this worker's exit code, by local rank: a restart may renumber nodes. None without the launcher."""
     folder = os.environ.get("JIT_STATE_DIR")
-    return Path(folder, name) if folder and os.path.isdir(folder) else None
+    return Path(folder, f"exit-{os.environ.get('LOCAL_RANK', '0')}") if folder and os.path.isdir(folder) else None

@@ -22,8 +22,7 @@ MIN_LIMIT = 0.01  # of the colour scale: gates start at zero, and those that hav
 def compute_gates(net: JiT) -> dict[str, Tensor] | None:
     """Compute both gates at TIMES times: t (T,), low and high (L, T), on the CPU; None without a spectral residual.
 
-    If the label has a say ("time_label"), these are means over the classes, and low_spread and high_spread (L, T) are the
-    standard deviations.
+    With "time_label" these are means over the classes; low_spread and high_spread (L, T) are standard deviations.
     """
     residuals = [getattr(block, "spectral_residual", None) for block in net.blocks]
     if residuals[0] is None:

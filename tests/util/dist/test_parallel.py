@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from denoiser import Denoiser
-from tests.conftest import TINY_MODEL, as_torchrun, differences, run_on
-from util.dist.context import DistContext, all_reduce_mean, find_context, process_group
+from tests.conftest import TINY_MODEL, differences
+from tests.util.dist.conftest import run_pair
+from util.dist.context import DistContext, all_reduce_mean, process_group
 from util.dist.parallel import (
     assert_equal_replicas,
     build_sharded,
@@ -75,10 +76,8 @@ def trained(denoiser: Denoiser, model: nn.Module, ctx: DistContext, microbatches
     return {"losses": losses, "norms": norms, "weights": weights, "ema": whole(ema.shadow), "ema loss": predicted}
 
 
-def _work(rank: int, folder, ports: list[int]) -> None:
-    torch.set_num_threads(1)
-    as_torchrun(rank, 2, ports.pop())
-    ctx, found = find_context("cpu"), {}
+def _work(ctx: DistContext, folder) -> None:
+    rank, found = ctx.rank, {}
     with process_group(ctx):
         plain = build()
         for name, microbatches in (("ddp", 1), ("ddp accumulated", 2)):
@@ -124,9 +123,7 @@ def _replicas(rank: int, ctx: DistContext) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    run_on(2, _work, folder, calls=1)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return run_pair(_work, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,82 @@
+"""Measure what a GPU is for, most important first, within a time limit: make gpu-report MINUTES=9
+
+    python -m benchmarks.gpu_report --minutes 9 [--out FILE] [--reference DIR]
+
+Each measurement is a process of its own, whose JSON line is appended to benchmarks/results/<device>.jsonl as it ends;
+one that fails or takes too long leaves a line that says so. Inductor's cache is shared, so later ones compile less. With
+--reference, a checkout of the published release is timed by the same protocol (benchmarks/reference.py). The tests
+marked gpu come last.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from util.io import REPOSITORY, commit
+
+STEP = "-m benchmarks.step --steps 10 --repeats 5 --img_size 256"
+PLAN = (  # (limit in seconds, arguments of python)
+    (150, f'{STEP} --model JiT-B/16 --batch_size 64 --versus "--disable_dct_patchify" --kernels'),
+    (120, f"{STEP} --model JiT-B/32 --batch_size 64"),
+    (120, "-m benchmarks.sampler --model JiT-B/16 --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
+    (150, f"{STEP} --model JiT-700M --batch_size 64 --kernels"),
+    (150, f"{STEP} --model JiT-B/16 --batch_size 256"),
+    (150, "-m benchmarks.sampler --model JiT-700M --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
+    (150, f"{STEP} --model JiT-700M --batch_size 256"),
+    (240, "-m pytest -m gpu -q -p no:cacheprovider -x"),
+)
+REFERENCE = (150, "-m benchmarks.reference {} --steps 10 --repeats 5 --model JiT-B/16 --img_size 256 --batch_size 64")
+
+
+def measure(arguments: str, limit: float) -> dict:
+    """Run a command and return its last JSON line, or what went wrong."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *shlex.split(arguments)], cwd=REPOSITORY, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return {"command": arguments, "failed": f"did not end within {limit:.0f} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    found = json.loads(lines[-1]) if lines else {"output": (done.stdout + done.stderr).splitlines()[-15:]}
+    found |= {"failed": f"exit code {done.returncode}"} if done.returncode else {}
+    return {"measurement": arguments, "seconds": round(time.monotonic() - start, 1), "commit": commit(), **found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--reference", help="a checkout of the published release")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_report: torch finds no CUDA device here", file=sys.stderr)
+        return 2
+    device = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+    out = args.out or REPOSITORY / "benchmarks" / "results" / f"{device}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plan = list(PLAN)
+    if args.reference:
+        plan.insert(1, (REFERENCE[0], REFERENCE[1].format(shlex.quote(args.reference))))
+    deadline, failed = time.monotonic() + 60 * args.minutes, False
+    for limit, arguments in plan:
+        left = deadline - time.monotonic()
+        if left < 20:
+            break
+        line = measure(arguments, min(limit, left))
+        failed |= "failed" in line
+        with open(out, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
