@@ -65,9 +65,9 @@ def _handle_signals(state: Path) -> None:
             os.kill(os.getpid(), signal.SIGUSR2)  # torchrun's main thread ends its workers and raises SignalException
             time.sleep(5)
             os._exit(AT_ONCE)  # it hangs in a call; the workers end with this process
-        asked_at = now
-        if state.exists():  # else the workers have ended
+        if asked_at is None and state.exists():  # else the workers have ended
             (state / "stop").write_text(f"{number.name}\n")
+        asked_at = now
 
 
 def _requeue(job: str) -> None:

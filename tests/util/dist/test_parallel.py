@@ -137,8 +137,10 @@ def alone():
 
 @pytest.mark.parametrize("name", ["ddp", "ddp accumulated", "fsdp", "fsdp accumulated"])
 def test_two_ranks_train_as_one(pair, alone, name):
-    """Sums are rounded differently, and nothing else differs."""
+    """Sums are rounded differently, and nothing else differs; between fsdp and ddp not even that."""
     for found in pair:
+        reference = found[name.replace("fsdp", "ddp")]
+        assert found[name]["losses"] == pytest.approx(reference["losses"], rel=1e-7)
         assert found[name]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert found[name]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
         for key in ("weights", "ema"):
@@ -146,14 +148,6 @@ def test_two_ranks_train_as_one(pair, alone, name):
                 torch.testing.assert_close(found[name][key][parameter], value, rtol=0, atol=2e-5, msg=parameter)
         torch.testing.assert_close(found[name]["ema loss"], alone["ema loss"], rtol=1e-5, atol=0)
     assert differences(pair[0][name]["weights"], pair[1][name]["weights"]) == []
-
-
-@pytest.mark.parametrize("suffix", ["", " accumulated"])
-def test_losses_of_fsdp_are_those_of_ddp(pair, suffix):
-    for found in pair:
-        fsdp, ddp = found["fsdp" + suffix], found["ddp" + suffix]
-        assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-7)
-        assert fsdp["norms"] == pytest.approx(ddp["norms"], rel=1e-6)
 
 
 def test_each_rank_holds_half_of_a_sharded_model(pair):
