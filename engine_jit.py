@@ -176,7 +176,7 @@ class Trainer:
         """Load weights, EMAs and optimizer. Return a phrase on where the run starts from."""
         if checkpoint is not None:
             load_train_state(checkpoint, self.denoiser, self.optimizer, self.emas)
-            self.metrics.load_state_dict(checkpoint.run.get("metrics", checkpoint.run.get("window", {})))
+            self.metrics.load_state_dict(checkpoint.run.get("metrics", {}))
             return f"resumed {checkpoint.path}"
         if source is None:
             return "fresh weights"

@@ -26,7 +26,7 @@ from util.dist.context import (
     process_group,
     raise_on_all_ranks,
 )
-from util.dist.launch import run_main
+from util.dist.worker import run_main
 from util.errors import UserError
 from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write, loggable, metric_line
 from util.evaluation.generate import sample_grid, sampling_settings, setting_name

@@ -35,7 +35,6 @@ from util.io import provenance
 from util.log import progress
 
 SUBSET_SEED, FEATURES_SEED = 0, 1  # of the permutations that choose the images, and those whose features are stored
-LEAST_FEATURES = METRICS["precision_recall"].least
 TIMEOUT_MINUTES = 24 * 60.0  # a rank that has finished waits for the slowest
 EXTRACTORS = {metric.extractor.name: metric for metric in METRICS.values() if "sigma" in metric.needs}
 Statistics = tuple[Moments, SpectrumSums, Tensor]  # the last are stored features (m, F), float32, in index order
@@ -66,8 +65,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} must be at least {least}, not {value}.")
-    if 0 < args.num_features < LEAST_FEATURES:
-        raise UserError(f"--num_features must be 0 or at least {LEAST_FEATURES}, not {args.num_features}.")
+    if 0 < args.num_features < (least := METRICS["precision_recall"].least):
+        raise UserError(f"--num_features must be 0 or at least {least}, not {args.num_features}.")
     if args.out is None and args.split != "train":
         raise UserError("Evaluation looks for a file made from the split train. Give --out for another one.")
     args.out = args.out or default_reference(args.dataset, args.img_size, args.extractor)
@@ -98,11 +97,9 @@ def compute(
 ) -> Statistics:
     """Compute this rank's part of the statistics of the images `indices`, in that order.
 
-    `stored` are the positions in `indices` whose features are returned. Raises UserError for a non-finite feature or an
-    image that cannot be read.
+    `stored` are the positions in `indices` whose features are returned. Raises UserError for an unreadable image.
     """
-    batch_count = -(-len(indices) // args.batch_size)
-    starts = [i * args.batch_size for i in local_range(batch_count, ctx)]
+    starts = [i * args.batch_size for i in local_range(-(-len(indices) // args.batch_size), ctx)]
     batches = [list(indices[start : start + args.batch_size]) for start in starts]
     loader = build_loader(images, batches, args.num_workers, pin_memory=extractor.device.type == "cuda")
     stream = EXTRACTORS[args.extractor].stream

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_report --minutes 9 [--out FILE] [--reference DIR]
 
 Each measurement is a process of its own, whose JSON line is appended to benchmarks/results/<device>.jsonl as it ends;
-one that fails or takes too long leaves a line that says so. Inductor's cache is shared, so later ones compile less. With
---reference, a checkout of the published release is timed by the same protocol (benchmarks/reference.py). The tests
-marked gpu come last.
+one that fails or takes too long leaves a line that says so. Inductor's cache is shared, so later ones compile less.
+With --reference, a checkout of the published release is timed as well (benchmarks/reference.py). The tests marked gpu
+come last.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python -m benchmarks.reference DIR --model JiT-B/16 --img_size 256 --batch_size 64
 
-The checkout needs model_jit.py and denoiser.py, whose Denoiser(args) returns the loss of (images, labels) and has
-update_ema(). Arguments that its Denoiser reads get the defaults of its own parser (main_jit.get_args_parser). What those
-files do not hold is done as its engine does: AdamW as torch builds it, bf16 autocast, the loss read at each step. Its
-modules have the names of ours, so nothing of ours is imported after its folder is put in front.
+The checkout needs main_jit.get_args_parser, model_jit.py and denoiser.py, whose Denoiser(args) returns the loss of
+(images, labels) and has update_ema(). Its arguments are its parser's defaults. What those files do not hold is done as
+its engine does: torch's AdamW, bf16 autocast, the loss read at each step. Its modules have the names of ours, so
+nothing of ours is imported once its folder is in front.
 """
 
 import argparse

@@ -1,68 +1,122 @@
-"""A training step: images/s, share of the device's measured ceiling, peak memory of a GPU; one JSON line.
+"""Time a training step: images per second, share of the measured ceiling, peak memory. One JSON line.
 
-    python -m benchmarks.step                                                          in small, on a CPU
-    python -m benchmarks.step --model JiT-B/16 --img_size 256 --batch_size 64 --precision bf16 --compile off block
-    python -m benchmarks.step ... --reference DIR                                      beside a release
+    python -m benchmarks.step                                                     in small, on a CPU
+    python -m benchmarks.step --model JiT-B/16 --img_size 256 --batch_size 64     flags of main_jit.py
+    python -m benchmarks.step ... --versus "--disable_dct_patchify"               in turns with other flags
+    python -m benchmarks.step ... --kernels                                       also the GPU's kernels by kind
 
-What runs is Trainer.train_step on random images in pinned memory; a turn ends with the wait that a log line costs.
+What runs is engine_jit.Trainer.train_step itself, on random images in memory.
 """
 
-from argparse import Namespace
-from collections.abc import Callable
-from contextlib import ExitStack
-from itertools import count, islice, product, repeat
+import argparse
+import shlex
+import statistics
+from collections import Counter
+from dataclasses import replace
 
-from benchmarks.common import Turns, build_parser, emit, settings, short
-from benchmarks.reference import Reference
+import torch
+
+from benchmarks.common import ceiling, emit, in_turns, ratios
 from engine_jit import Trainer
-from util import rng
-from util.config import split_global_batch
-from util.dist.context import DistContext
+from util.compile import prepare_device
+from util.config import parse_args, resolve, split_global_batch
+from util.data.loader import GlobalBatchSampler, open_images
+from util.dist.context import DistContext, find_context
 from util.profile import count_flops
 
-
-def build_trainer(options: Namespace, precision: str, compile: str, sf: str) -> Trainer:
-    """Return a trainer with fresh weights."""
-    given = {"precision": precision, "compile": compile, "disable_dct_patchify": sf == "off"}
-    config = settings(options, **given, epochs=10**6, lr=1e-4, warmup_epochs=0.0)
-    return Trainer(split_global_batch(config, 1), given, None, None, DistContext(device=options.device))
-
-
-def training(trainer: Trainer, steps: int) -> Callable[[], float]:
-    """Return a function that does `steps` training steps and returns the mean loss."""
-    batch = next(iter(trainer.loader))
-    numbers = count()
-
-    def turn() -> float:
-        rng.use_compiler(trainer.config.compile != "off")  # a setting of the process, which variants share
-        for step in islice(numbers, steps):
-            trainer.train_step(repeat(batch), step)
-        values = trainer.metrics.read()
-        trainer.metrics.reset()
-        return values["loss"]
-
-    return turn
+SMALL = {"model": "JiT-Ti/4", "img_size": 32, "batch_size": 8}
+FIXED = {"dataset": "random", "online_eval": False, "lr": 1e-4, "output_dir": "unused", "epochs": 10_000}
+KINDS = {  # kind of a kernel -> parts of its name
+    "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "wgrad", "dgrad", "conv"),
+    "attention": ("flash", "fmha", "sdpa", "cudnn"),
+    "optimizer and EMA": ("adam", "multi_tensor", "foreach", "lerp"),
+    "compiled (norms, adaLN, rotary, SwiGLU, noise, losses)": ("triton",),
+    "copies": ("memcpy", "memset", "copy"),
+}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = build_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1, help="steps of a turn")
-    parser.add_argument("--sf", nargs="+", default=["on"], choices=("on", "off"), help="Spectral Forcing")
-    options = parser.parse_args(argv)
-    turns, images = Turns(options), options.batch_size * options.steps
-    flops = 3 * count_flops(options.model, options.img_size, num_classes=options.class_num)  # backward: twice forward
-    names = {
-        f"{p} compile {c} sf {s}": (p, c, s) for p, c, s in product(options.precision, options.compile, options.sf)
+class Steps:
+    """A turn of a variant: some training steps."""
+
+    def __init__(self, flags: dict, steps: int, ctx: DistContext):
+        config = split_global_batch(resolve({**SMALL, **flags, **FIXED}), ctx.world_size)
+        config = replace(config, num_workers=0)
+        images = open_images(config)
+        sampler = GlobalBatchSampler(len(images), config.batch_size, 0, 1, config.accum_iter, config.seed)
+        self.trainer = Trainer(config, flags, (images, None, sampler), 0, None, None, ctx)
+        self.trainer.denoiser.train()
+        self.steps, self.done, self.batch = steps, 0, next(iter(self.trainer.loader))
+
+    def __call__(self) -> None:
+        batches = iter([self.batch] * (self.steps * self.trainer.config.accum_iter))
+        for _ in range(self.steps):
+            self.trainer.train_step(batches, self.done)
+            self.done += 1
+
+
+def kernels(steps: Steps) -> dict:
+    """Return milliseconds and launches of a step by kind of kernel, and the share of time in which the GPU is idle."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        steps()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    milliseconds, launches, names = Counter(), Counter(), Counter()
+    for event in events:
+        name = event.name.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "rest")
+        milliseconds[kind] += event.device_time / 1e3 / steps.steps
+        launches[kind] += 1 / steps.steps
+        names[event.name] += event.device_time / 1e3 / steps.steps
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+    busy, end = 0.0, spans[0][0]
+    for begin, stop in spans:
+        busy += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return {
+        "milliseconds": {kind: round(value, 3) for kind, value in milliseconds.most_common()},
+        "launches": {kind: round(value, 1) for kind, value in launches.items()},
+        "launches_per_step": round(sum(launches.values()), 1),
+        "idle_share": round(1 - busy / (end - spans[0][0]), 4),
+        "longest": {name[:80]: round(value, 3) for name, value in names.most_common(15)},
     }
-    for name, how in names.items():
-        turns.add(name, lambda how=how: training(build_trainer(options, *how), options.steps))
-    with ExitStack() as stack:
-        for precision in options.precision if options.reference else ():
-            other = stack.enter_context(Reference(options, "train", precision, options.steps))
-            turns.join(f"{precision} reference", other)
-        turns.run(options.repeats)
-    results = turns.results(images, dict.fromkeys(names, flops * images))
-    emit("step", options, gflop_per_image=short(flops / 1e9), results=results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each variant")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--versus", help="flags of a second variant, added to those of the first")
+    parser.add_argument("--kernels", action="store_true", help="profile the first variant's kernels (GPU)")
+    options, words = parser.parse_known_args()
+    given = [parse_args(words)]
+    if options.versus is not None:
+        given.append(parse_args([*words, *shlex.split(options.versus)]))
+    ctx = find_context(given[0].get("device"))
+    prepare_device(ctx.device)
+    variants, peaks = {}, {}
+    for name, flags in zip(("first", "second"), given, strict=False):
+        if ctx.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        variants[name] = Steps(flags, options.steps, ctx)
+        variants[name]()
+        if ctx.device.type == "cuda":
+            peaks[name] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
+    seconds = in_turns(variants, options.repeats, ctx.device)
+    content: dict = {"flags": words, "versus": options.versus, "steps": options.steps, "repeats": options.repeats}
+    for name, steps in variants.items():
+        config, dtype = steps.trainer.config, steps.trainer.denoiser.autocast_dtype or torch.float32
+        rate = config.global_batch * options.steps / statistics.median(seconds[name])
+        flops = 3 * count_flops(config.model, config.img_size) * rate  # the backward pass costs two forward passes
+        top = ceiling(ctx.device, dtype)
+        content[name] = {"images_per_s": round(rate, 2), "tflops": round(flops / 1e12, 4), "peak_gb": peaks.get(name)}
+        content[name] |= {"share_of_ceiling": round(flops / top, 4), "ceiling_tflops": round(top / 1e12, 3)}
+    if "second" in seconds:
+        content["first_over_second"] = ratios(seconds["second"], seconds["first"])
+    if options.kernels and ctx.device.type == "cuda":
+        content["kernels"] = kernels(variants["first"])
+    emit("step", ctx.device, content)
 
 
 if __name__ == "__main__":

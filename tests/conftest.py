@@ -244,20 +244,21 @@ def inception_file(tmp_path_factory):
 
 
 @pytest.fixture
-def no_network(monkeypatch, tmp_path_factory):
+def no_network(monkeypatch, tmp_path):
     """An empty torch hub cache, no variable, and a download that fails at once."""
 
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
-    hub = tmp_path_factory.mktemp("hub")
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working directory, so that what would be written by default is seen."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

@@ -233,7 +233,7 @@ def test_metrics_that_cannot_be_computed(run, refuses):
         err = refuses(of_run(run, evaluate_gen=True, num_images=20, metrics=metrics), part)
         assert "ONLINE_EVAL" not in err
     refuses([*training, "--metrics", "fid", "--inception_weights", "gone.pth"], "gone.pth", "ONLINE_EVAL=0")
-    for metrics, part in (("precision", "precision"), ("none", "without metrics")):
+    for metrics, part in (("precision", "precision"), ("none", "names no metric")):
         refuses([*training, "--metrics", metrics], part)
         refuses(of_run(run, evaluate_gen=True, num_images=20, metrics=metrics), part)
 
@@ -267,7 +267,7 @@ def test_more_processes_than_devices(refuses, monkeypatch):
     names = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    refuses(arguments(output_dir="out", device=None), "Local rank 2", "2 are visible", "NUM_GPUS")
+    refuses(arguments(output_dir="out", device=None), "NUM_GPUS to at most 2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     ctx = find_context(None)
     assert (ctx.rank, ctx.world_size, ctx.local_rank, str(ctx.device)) == (2, 3, 1, "cuda:1")

@@ -224,6 +224,11 @@ def spawn(folder: Path, **changes) -> subprocess.Popen:
     )
 
 
+def saving(folder: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any(folder.glob(".checkpoint-next.pth.*.tmp"))
+
+
 def inject(folder: Path, kills: int, seed: int, **changes) -> list[str]:
     """Kill a run `kills` times at random moments of its life, and let it end. Returns what each kill fell into."""
     chance, what = random.Random(seed), []
@@ -236,12 +241,12 @@ def inject(folder: Path, kills: int, seed: int, **changes) -> list[str]:
         time.sleep(chance.uniform(0, 0.25))
         if i % 4 == 3:  # every fourth one inside a save
             deadline = time.monotonic() + 20
-            while not (folder / "checkpoint-last.tmp").exists() and time.monotonic() < deadline:
+            while not saving(folder) and time.monotonic() < deadline:
                 if process.poll() is not None:
                     break
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        inside = (folder / "checkpoint-last.tmp").exists()
+        inside = saving(folder)
         what.append("done" if process.returncode == 0 else "save" if inside else "elsewhere")
     process = spawn(folder, **changes)
     error = process.communicate(timeout=120)[1]

@@ -1,11 +1,9 @@
-"""The launcher, python -m util.dist.launch ARGUMENTS-OF-TORCHRUN main_jit.py FLAGS, and the main function of a worker.
+"""The launcher: python -m util.dist.launch ARGUMENTS-OF-TORCHRUN main_jit.py FLAGS.
 
-The launcher runs torchrun in its own process: signals become a request to stop, workers' exit codes its own (how, says
+It runs torchrun in its own process: signals become a request to stop, workers' exit codes its own (how, says
 util/dist/preemption.py). What imports torch is imported in functions, after signals have been blocked for all threads.
 """
 
-import atexit
-import json
 import os
 import shutil
 import signal
@@ -15,10 +13,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from util.errors import UserError
 
 STOP = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT}
 AT_ONCE = 130  # exit code after a second Ctrl-C
@@ -84,45 +80,6 @@ def _requeue(job: str) -> None:
 
 def _info(text: str) -> None:
     print(f"launcher: {text}", file=sys.stderr, flush=True)
-
-
-def run_main(run: Callable[[Sequence[str] | None], str | None], argv: Sequence[str] | None = None) -> int:
-    """Call `run`; print the line that it returns, or why it ended. Return the exit code for this process's parent.
-
-    0: done; 2: a UserError, explained in a sentence; 1: any other error; 75: asked to stop; 130: a second Ctrl-C.
-    """
-    from torch.distributed import is_initialized
-
-    from util.dist import context, preemption
-
-    ctx = context.find_context("cpu")
-    with preemption.listening():
-        try:
-            line = run(argv)
-            if ctx.is_main and line:
-                print(line, flush=True)
-            return preemption.finish(0)
-        except preemption.Preempted as stop:
-            sentence, code, on_all_ranks = str(stop), EXIT_CODE, True
-        except UserError as error:
-            sentence, code, on_all_ranks = f"error: {error}", 2, error.on_all_ranks or ctx.world_size == 1
-        except Exception as error:
-            traceback.print_exc()
-            sentence, code, on_all_ranks = f"rank {ctx.rank}: {type(error).__name__}: {error}", 1, False
-        except KeyboardInterrupt:
-            sentence, code, on_all_ranks = "interrupted; the same command resumes", AT_ONCE, False
-    code = preemption.finish(code, on_all_ranks)
-    if is_initialized():
-        atexit.register(os._exit, code)  # no destructor may wait for the other ranks
-    elif code == 2 and not ctx.is_main:  # every rank has this error: rank 0 says it, and torchrun ends the others
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        time.sleep(5)
-    if ctx.is_main or not on_all_ranks:
-        print(f"main_jit.py: {sentence}", file=sys.stderr, flush=True)
-    if code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
-        summary = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}  # of torchrun
-        Path(path).write_text(json.dumps({"message": summary}))
-    return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Reference files: statistics of the real images that generated ones are compared with.
 
-A file is an npz of the arrays below and `meta`, a JSON text. Files with mu and sigma alone (the format of the TTUR and
-JiT repositories) are accepted with a warning. Pickled content is never loaded.
+A file is an npz of these arrays and `meta`, a JSON text. Files of mu and sigma alone (TTUR, JiT) are accepted, too.
 
 Shapes: F features of the extractor, K rings of a spectrum
     mu (F,), sigma (F, F)                      mean and unbiased covariance of the features of the real images
@@ -47,8 +46,7 @@ class Reference:
 class Moments:
     """Mean and unbiased covariance in float64, batch by batch, and mergeable between ranks (Chan et al. 1979).
 
-    n, mean, scatter M = sum of (x - mean)(x - mean)^T of a and b, d = mean_b - mean_a:   mean = mean_a + d n_b / n,
-    M = M_a + M_b + d d^T n_a n_b / n,   sigma = M / (n - 1)
+    With M = sum (x - mean)(x - mean)^T and d = mean_b - mean_a, M = M_a + M_b + d d^T n_a n_b / n, sigma = M / (n - 1).
     """
 
     def __init__(self, dim: int):
@@ -98,10 +96,8 @@ def load_reference(
 ) -> Reference:
     """Load a reference file. Raises UserError for one that is damaged or does not belong to this evaluation.
 
-    Args:
-        img_size: pixels per side of the generated images; must be that of the file.
-        extractor, stream: those of the features of the generated images; the file must be of the same extractor with
-            the same weights. None: the spectra alone are used, whatever the features.
+    It must be of images of `img_size` pixels per side and of the extractor of the generated images with the same
+    weights. Without an extractor only its spectra are used, whatever the features.
     """
     path, name = Path(path), extractor.name if extractor else "inception"
     try:

@@ -10,11 +10,11 @@ import pytest
 
 from tests.launcher_stand_ins import basics, children
 
-TIMEOUT = 6.0  # seconds
+TIMEOUT = 15.0  # seconds, as ranks may start that far apart on a busy machine
 MAIN = """
 import os, signal, sys, time
 import torch
-from util.dist import launch
+from util.dist import worker
 from util.dist.context import all_reduce_mean, barrier, find_context, process_group
 
 def run(argv):
@@ -26,7 +26,7 @@ def run(argv):
             {meet}
     return "done"
 
-sys.exit(launch.run_main(run, sys.argv[1:]))
+sys.exit(worker.run_main(run, sys.argv[1:]))
 """
 STEP, SAVE = "all_reduce_mean(torch.ones(3), ctx)", f"barrier(ctx, {TIMEOUT} / 60)"
 KILLED, STOPPED, LATE = (
@@ -34,7 +34,7 @@ KILLED, STOPPED, LATE = (
     "os.kill(os.getpid(), signal.SIGSTOP)",
     "time.sleep(600)",
 )
-LOST, WAITED = "gloo/transport", "Timed out waiting 6000ms"
+LOST, WAITED = "gloo/transport", "Timed out waiting 15000ms"
 
 
 @pytest.mark.slow  # real waiting, which a busy machine makes longer
@@ -58,7 +58,7 @@ def test_the_job_ends_and_says_what_was_lost(tmp_path, event, meet, said):
         process = subprocess.Popen([*command, "--local_addr=127.0.0.1", str(main)], env=basics(), stderr=file)
         time.sleep(1)
         workers = children(process.pid)
-        code = process.wait(120)
+        code = process.wait(300)
     took, text = time.monotonic() - began, (tmp_path / "said").read_text()
     print(f"ended {took:.0f} s after it was started")
     assert code == 1 and said in text, text
@@ -66,4 +66,4 @@ def test_the_job_ends_and_says_what_was_lost(tmp_path, event, meet, said):
     for pid in workers:  # also the one that is stopped
         with pytest.raises(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-    assert took < 90
+    assert took < 120

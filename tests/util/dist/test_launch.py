@@ -14,9 +14,9 @@ import pytest
 import torch.distributed.run  # noqa: F401 (before the fork)
 
 from tests.launcher_stand_ins import ROOT, children, program
-from util.dist import launch
+from util.dist import launch, worker
 from util.dist.launch import launch as run_launcher
-from util.dist.launch import run_main
+from util.dist.worker import run_main
 from util.dist.preemption import EXIT_CODE, Preempted
 from util.errors import UserError
 
@@ -39,7 +39,7 @@ end(75)
 REAL = """
 import os, sys, time
 from pathlib import Path
-from util.dist import launch, preemption
+from util.dist import preemption, worker
 from util.errors import UserError
 def run(argv):
     rank, folder = os.environ["RANK"], Path(argv[0])
@@ -48,7 +48,7 @@ def run(argv):
         BODY
     (folder / f"saved-{rank}").write_text(preemption.requested())
     raise preemption.Preempted("saved")
-sys.exit(launch.run_main(run, sys.argv[1:]))
+sys.exit(worker.run_main(run, sys.argv[1:]))
 """
 
 

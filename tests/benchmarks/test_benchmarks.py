@@ -1,0 +1,62 @@
+"""The benchmarks run in small on a CPU, measure what they say, and the GPU report keeps every result."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import common, gpu_report, sampler, step
+
+TINY = ["--model", "JiT-Demo/8", "--img_size", "16", "--device", "cpu"]
+
+
+def line_of(module, argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    module.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_step_reports_both_variants(monkeypatch, capsys):
+    argv = ["--repeats", "1", "--steps", "1", "--versus", "--disable_dct_patchify", *TINY, "--batch_size", "2"]
+    line = line_of(step, argv, monkeypatch, capsys)
+    assert line["benchmark"] == "step" and {"commit", "hardware", "date", "versions"} <= set(line)
+    for name in ("first", "second"):
+        assert line[name]["images_per_s"] > 0 and 0 < line[name]["share_of_ceiling"] < 2
+    assert line["first_over_second"][1] <= line["first_over_second"][0] <= line["first_over_second"][2]
+
+
+def test_sampler_reports_images_per_second(monkeypatch, capsys):
+    argv = ["--repeats", "1", *TINY, "--gen_bsz", "2", "--num_sampling_steps", "2"]
+    line = line_of(sampler, argv, monkeypatch, capsys)
+    assert line["range"][0] <= line["images_per_s"] <= line["range"][1]
+
+
+def test_turns_alternate_and_the_first_is_not_timed():
+    calls = []
+    seconds = common.in_turns({n: lambda n=n: calls.append(n) for n in "ab"}, 2, torch.device("cpu"))
+    assert calls == ["a", "b"] * 3 and {name: len(s) for name, s in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_gpu_report_keeps_results_and_failures(monkeypatch, tmp_path, capsys):
+    good, bad = '-c "print(\'{\\"x\\": 1}\')"', "-c \"raise SystemExit('no memory')\""
+    monkeypatch.setattr(gpu_report, "PLAN", ((20, good), (20, bad), (0.05, '-c "import time; time.sleep(9)"')))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--minutes", "5", "--out", str(tmp_path / "x.jsonl")])
+    assert gpu_report.main() == 1
+    lines = [json.loads(text) for text in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert lines[0]["x"] == 1 and "failed" not in lines[0]
+    assert lines[1]["failed"] == "exit code 1" and lines[1]["output"] == ["no memory"]
+    assert "did not end" in lines[2]["failed"]
+
+
+def test_gpu_report_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_report"])
+    assert gpu_report.main() == 2 and "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("slow", "fast", "expected"), [([2.0, 3.0, 4.0], [1.0, 1.0, 1.0], [3.0, 2.0, 4.0])])
+def test_ratio_is_median_and_range_over_turns(slow, fast, expected):
+    assert common.ratios(slow, fast) == expected
