@@ -45,9 +45,9 @@ demo: setup
 	WANDB_NUM_VIS=100 ENABLE_WANDB=0 OUTPUT_DIR=output/demo OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHON=$(BIN)/python bash run_jit_multinode.sh \
 	  --lr 5e-4 --ema_decay1 0.995 --ema_decay2 0.98 --num_sampling_steps 20 --eval_freq 56
 
-# One thread a process: the tests use small tensors, and threads of several processes would wait for each other.
+# Two processes of one thread each: the tests use small tensors, and threads would wait for each other.
 test: $(READY_DEV)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY_DEV)
 	$(BIN)/python -m pytest -m slow

@@ -23,7 +23,7 @@ from util.io import REPOSITORY, commit
 
 STEP = "-m benchmarks.step --steps 10 --repeats 5 --img_size 256"
 PLAN = (  # (limit in seconds, arguments of python)
-    (150, f'{STEP} --model JiT-B/16 --batch_size 64 --versus "--disable_dct_patchify" --kernels'),
+    (150, f"{STEP} --model JiT-B/16 --batch_size 64 --versus=--disable_dct_patchify --kernels"),
     (120, f"{STEP} --model JiT-B/32 --batch_size 64"),
     (120, "-m benchmarks.sampler --model JiT-B/16 --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
     (150, f"{STEP} --model JiT-700M --batch_size 64 --kernels"),

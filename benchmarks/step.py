@@ -2,7 +2,7 @@
 
     python -m benchmarks.step                                                     in small, on a CPU
     python -m benchmarks.step --model JiT-B/16 --img_size 256 --batch_size 64     flags of main_jit.py
-    python -m benchmarks.step ... --versus "--disable_dct_patchify"               in turns with other flags
+    python -m benchmarks.step ... --versus=--disable_dct_patchify               in turns with other flags
     python -m benchmarks.step ... --kernels                                       also the GPU's kernels by kind
 
 What runs is engine_jit.Trainer.train_step itself, on random images in memory.

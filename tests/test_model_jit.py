@@ -210,11 +210,11 @@ def test_initial_values_of_every_parameter():
         elif name.endswith(".bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
             assert p.eq(0).all(), name
         elif name == "in_context_posemb" or name.startswith(("y_embedder", "t_embedder")):
-            assert kstest(p.flatten(), "norm", args=(0, 0.02)).pvalue > 1e-3, name
+            assert kstest(p.detach().flatten().numpy(), "norm", args=(0, 0.02)).pvalue > 1e-3, name
         else:
             fan_out, fan_in = p.flatten(1).shape
             bound = math.sqrt(6 / (fan_in + fan_out))
-            assert kstest(p.flatten(), "uniform", args=(-bound, 2 * bound)).pvalue > 1e-3, name
+            assert kstest(p.detach().flatten().numpy(), "uniform", args=(-bound, 2 * bound)).pvalue > 1e-3, name
             checked.add(name.rpartition("blocks.")[2].lstrip("0123456789."))
     linear = {"attn.qkv.weight", "attn.proj.weight", "mlp.w12.weight", "mlp.w3.weight"}
     assert checked == linear | {"x_embedder.proj1.weight", "x_embedder.proj2.weight"}

@@ -18,7 +18,7 @@ def line_of(module, argv, monkeypatch, capsys):
 
 
 def test_step_reports_both_variants(monkeypatch, capsys):
-    argv = ["--repeats", "1", "--steps", "1", "--versus", "--disable_dct_patchify", *TINY, "--batch_size", "2"]
+    argv = ["--repeats", "1", "--steps", "1", "--versus=--disable_dct_patchify", *TINY, "--batch_size", "2"]
     line = line_of(step, argv, monkeypatch, capsys)
     assert line["benchmark"] == "step" and {"commit", "hardware", "date", "versions"} <= set(line)
     for name in ("first", "second"):

@@ -14,10 +14,10 @@ import pytest
 import torch.distributed.run  # noqa: F401 (before the fork)
 
 from tests.launcher_stand_ins import ROOT, children, program
-from util.dist import launch, worker
+from util.dist import launch
 from util.dist.launch import launch as run_launcher
-from util.dist.worker import run_main
 from util.dist.preemption import EXIT_CODE, Preempted
+from util.dist.worker import run_main
 from util.errors import UserError
 
 LIGHT = """
@@ -197,7 +197,7 @@ def test_a_failure_outweighs_a_preemption_and_a_reason_torchruns_1(tmp_path, mai
     [
         ("raise UserError('no such thing')", 2, 1),
         ("e = UserError('no such thing'); e.on_all_ranks = True; raise e", 2, 1),
-        ("raise ValueError('no such thing') if rank == '1' else preemption.Preempted", 1, 2),  # traceback, sentence
+        ("raise ValueError('no such thing') if rank == '1' else preemption.Preempted", 1, 3),  # source, error, sentence
     ],
 )
 def test_a_refusal_is_said_once(tmp_path, body, expected, times):
