@@ -64,9 +64,6 @@ def whole(script, tmp_path_factory):
     return folder
 
 
-# ---- hosts -----------------------------------------------------------------------------------
-
-
 class Host:
     """A network namespace."""
 
