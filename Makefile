@@ -67,11 +67,11 @@ test-cluster: $(READY_DEV)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m cluster
 
 bench: setup
-	@for name in step sampler; do \
+	@for name in step sampler checkpoint; do \
 	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.$$name || exit; done
 
 gpu-report: setup
-	$(BIN)/python -m benchmarks.gpu_report $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m benchmarks.gpu_report $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REFERENCE),--reference $(REFERENCE))
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

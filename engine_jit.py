@@ -343,6 +343,7 @@ class Trainer:
         """Copy the state to host memory and write it in the background; with `keep_as_epoch` keep it for good."""
         self._report_bad_images()
         self._stop_if_non_finite()
+        barrier(self.ctx, self.config.dist_timeout)  # names a rank that does not come
         self.save_due, self.saved_step, self.saved_at = False, self.step, time.monotonic()
         if not self.sharded:
             states = {"model": dict(self.denoiser.named_parameters())}

@@ -4,17 +4,21 @@
 
 Each measurement is a process of its own, whose JSON line is appended to benchmarks/results/<device>.jsonl as it ends;
 one that fails or takes too long leaves a line that says so. Inductor's cache is shared, so later ones compile less.
-With --reference, a checkout of the published release is timed as well (benchmarks/reference.py). The tests marked gpu
-come last.
+With --reference, a checkout of a published release has its turns in the first one (benchmarks/reference.py). The tests
+marked gpu come last and get the time that is left.
 """
 
 import argparse
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,30 +27,45 @@ from util.io import REPOSITORY, commit
 
 STEP = "-m benchmarks.step --steps 10 --repeats 5 --img_size 256"
 PLAN = (  # (limit in seconds, arguments of python)
-    (150, f"{STEP} --model JiT-B/16 --batch_size 64 --versus=--disable_dct_patchify --kernels"),
+    (180, f"{STEP} --model JiT-B/16 --batch_size 64 --kernels"),
     (120, f"{STEP} --model JiT-B/32 --batch_size 64"),
     (120, "-m benchmarks.sampler --model JiT-B/16 --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
     (150, f"{STEP} --model JiT-700M --batch_size 64 --kernels"),
     (150, f"{STEP} --model JiT-B/16 --batch_size 256"),
     (150, "-m benchmarks.sampler --model JiT-700M --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
     (150, f"{STEP} --model JiT-700M --batch_size 256"),
-    (240, "-m pytest -m gpu -q -p no:cacheprovider -x"),
+    (120, "-m benchmarks.checkpoint --model JiT-B/16"),
+    (150, f"{STEP} --model JiT-B/16 --batch_size 64 --versus=--disable_dct_patchify"),
+    (3600, "-m pytest -m gpu -v -p no:cacheprovider"),
 )
-REFERENCE = (150, "-m benchmarks.reference {} --steps 10 --repeats 5 --model JiT-B/16 --img_size 256 --batch_size 64")
+
+
+OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # of tests
 
 
 def measure(arguments: str, limit: float) -> dict:
     """Run a command and return its last JSON line, or what went wrong."""
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, *shlex.split(arguments)], cwd=REPOSITORY, capture_output=True, text=True, timeout=limit
-        )
-    except subprocess.TimeoutExpired:
-        return {"command": arguments, "failed": f"did not end within {limit:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    found = json.loads(lines[-1]) if lines else {"output": (done.stdout + done.stderr).splitlines()[-15:]}
-    found |= {"failed": f"exit code {done.returncode}"} if done.returncode else {}
+    with tempfile.TemporaryFile("w+") as file:
+        how = {"cwd": REPOSITORY, "stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *shlex.split(arguments)], **how)
+        try:
+            code = process.wait(limit)
+            failed = f"exit code {code}" if code else None
+        except subprocess.TimeoutExpired:
+            failed = f"did not end within {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):  # with the processes that it has started
+                os.killpg(process.pid, signal.SIGKILL)
+        file.seek(0)
+        output = file.read()
+    if "pytest" in arguments:
+        found = {word: len(re.findall(rf"^tests/.* {word}|\] {word} tests/", output, re.M)) for word in OUTCOMES}
+    else:
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        found = json.loads(lines[-1]) if lines else {}
+    found |= {"output": output.splitlines()[-15:]} if failed else {}
+    found |= {"failed": failed} if failed else {}
     return {"measurement": arguments, "seconds": round(time.monotonic() - start, 1), "commit": commit(), **found}
 
 
@@ -64,7 +83,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     plan = list(PLAN)
     if args.reference:
-        plan.insert(1, (REFERENCE[0], REFERENCE[1].format(shlex.quote(args.reference))))
+        plan[0] = (2 * PLAN[0][0], f"{PLAN[0][1]} --reference {shlex.quote(args.reference)}")
     deadline, failed = time.monotonic() + 60 * args.minutes, False
     for limit, arguments in plan:
         left = deadline - time.monotonic()

@@ -1,75 +1,94 @@
-"""Time a training step of a checkout of the published JiT or Spectral Forcing release, as it is. One JSON line.
+"""A checkout of the published JiT or Spectral Forcing release, as it is, in turns with this code:
 
-    python -m benchmarks.reference DIR --model JiT-B/16 --img_size 256 --batch_size 64
+    python -m benchmarks.step ... --reference DIR
 
-The checkout needs main_jit.get_args_parser, model_jit.py and denoiser.py, whose Denoiser(args) returns the loss of
-(images, labels) and has update_ema(). Its arguments are its parser's defaults. What those files do not hold is done as
-its engine does: torch's AdamW, bf16 autocast, the loss read at each step. Its modules have the names of ours, so
-nothing of ours is imported once its folder is in front.
+It needs model_jit.py, denoiser.py, whose Denoiser(args) returns the loss of (images, labels) and has update_ema(), and
+main_jit.py, whose flags' defaults complete args; they are read from its source, as its imports may be missing here.
+What those files do not hold is done as its engine does: torch's AdamW, autocast around the loss, which is read at each
+step, and a wait for the device before the EMAs. Its modules have the names of ours: it runs in a process of its own,
+this file, which imports none of ours. Nothing of it is compiled on a CPU.
 """
 
-import argparse
+import ast
 import copy
-import importlib
-import statistics
+import json
+import os
+import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.common import emit, in_turns
+
+def flag_defaults(script: Path) -> dict[str, Any]:
+    """Read the defaults of a script's flags from its source, which is not run; None for those that are computed."""
+    found = {}
+    for call in (node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)):
+        if getattr(call.func, "attr", "") == "add_argument":
+            given = {}
+            for keyword in call.keywords:
+                with suppress(ValueError):  # not a literal
+                    given[keyword.arg] = ast.literal_eval(keyword.value)
+            name = ast.literal_eval(call.args[-1]).lstrip("-").replace("-", "_")
+            found[name] = given.get("default", False if given.get("action") == "store_true" else None)
+    return found
 
 
-def load(folder: Path, options: argparse.Namespace) -> torch.nn.Module:
-    """Return its Denoiser with fresh weights on the GPU."""
-    repository = Path(__file__).resolve().parent.parent
-    sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != repository)]
-    for name in [
-        name for name in sys.modules if name.partition(".")[0] in ("util", "denoiser", "model_jit", "main_jit")
-    ]:
-        del sys.modules[name]
-    args = importlib.import_module("main_jit").get_args_parser().parse_args([])
-    for name in ("model", "img_size", "batch_size"):
-        setattr(args, name, getattr(options, name))
-    denoiser = importlib.import_module("denoiser").Denoiser(args).cuda()
-    denoiser.ema_params1, denoiser.ema_params2 = (copy.deepcopy(list(denoiser.parameters())) for _ in range(2))
-    return denoiser.train()
+def start(folder: Path, config: Any, bf16: bool, steps: int, device: torch.device) -> Callable[[], dict[str, Any]]:
+    """Start the process. Return a function that waits for `steps` training steps of it and returns its peak memory."""
+    if missing := [n for n in ("main_jit.py", "model_jit.py", "denoiser.py") if not (folder / n).is_file()]:
+        raise SystemExit(f"--reference {folder} lacks {', '.join(missing)}. Name a checkout of a published release.")
+    given = {name: getattr(config, name) for name in ("model", "img_size", "class_num", "batch_size")}
+    args = flag_defaults(folder / "main_jit.py") | given | {"device": device.type, "bf16": bf16, "steps": steps}
+    process = subprocess.Popen(
+        [sys.executable, "-P", __file__, json.dumps(args)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder.resolve()), "TORCHDYNAMO_DISABLE": str(int(device.type == "cpu"))},
+        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True},
+    )
+
+    def turn() -> dict[str, Any]:
+        with suppress(BrokenPipeError):  # it has ended: there is no answer
+            print("turn", file=process.stdin, flush=True)
+        if not (line := process.stdout.readline()):
+            raise SystemExit(f"The process of --reference ended with exit code {process.wait()}; see its error above.")
+        return json.loads(line)
+
+    return turn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="JiT-B/16")
-    parser.add_argument("--img_size", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    device = torch.device("cuda", 0)
-    torch.set_float32_matmul_precision("high")
-    denoiser = load(options.folder.resolve(), options)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-    shape = options.batch_size, 3, options.img_size, options.img_size
-    images = torch.randint(0, 256, shape, dtype=torch.uint8).pin_memory()
-    labels = torch.arange(options.batch_size).pin_memory()
+    """Do the steps of a turn for each line of the standard input, which ends with the process that started this one."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the release prints is no answer
+    from denoiser import Denoiser
 
-    def turn() -> None:
-        for _ in range(options.steps):
+    args = Namespace(**json.loads(sys.argv[1]))
+    cuda, device = args.device == "cuda", torch.device(args.device)
+    torch.set_float32_matmul_precision("high" if cuda else "highest")  # as this code does
+    denoiser = Denoiser(args).to(device).train()
+    denoiser.ema_params1, denoiser.ema_params2 = (copy.deepcopy(list(denoiser.parameters())) for _ in range(2))
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    images = torch.randint(0, 256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8)
+    images, labels = (x.pin_memory() if cuda else x for x in (images, torch.arange(args.batch_size) % args.class_num))
+    for _ in sys.stdin:
+        for _ in range(args.steps):
             x = images.to(device, non_blocking=True).float().div_(255) * 2 - 1
-            with torch.amp.autocast("cuda", dtype=torch.bfloat16):
+            with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.bf16):
                 loss = denoiser(x, labels.to(device, non_blocking=True))
             loss.item()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            torch.cuda.synchronize()
+            if cuda:
+                torch.cuda.synchronize()
             denoiser.update_ema()
-
-    seconds = in_turns({"reference": turn}, options.repeats, device)["reference"]
-    rates = [options.batch_size * options.steps / s for s in (statistics.median(seconds), max(seconds), min(seconds))]
-    peak = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    content = {"folder": options.folder.name, "model": options.model, "batch_size": options.batch_size}
-    emit("reference", device, {**content, "images_per_s": round(rates[0], 2), "range": rates[1:], "peak_gb": peak})
+        peak = round(torch.cuda.max_memory_allocated() / 1e9, 3) if cuda else None
+        print(json.dumps({"peak_gb": peak}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m benchmarks.step                                                     in small, on a CPU
     python -m benchmarks.step --model JiT-B/16 --img_size 256 --batch_size 64     flags of main_jit.py
-    python -m benchmarks.step ... --versus=--disable_dct_patchify               in turns with other flags
+    python -m benchmarks.step ... --versus=--disable_dct_patchify                 in turns with other flags
+    python -m benchmarks.step ... --reference DIR                                 in turns with a published release
     python -m benchmarks.step ... --kernels                                       also the GPU's kernels by kind
 
 What runs is engine_jit.Trainer.train_step itself, on random images in memory.
@@ -13,9 +14,11 @@ import shlex
 import statistics
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from benchmarks import reference
 from benchmarks.common import ceiling, emit, in_turns, ratios
 from engine_jit import Trainer
 from util.compile import prepare_device
@@ -26,9 +29,9 @@ from util.profile import count_flops
 
 SMALL = {"model": "JiT-Ti/4", "img_size": 32, "batch_size": 8}
 FIXED = {"dataset": "random", "online_eval": False, "lr": 1e-4, "output_dir": "unused", "epochs": 10_000}
-KINDS = {  # kind of a kernel -> parts of its name
+KINDS = {  # kind of a kernel -> parts of its name; the first that fits
+    "attention": ("flash", "fmha", "sdpa"),
     "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "wgrad", "dgrad", "conv"),
-    "attention": ("flash", "fmha", "sdpa", "cudnn"),
     "optimizer and EMA": ("adam", "multi_tensor", "foreach", "lerp"),
     "compiled (norms, adaLN, rotary, SwiGLU, noise, losses)": ("triton",),
     "copies": ("memcpy", "memset", "copy"),
@@ -54,13 +57,17 @@ class Steps:
             self.done += 1
 
 
-def kernels(steps: Steps) -> dict:
-    """Return milliseconds and launches of a step by kind of kernel, and the share of time in which the GPU is idle."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+def kernels(steps: Steps, seconds: float) -> dict:
+    """Return milliseconds and launches of a step by kind of kernel, and the share of time in which the GPU is idle.
+
+    Args:
+        seconds: of a step without the profiler, which slows the host down: the idle share is of that time.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         steps()
         torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    of_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [e for e in of_gpu if not e.is_user_annotation]  # those span kernels
     milliseconds, launches, names = Counter(), Counter(), Counter()
     for event in events:
         name = event.name.lower()
@@ -77,7 +84,8 @@ def kernels(steps: Steps) -> dict:
         "milliseconds": {kind: round(value, 3) for kind, value in milliseconds.most_common()},
         "launches": {kind: round(value, 1) for kind, value in launches.items()},
         "launches_per_step": round(sum(launches.values()), 1),
-        "idle_share": round(1 - busy / (end - spans[0][0]), 4),
+        "busy_milliseconds": round(busy / 1e3 / steps.steps, 3),
+        "idle_share": round(1 - busy / 1e6 / steps.steps / seconds, 4),
         "longest": {name[:80]: round(value, 3) for name, value in names.most_common(15)},
     }
 
@@ -87,6 +95,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns of each variant")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     parser.add_argument("--versus", help="flags of a second variant, added to those of the first")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="checkout of a published release")
     parser.add_argument("--kernels", action="store_true", help="profile the first variant's kernels (GPU)")
     options, words = parser.parse_known_args()
     given = [parse_args(words)]
@@ -103,19 +112,24 @@ def main() -> None:
         variants[name]()
         if ctx.device.type == "cuda":
             peaks[name] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
+    first = variants["first"].trainer
+    if options.reference:
+        how = first.denoiser.autocast_dtype is not None, options.steps, ctx.device
+        turn = reference.start(options.reference, first.config, *how)
+        variants["reference"] = lambda: peaks.update(reference=turn()["peak_gb"])
     seconds = in_turns(variants, options.repeats, ctx.device)
     content: dict = {"flags": words, "versus": options.versus, "steps": options.steps, "repeats": options.repeats}
-    for name, steps in variants.items():
-        config, dtype = steps.trainer.config, steps.trainer.denoiser.autocast_dtype or torch.float32
-        rate = config.global_batch * options.steps / statistics.median(seconds[name])
-        flops = 3 * count_flops(config.model, config.img_size) * rate  # the backward pass costs two forward passes
-        top = ceiling(ctx.device, dtype)
+    for name, variant in variants.items():
+        trainer = first if name == "reference" else variant.trainer
+        rate = trainer.config.global_batch * options.steps / statistics.median(seconds[name])
+        flops = 3 * count_flops(trainer.config.model, trainer.config.img_size) * rate  # backward: two forward passes
+        top = ceiling(ctx.device, trainer.denoiser.autocast_dtype or torch.float32)
         content[name] = {"images_per_s": round(rate, 2), "tflops": round(flops / 1e12, 4), "peak_gb": peaks.get(name)}
         content[name] |= {"share_of_ceiling": round(flops / top, 4), "ceiling_tflops": round(top / 1e12, 3)}
-    if "second" in seconds:
-        content["first_over_second"] = ratios(seconds["second"], seconds["first"])
+        if name != "first":
+            content[f"first_over_{name}"] = ratios(seconds[name], seconds["first"])
     if options.kernels and ctx.device.type == "cuda":
-        content["kernels"] = kernels(variants["first"])
+        content["kernels"] = kernels(variants["first"], statistics.median(seconds["first"]) / options.steps)
     emit("step", ctx.device, content)
 
 

@@ -4,7 +4,7 @@
         --out docs/frequency_time_plane.png
 
 The spectrum is a file of tools/measure_spectrum.py. Times are on the scale of the log-SNR, lambda = 2 ln(t / (1 - t)).
-Frequencies are in cycles per image. The photograph comes with scikit-learn (no download).
+Frequencies are in cycles per image. The photograph comes with scikit-learn.
 """
 
 import argparse
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,122 +28,82 @@ from util.data.crop import center_crop
 from util.data.datasets import to_float
 from util.rng import CounterRNG
 
-TICKS = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99, 0.997)  # of t
-TIMES = (0.1, 0.25, 0.4, 0.6, 0.8, 0.95)  # of the photograph
+TICKS = torch.tensor([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99, 0.997])  # of t
+TIMES = torch.tensor([0.1, 0.25, 0.4, 0.6, 0.8, 0.95])  # of the photograph
 RANGE = (-10.0, 12.5)  # of lambda
+STYLES = {"linear": ("#0b7a3b", "-"), "power": ("#0b7a3b", "--"), "snr": ("#ffd400", "-")}
 
 
-def lam(t: Tensor | np.ndarray | tuple) -> np.ndarray:
-    t = np.asarray(t, dtype=np.float64)
-    return 2 * np.log(t / (1 - t))
-
-
-def cutoffs(power: Tensor, a: float, alpha: float, img_size: int) -> dict[str, SpectralForcing]:
-    """Spectral Forcing with each schedule. `power` is given the fit A k^-alpha, which its floor 1 / A says."""
-    floor = float(f"{np.exp(-a):.2g}")
-    return {
-        "linear": SpectralForcing(img_size),
-        "power": SpectralForcing(img_size, schedule="power", alpha=round(alpha, 1), snr_floor=floor),
-        "snr": SpectralForcing(img_size, schedule="snr", power=power.tolist()),
-    }
-
-
-def draw_plane(axes, power: Tensor, img_size: int, operators: dict[str, SpectralForcing]) -> None:
-    """The measured ratio in colours, its contour 1, and c(t) of each schedule."""
-    k, x = ring_radii(img_size).numpy(), np.linspace(*RANGE, 400)
-    ratio = (np.log(power.numpy())[:, None] + x) / np.log(10)  # (K, X)
-    image = axes.pcolormesh(x, k, ratio, cmap="RdBu_r", vmin=-4, vmax=4, shading="gouraud", rasterized=True)
-    axes.contour(x, k, ratio, levels=[0], colors="black", linewidths=4)
+def draw_plane(axes, power: Tensor, operators: dict[str, SpectralForcing]) -> None:
+    """Draw the SNR in colours with its contour 1, and c(t) of each schedule."""
+    k, x = ring_radii(operators["snr"].img_size).numpy(), np.linspace(*RANGE, 400)
+    snr = (np.log(power.numpy())[:, None] + x) / np.log(10)  # (K, X)
+    image = axes.pcolormesh(x, k, snr, cmap="RdBu_r", vmin=-4, vmax=4, shading="gouraud", rasterized=True)
+    axes.contour(x, k, snr, levels=[0], colors="black", linewidths=4)
     axes.plot([], [], color="black", linewidth=4, label="SNR 1")
-    t = torch.sigmoid(torch.from_numpy(x) / 2).float()
-    styles = (("#0b7a3b", "-"), ("#0b7a3b", "--"), ("#ffd400", "-"))
-    for (name, operator), (colour, style) in zip(operators.items(), styles, strict=True):
-        cycles = operator.cutoff(t) / operator.radius_per_cycle
+    for name, operator in operators.items():
+        cycles = operator.cutoff(torch.sigmoid(torch.from_numpy(x) / 2).float()) / operator.radius_per_cycle
         about = f", alpha {operator.alpha:g}, floor {operator.snr_floor:g}" if name == "power" else ""
-        width = 2 if colour != styles[-1][0] else 1.6
-        axes.plot(x, cycles, color=colour, linestyle=style, linewidth=width, label=f"cutoff c(t): {name}{about}")
+        style = {"color": STYLES[name][0], "linestyle": STYLES[name][1], "linewidth": 1.6 if name == "snr" else 2}
+        axes.plot(x, cycles, **style, label=f"cutoff c(t): {name}{about}")
     axes.set(ylabel="spatial frequency k\n(cycles per image)", ylim=(k[0], k[-1]), xlim=RANGE)
     axes.legend(loc="upper left", fontsize=8.5, framealpha=0.9)
-    above = axes.secondary_xaxis("top")
-    above.set_xlabel("log-SNR  $\\lambda = 2\\,\\ln(t/(1-t))$", fontsize=9)
+    axes.secondary_xaxis("top").set_xlabel("log-SNR  $\\lambda = 2\\,\\ln(t/(1-t))$", fontsize=9)
     colours = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=18)
-    colours.set_label("$\\log_{10}$ of the ratio\n(data in ring k / noise)", fontsize=9)
+    colours.set_label("$\\log_{10}$ SNR\n(data in ring k / noise)", fontsize=9)
 
 
 def draw_steps(axes, grids: dict[str, Tensor]) -> None:
-    """A mark for each time of each grid between 0 and 1."""
-    for row, (_, grid) in enumerate(grids.items()):
-        inner = lam(grid[1:-1].numpy())
-        colour = "black" if row == 0 else "#b3421b"
+    """Draw a mark for each time of each grid between 0 and 1."""
+    for row, grid in enumerate(grids.values()):
+        inner, colour = 2 * grid[1:-1].double().logit(), "#b3421b" if row else "black"
         axes.plot(inner, np.full(len(inner), row), "|", color=colour, markersize=11, markeredgewidth=1.6)
     axes.set(xlim=RANGE, ylim=(len(grids) - 0.4, -0.6), xlabel="time t (0 noise, 1 data), on the scale of $\\lambda$")
     axes.set_yticks(range(len(grids)), list(grids))
+    axes.set_xticks(2 * TICKS.double().logit(), [f"{t:g}" for t in TICKS])
     axes.set_ylabel(f"sampling grids,\n{len(grid) - 1} steps")
     axes.grid(axis="x", alpha=0.3)
 
 
-def draw_photograph(figure, operators: dict[str, SpectralForcing], img_size: int) -> None:
-    """For each of TIMES: z, and for the first and the last schedule the mask and what the network sees of z."""
-    from sklearn.datasets import load_sample_image
-
-    photograph = center_crop(Image.fromarray(load_sample_image("flower.jpg")), img_size)
-    x = to_float(torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None])
-    t = torch.tensor(TIMES)
-    e = CounterRNG(0, 0, torch.tensor([0])).normal("start_noise", x.numel()).view_as(x)
-    z = t[:, None, None, None] * x + (1 - t[:, None, None, None]) * e
+def draw_photograph(figure, operators: dict[str, SpectralForcing]) -> None:
+    """Draw z at each of TIMES, and for two schedules the mask and what the network sees of z."""
+    photograph = center_crop(Image.fromarray(load_sample_image("flower.jpg")), operators["snr"].img_size)
+    x, t = to_float(torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None]), TIMES[:, None, None, None]
+    z = t * x + (1 - t) * CounterRNG(0, 0, torch.tensor([0])).normal("start_noise", x.numel()).view_as(x)
     rows = {"z": z}
     for name in ("linear", "snr"):
-        rows |= {f"mask, {name}": operators[name].mask(t), f"SF(z), {name}": operators[name](z, t)}
-    axes = figure.subplots(len(rows), len(TIMES))
-    for (name, pictures), line in zip(rows.items(), axes, strict=True):
-        for time, picture, cell in zip(TIMES, pictures, line, strict=True):
-            if picture.ndim == 3:
-                cell.imshow((picture.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy(), interpolation="nearest")
-            else:
-                cell.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            cell.set(xticks=[], yticks=[])
-            if name == "z":
-                cell.set_title(f"t = {time}", fontsize=10)
+        rows |= {f"mask, {name}": operators[name].mask(TIMES), f"SF(z), {name}": operators[name](z, TIMES)}
+    for (name, pictures), line in zip(rows.items(), figure.subplots(len(rows), len(TIMES)), strict=True):
+        for time, picture, axes in zip(TIMES, pictures, line, strict=True):
+            shown = (picture.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) if picture.ndim == 3 else picture
+            axes.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(f"t = {time:g}" if name == "z" else "", fontsize=10)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
 
 
-def read(path: Path) -> tuple[Tensor, Tensor, float, float, dict]:
-    """P_k, P^c_k, mean fit a and alpha, and the metadata of a spectrum file."""
-    with np.load(path, allow_pickle=False) as file:
-        power, centred = (torch.from_numpy(file[name]).double() for name in ("power", "centred"))
-        meta = json.loads(str(file["meta"]))
-    spread = meta["fit_mean_and_std"]
-    return power, centred, spread["a"][0], spread["alpha"][0], meta
-
-
-def main() -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spectrum", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("docs/frequency_time_plane.png"))
-    parser.add_argument("--steps", type=int, default=20, help="steps of each grid")
-    args = parser.parse_args()
-
-    power, centred, a, alpha, meta = read(args.spectrum)
-    operators = cutoffs(power, a, alpha, meta["img_size"])
-    schedules = {v: TightSchedule.of_spectrum(power, centred, meta["img_size"], variant=v) for v in VARIANTS}
-    grids = {"uniform": uniform_grid(args.steps)} | {v: s.sampling_grid(args.steps) for v, s in schedules.items()}
-
-    figure = Figure(figsize=(9, 11.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=(6, 5.5))
-    plane, steps = above.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.suptitle(f"{meta['dataset']}, {meta['img_size']} px, {meta['num_images']:,} images", fontsize=11)
-    draw_plane(plane, power, meta["img_size"], operators)
-    draw_steps(steps, grids)
-    steps.set_xticks(lam(TICKS), [f"{t:g}" for t in TICKS])
-    draw_photograph(below, operators, meta["img_size"])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=92, pil_kwargs={"optimize": True})
-    print(args.out)
-
-
-if __name__ == "__main__":
-    main()
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--spectrum", type=Path, required=True)
+parser.add_argument("--out", type=Path, default=Path("docs/frequency_time_plane.png"))
+parser.add_argument("--steps", type=int, default=20, help="steps of each grid")
+args = parser.parse_args()
+with np.load(args.spectrum, allow_pickle=False) as file:
+    power, centred = (torch.from_numpy(file[name]).double() for name in ("power", "centred"))
+    meta = json.loads(str(file["meta"]))
+size, (a, alpha) = meta["img_size"], (meta["fit_mean_and_std"][name][0] for name in ("a", "alpha"))
+floor = float(f"{np.exp(-a):.2g}")  # the spectrum is about exp(a) k^-alpha, so the power schedule's floor is exp(-a)
+operators = {
+    "linear": SpectralForcing(size),
+    "power": SpectralForcing(size, schedule="power", alpha=round(alpha, 1), snr_floor=floor),
+    "snr": SpectralForcing(size, schedule="snr", power=power.tolist()),
+}
+grids = {v: TightSchedule.of_spectrum(power, centred, size, variant=v).sampling_grid(args.steps) for v in VARIANTS}
+figure = Figure(figsize=(9, 11.5), layout="constrained")
+above, below = figure.subfigures(2, 1, height_ratios=(6, 5.5))
+plane, steps = above.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+above.suptitle(f"{meta['dataset']}, {size} px, {meta['num_images']:,} images", fontsize=11)
+draw_plane(plane, power, operators)
+draw_steps(steps, {"uniform": uniform_grid(args.steps), **grids})
+draw_photograph(below, operators)
+figure.savefig(args.out, dpi=92, pil_kwargs={"optimize": True})
+print(args.out)

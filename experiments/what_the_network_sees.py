@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,25 +23,15 @@ from util.rng import CounterRNG
 
 TIMES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 
-
-def main() -> None:
-    from sklearn.datasets import load_sample_image
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/what_the_network_sees.png"))
-    parser.add_argument("--size", type=int, default=120, help="pixels along a side")
-    args = parser.parse_args()
-
-    photograph = center_crop(Image.fromarray(load_sample_image("china.jpg")), args.size)
-    x = to_float(torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None])  # (1, 3, H, W)
-    t = torch.tensor(TIMES)
-    e = CounterRNG(0, 0, torch.tensor([0])).normal("start_noise", x.numel()).view_as(x)
-    z = t[:, None, None, None] * x + (1 - t[:, None, None, None]) * e  # (B, 3, H, W)
-    seen = SpectralForcing(args.size)(z, t)
-    images = quantise(torch.cat([z, seen]))
-    labels = [f"z,  t = {time}" for time in TIMES] + ["SF(z)"] * len(TIMES)
-    print(save_png(labelled_grid(images, labels, len(TIMES)), args.out))
-
-
-if __name__ == "__main__":
-    main()
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--out", type=Path, default=Path("docs/what_the_network_sees.png"))
+parser.add_argument("--size", type=int, default=120, help="pixels along a side")
+args = parser.parse_args()
+photograph = center_crop(Image.fromarray(load_sample_image("china.jpg")), args.size)
+x = to_float(torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None])  # (1, 3, H, W)
+t = torch.tensor(TIMES)
+e = CounterRNG(0, 0, torch.tensor([0])).normal("start_noise", x.numel()).view_as(x)
+z = t[:, None, None, None] * x + (1 - t[:, None, None, None]) * e  # (B, 3, H, W)
+images = quantise(torch.cat([z, SpectralForcing(args.size)(z, t)]))
+labels = [f"z,  t = {time}" for time in TIMES] + ["SF(z)"] * len(TIMES)
+print(save_png(labelled_grid(images, labels, len(TIMES)), args.out))

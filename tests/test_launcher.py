@@ -37,9 +37,6 @@ def launcher(tmp_path):
     return Launcher(tmp_path)
 
 
-# ---- settings --------------------------------------------------------------------------------
-
-
 def test_nothing_set_passes_nothing(launcher):
     """No hyperparameter default lives in the launcher: the dataset alone is needed, and alone is passed."""
     words = launcher.torchrun()
@@ -89,9 +86,6 @@ def test_imagenet_root_is_for_image_folders_alone(launcher, flags):
     assert launcher.settings(*flags, DATA_PATH="d") == ["--data_path", "d", *flags]
 
 
-# ---- what is refused -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
@@ -119,9 +113,6 @@ def test_refusal(launcher, variables, words):
     assert all(word in message for word in words), message
 
 
-# ---- processes -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("devices", "count"),
     [("4,5,7", 3), ("GPU-3f2a, MIG-77", 2), ("", 1), ("-1", 1), ("0,-1,1", 1), ("NoDevFiles", 1)],
@@ -139,18 +130,12 @@ def test_processes_from_nvidia_smi(launcher):
     assert "NUM_GPUS is 4" in message and "3 CUDA" in message
 
 
-# ---- nodes -----------------------------------------------------------------------------------
-
-
-def test_single_node_with_a_port(launcher):
-    words = launcher.torchrun(MASTER_PORT="1234")
-    assert words[5:] == ["--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1", "--master_port=1234"]
-
-
 @pytest.mark.parametrize("nodes", [{"NNODES": "3"}, {"WORLD_SIZE": "3"}, {"NNODES": "3", "WORLD_SIZE": "3"}])
 def test_nodes_by_hand(launcher, nodes):
     words = launcher.torchrun(NODE_RANK="2", MASTER_ADDR="head", **nodes)
     assert words[5:] == ["--nnodes=3", "--node_rank=2", "--master_addr=head", "--master_port=29500"]
+    words = launcher.torchrun(MASTER_PORT="1234")
+    assert words[5:] == ["--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1", "--master_port=1234"]
 
 
 def test_master_address_without_slurm(launcher):
@@ -168,9 +153,6 @@ def test_restarts(launcher):
     second = launcher.torchrun(**two, NODE_RANK="1", LOCAL_ADDR="10.0.0.2", SLURM_JOB_ID="7")[5:]
     rest = ["--rdzv_id=7", "--rdzv_conf=is_host=0", "--local_addr=10.0.0.2", "--max_restarts=0"]
     assert second == [*common, *rest]
-
-
-# ---- SLURM -----------------------------------------------------------------------------------
 
 
 def srun_words(launcher, *flags):
@@ -195,6 +177,7 @@ def test_fan_out_node_count(launcher):
     many = {"NNODES": "2", "NUM_GPUS": "8", "CUDA_VISIBLE_DEVICES": "0"}  # the nodes' GPUs are not counted here
     assert launcher.command(NODE_RANK="0", **many, **four) == srun_words(launcher)
     assert launcher.command(NNODES="1", **four)[2] == "python3"
+    assert "--standalone" in launcher.torchrun(SLURM_JOB_ID="77", SLURM_NNODES="1", SLURM_JOB_NODELIST="node3")
     other_name = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2"}
     assert launcher.command(DATASET="digits", **other_name) == srun_words(launcher)
 
@@ -229,10 +212,6 @@ def test_step_with_address_given_or_a_failing_scontrol(launcher):
     assert "MASTER_ADDR" in launcher.error(DATASET="digits", **STEP)
 
 
-def test_single_node_allocation_does_not_fan_out(launcher):
-    assert "--standalone" in launcher.torchrun(SLURM_JOB_ID="77", SLURM_NNODES="1", SLURM_JOB_NODELIST="node3")
-
-
 def test_srun_runs_the_script_once_per_node(launcher, tmp_path):
     """From the spool copy that sbatch makes, through srun, to torchrun on each of two nodes."""
     launcher.fake("scontrol", 'printf "node3\\nnode4\\n"')
@@ -250,9 +229,6 @@ def test_srun_runs_the_script_once_per_node(launcher, tmp_path):
     started = (tmp_path / "torchrun").read_text().splitlines()
     assert [re.search("--node_rank=(.)", line)[1] for line in started] == ["0", "1"]
     assert all(line.endswith("main_jit.py --dataset digits --seed 1") for line in started)
-
-
-# ---- finding things --------------------------------------------------------------------------
 
 
 def test_works_from_another_folder(launcher, tmp_path):
@@ -292,15 +268,9 @@ def test_interpreter_order(launcher, tmp_path):
             assert launcher.torchrun(**{**env, "CONDA_DEFAULT_ENV": "base"})[0].endswith("/.venv/bin/python")
         del env[name]
     assert launcher.torchrun(**env)[0] == str(launcher.root / ".venv/bin/python")
-
-
-def test_conda_env_comes_first_on_path(launcher, tmp_path):
-    program(tmp_path / "env/bin/python", 'echo "$PATH"')
+    program(tmp_path / "env/bin/python", 'echo "$PATH"')  # an environment's programs come first
     done = launcher.run(DATASET="digits", CONDA_ENV_PATH=str(tmp_path / "env"))
     assert done.stdout.startswith(f"{tmp_path}/env/bin:")
-
-
-# ---- running ---------------------------------------------------------------------------------
 
 
 def test_exit_code_and_arguments(launcher, tmp_path):

@@ -3,8 +3,7 @@
     python main_jit.py --dry_run ...                       a run: a few of its steps are timed
     python -m util.profile --models JiT-2B --gpus 8 16     memory of models: the table of docs/large_models.md
 
-Bytes on each of W GPUs, for P parameters, with B images per microbatch:
-
+Bytes on each of W GPUs, for P parameters:
     state         24 P: weights 4, gradients 4, AdamW's moments 8, two EMAs 8; with fsdp each parameter's rows / W
     gathered      fsdp: 4 (6 P_block + 2 P_outside): weights, gradients, buffer of two blocks; the former two outside
     activations   what autograd saves, counted on tensors without memory; recomputed: inputs of the blocks, what lies
@@ -14,7 +13,7 @@ Bytes on each of W GPUs, for P parameters, with B images per microbatch:
 import argparse
 import statistics
 import time
-from itertools import islice, product
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -46,31 +45,33 @@ def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
     """Return the bytes that autograd saves: in all, outside of the blocks with their inputs, in the largest block."""
     net, device = denoiser.net, denoiser.net.pos_embed.device
     own = {t.untyped_storage()._cdata for t in (*denoiser.parameters(), *denoiser.buffers())}
-    found: dict[int, tuple[int, torch.UntypedStorage]] = {}  # kept, so that no other storage gets its number
-    place = -1  # the current block; -1 outside
+    saved, inputs, place = {}, {}, -1  # number -> (block or -1, storage); of the blocks, number -> storage; this block
 
-    def note(tensor: torch.Tensor, where: int) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and (where == -1 or storage._cdata not in found):
-            found[storage._cdata] = where, storage
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()  # kept, so that no other storage gets its number
+        if storage._cdata not in own:
+            saved.setdefault(storage._cdata, (place, storage))
         return tensor
 
-    def enter(block: int, inputs: tuple[torch.Tensor, ...] = ()) -> None:
+    def enter(block: int, tensors: tuple[torch.Tensor, ...] = ()) -> None:
         nonlocal place
         place = block
-        for tensor in inputs:
-            note(tensor, -1)
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        inputs.update({storage._cdata: storage for storage in storages if storage._cdata not in own})
 
-    handles = [b.register_forward_pre_hook(lambda _, x, i=i: enter(i, x)) for i, b in enumerate(net.blocks)]
-    handles += [block.register_forward_hook(lambda *_: enter(-1)) for block in net.blocks]
+    handles = [block.register_forward_hook(lambda *_: enter(-1)) for block in net.blocks]
+    handles += [b.register_forward_pre_hook(lambda _, x, i=i: enter(i, x)) for i, b in enumerate(net.blocks)]
     x = torch.zeros(images, 3, net.input_size, net.input_size, device=device)
     y, t = torch.zeros(images, dtype=torch.int64, device=device), torch.full((images,), 0.5, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: note(tensor, place), lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         denoiser(x, y, t, x)
     for handle in handles:
         handle.remove()
-    sums = [sum(s.nbytes() for where, s in found.values() if where == i) for i in range(-1, len(net.blocks))]
-    return sum(sums), sums[0], max(sums[1:])
+    blocks = [0] * len(net.blocks)
+    for block, storage in (found for key, found in saved.items() if key not in inputs and found[0] >= 0):
+        blocks[block] += storage.nbytes()
+    total = sum(storage.nbytes() for _, storage in saved.values())
+    return total, total - sum(blocks) + sum(s.nbytes() for key, s in inputs.items() if key not in saved), max(blocks)
 
 
 class Memory:
@@ -101,20 +102,20 @@ def dry_run(trainer: Any) -> str:
     needed = (fixed + image * config.batch_size - (0 if cuda else RESERVE)) / 1e9
     forward = count_flops(config.model, config.img_size, num_classes=config.class_num)
     flops, images = 3 * forward * config.global_batch, config.global_batch  # a backward pass costs two forward passes
-    first, epoch = trainer.step, trainer.step // trainer.steps_per_epoch
-    ahead = trainer.loader.num_workers * (trainer.loader.prefetch_factor or 0)  # batches
-    untimed = UNTIMED + -(-ahead // config.accum_iter)  # the first steps use up what the workers have read ahead
-    trainer.sampler.set_epoch(epoch, first % trainer.steps_per_epoch)
-    batches, seconds = iter(trainer.loader), []
-    for step in islice(range(first, (epoch + 1) * trainer.steps_per_epoch), untimed + TIMED):
+    epoch, within = divmod(first := trainer.step, trainer.steps_per_epoch)
+    ahead = trainer.loader.num_workers * (trainer.loader.prefetch_factor or 0)  # batches that workers have read
+    untimed = UNTIMED + -(-ahead // config.accum_iter)
+    trainer.sampler.set_epoch(epoch, within)
+    batches, seconds, end = iter(trainer.loader), [], (epoch + 1) * trainer.steps_per_epoch
+    for step in range(first, min(first + untimed + TIMED, end)):
         start = time.perf_counter()
         float(trainer.train_step(batches, step))  # waits for the device
         seconds.append(time.perf_counter() - start)
     timed = seconds[untimed:] or seconds[-1:]
     median, left = statistics.median(timed), trainer.total_steps - first
-    size = sum(p.numel() for p in trainer.denoiser.parameters())
+    parameters = sum(p.numel() for p in trainer.denoiser.parameters())
     rows = {
-        "model": f"{config.model} at {config.img_size} px, {size:,} parameters",
+        "model": f"{config.model} at {config.img_size} px, {parameters:,} parameters",
         "arithmetic": f"{forward / 1e9:.3g} GFLOP per image and forward pass, {flops / 1e12:.3g} TFLOP per step",
         "memory, calculated": f"{needed:.3g} GB on each of {ctx.world_size}, batch size {config.batch_size}",
         "first step": f"{seconds[0]:.3g} s",
@@ -126,8 +127,7 @@ def dry_run(trainer: Any) -> str:
     if cuda:
         rows["memory, measured"] = f"{torch.cuda.max_memory_allocated(ctx.device) / 1e9:.3g} GB at most"
         rows["GPU hours"] = f"about {left * median * ctx.world_size / 3600:.4g}"
-    width = max(map(len, rows))
-    return "\n".join(["dry run: nothing was written", *(f"  {name:{width}}  {text}" for name, text in rows.items())])
+    return "\n".join(["dry run: nothing was written", *(f"  {name:18}  {text}" for name, text in rows.items())])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -136,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 8, 16, 64])
     parser.add_argument("--img_size", type=int, default=256)
     args = parser.parse_args(argv)
-    sizes = " | images on ".join(GPU_BYTES)
-    print(f"| model | parallel | GPUs | recomputed | fixed, GB | each image, MB | images on {sizes} | measured, GB |")
+    sizes = " | ".join(f"images on {size}" for size in GPU_BYTES)
+    print(f"| model | parallel | GPUs | recomputed | fixed, GB | each image, MB | {sizes} | measured, GB |")
     print("| --- " * (7 + len(GPU_BYTES)) + "|")
     for memory, model in ((Memory(model, args.img_size), model) for model in args.models):
         for (parallel, gpus), recompute in product([("ddp", "any"), *(("fsdp", w) for w in args.gpus)], ("no", "yes")):

@@ -1,12 +1,14 @@
 """The benchmarks run in small on a CPU, measure what they say, and the GPU report keeps every result."""
 
 import json
+import shlex
 import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import common, gpu_report, sampler, step
+from benchmarks import checkpoint, common, gpu_report, sampler, step
 
 TINY = ["--model", "JiT-Demo/8", "--img_size", "16", "--device", "cpu"]
 
@@ -17,9 +19,11 @@ def line_of(module, argv, monkeypatch, capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_step_reports_both_variants(monkeypatch, capsys):
-    argv = ["--repeats", "1", "--steps", "1", "--versus=--disable_dct_patchify", *TINY, "--batch_size", "2"]
-    line = line_of(step, argv, monkeypatch, capsys)
+def test_step_reports_all_variants(monkeypatch, capsys):
+    monkeypatch.setattr(step.reference, "start", lambda *_: lambda: {"peak_gb": 3.0})
+    argv = ["--repeats", "1", "--steps", "1", "--versus=--disable_dct_patchify", "--reference", "x", *TINY]
+    line = line_of(step, [*argv, "--batch_size", "2"], monkeypatch, capsys)
+    assert line["reference"]["peak_gb"] == 3.0 and line["first_over_reference"][0] > 0
     assert line["benchmark"] == "step" and {"commit", "hardware", "date", "versions"} <= set(line)
     for name in ("first", "second"):
         assert line[name]["images_per_s"] > 0 and 0 < line[name]["share_of_ceiling"] < 2
@@ -30,6 +34,21 @@ def test_sampler_reports_images_per_second(monkeypatch, capsys):
     argv = ["--repeats", "1", *TINY, "--gen_bsz", "2", "--num_sampling_steps", "2"]
     line = line_of(sampler, argv, monkeypatch, capsys)
     assert line["range"][0] <= line["images_per_s"] <= line["range"][1]
+
+
+def test_checkpoint_reports_how_long_training_waits(monkeypatch, capsys):
+    argv = ["--model", "JiT-Demo/8", "--img_size", "32", "--saves", "2", "--device", "cpu"]
+    line = line_of(checkpoint, argv, monkeypatch, capsys)
+    assert 0 <= line["blocked_range_s"][0] <= line["blocked_s"] <= line["seconds_in_all"] and line["gigabytes"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_kernels_of_a_step_are_kernels(monkeypatch, capsys):
+    argv = ["--repeats", "2", "--kernels", *TINY[:-2], "--batch_size", "2", "--compile", "off"]
+    found = line_of(step, argv, monkeypatch, capsys)["kernels"]
+    assert 0 <= found["idle_share"] < 1 and found["launches"]["matrix products"] > 10
+    assert not any("Optimizer.step" in name for name in found["longest"])  # an annotation spans kernels
 
 
 def test_turns_alternate_and_the_first_is_not_timed():
@@ -49,6 +68,24 @@ def test_gpu_report_keeps_results_and_failures(monkeypatch, tmp_path, capsys):
     assert lines[0]["x"] == 1 and "failed" not in lines[0]
     assert lines[1]["failed"] == "exit code 1" and lines[1]["output"] == ["no memory"]
     assert "did not end" in lines[2]["failed"]
+
+
+def test_nothing_of_a_measurement_survives_its_limit(tmp_path):
+    """Neither the process nor one that it has started."""
+    child = f"import time; open({str(tmp_path / 'a')!r}, 'w'); time.sleep(3); open({str(tmp_path / 'b')!r}, 'w')"
+    parent = f"import subprocess, sys; print(1, flush=True); subprocess.run([sys.executable, '-S', '-c', {child!r}])"
+    line = gpu_report.measure(f"-S -c {shlex.quote(parent)}", 1.5)
+    time.sleep(2)
+    assert line["output"] == ["1"] and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_gpu_report_counts_tests(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    text = "import pytest\n\ndef test_a(): pass\n\ndef test_b(): assert print('{') \n\ndef test_c(): pytest.skip()\n"
+    (tmp_path / "tests" / "test_x.py").write_text(text)
+    monkeypatch.setattr(gpu_report, "REPOSITORY", tmp_path)
+    line = gpu_report.measure("-m pytest -v -p no:cacheprovider", 100)
+    assert [line[word] for word in gpu_report.OUTCOMES] == [1, 1, 0, 1] and line["failed"] == "exit code 1"
 
 
 def test_gpu_report_without_a_gpu(monkeypatch, capsys):

@@ -1,17 +1,100 @@
-"""What a run takes: operations against the formulae, memory against autograd, and the dry run."""
+"""What a run takes: operations against the published figures, memory against torch's own count, and the dry run."""
+
+import re
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 import main_jit
-from tests.conftest import arguments, listing, train
+from denoiser import Denoiser
+from spectral_forcing import SpectralForcing
+from tests.conftest import ONE, TINY, TINY_MODEL, arguments, listing, train
+from util import profile as tool
+from util.io import REPOSITORY
+from util.profile import TIMED, UNTIMED, Memory, count_flops, count_saved, dry_run
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
+RNG_STATE = 5056  # bytes of torch's generator on the CPU, which a recomputed block keeps for dropout
+
+
+@pytest.mark.parametrize(("model", "gflop"), [("JiT-B/32", 15.2), ("JiT-B/16", 50.5)])
+def test_operations_are_the_published_figures(model, gflop):
+    assert count_flops(model, 256) / 1e9 == pytest.approx(gflop, rel=2e-3)
+
+
+def build(dtype):
+    return Denoiser(TINY_MODEL(input_size=16, num_classes=10), SpectralForcing(16), autocast_dtype=dtype)
+
+
+def kept_by_torch(denoiser: Denoiser, images: int) -> int:
+    """Return the bytes that are allocated after a forward pass and were not before, its inputs left out."""
+    x, t, y = torch.zeros(images, 3, 16, 16), torch.full((images,), 0.5), torch.zeros(images, dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        loss = denoiser(x, y, t, x)
+    return sum(event.self_cpu_memory_usage for event in profiler.key_averages()) - loss.nbytes
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_counted_activations_are_what_torch_keeps(dtype, recompute):
+    denoiser, images = build(dtype), 3
+    total, outside, block = count_saved(denoiser, images)
+    for module in denoiser.net.blocks:
+        module.recompute = recompute
+    kept = kept_by_torch(denoiser, images) - recompute * RNG_STATE * len(denoiser.net.blocks)
+    inputs = 12 * images  # t and y, which are saved and were there before
+    assert abs((outside if recompute else total) - kept) <= inputs
+    assert outside + block < total
+
+
+def test_counting_needs_no_memory_and_is_linear_in_images():
+    memory = Memory(TINY, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        denoiser = Denoiser(TINY_MODEL(input_size=16), SpectralForcing(16), autocast_dtype=torch.bfloat16)
+        seven = count_saved(denoiser, 7)
+    assert seven == tuple(one + 6 * (two - one) for one, two in zip(memory.one, memory.two, strict=True))
+    assert count_saved(build(torch.bfloat16), 2) == memory.two  # with memory; other class numbers save as much
+
+
+def test_state_is_24_bytes_per_parameter_and_divided_by_shards():
+    memory, parameters = Memory(TINY, 16), sum(p.numel() for p in TINY_MODEL(input_size=16).parameters())
+    copies, shards = (memory.per_gpu(8, parallel, recompute=True)[0] for parallel in ("ddp", "fsdp"))
+    gathered = 4 * (6 * max(memory.blocks) + 2 * (parameters - sum(memory.blocks)))
+    saved = 24 * parameters - (copies - shards + gathered)  # what is left of the state on each GPU
+    assert 24 * parameters / 8 <= saved < 1.1 * 24 * parameters / 8
+
+
+def test_table(capsys):
+    tool.main(["--models", TINY, "--gpus", "2", "4", "--img_size", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * 3 and {line.count("|") for line in lines} == {10}
+
+
+@pytest.mark.slow
+def test_table_of_the_documentation(capsys):
+    tool.main([])
+    assert capsys.readouterr().out in (REPOSITORY / "docs" / "large_models.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- the dry run
+
+
+def rows_of(report: str) -> dict[str, str]:
+    lines = report.splitlines()
+    after = lines[lines.index("dry run: nothing was written") + 1 :]
+    return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in after)
+
 
 def test_dry_run_writes_nothing_and_says_what_the_run_takes(here, capsys):
-    assert main_jit.main(arguments(output_dir="out", dry_run=True, epochs=3)) == 0
-    out = capsys.readouterr().out
-    assert "dry run: nothing was written" in out and "96,072 parameters" in out and "images/s" in out
+    assert main_jit.main(arguments(output_dir="out", dry_run=True, epochs=50)) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert "96,072 parameters" in rows["model"] and "images/s" in rows["step"]
+    assert rows["steps"] == "100 are left: 50 epochs of 2, 0 done"
+    assert float(rows["memory, calculated"].split()[0]) > 0
     assert listing(here) == {}
 
 
@@ -19,4 +102,28 @@ def test_dry_run_of_a_resumed_run_leaves_it_as_it_was(tmp_path, capsys):
     folder = train(tmp_path / "run", epochs=1)
     before = listing(folder)
     assert main_jit.main(arguments(output_dir=folder, dry_run=True, epochs=3)) == 0
-    assert listing(folder) == before and "dry run" in capsys.readouterr().out
+    assert listing(folder) == before
+    assert rows_of(capsys.readouterr().out)["steps"] == "4 are left: 3 epochs of 2, 2 done"
+
+
+def test_projection_is_the_median_without_the_first_steps_and_those_read_ahead(monkeypatch):
+    """Two workers with two batches each and four microbatches a step: one untimed step more. Steps: 9 s, then 4 s."""
+    clock, steps = [0.0], []
+    monkeypatch.setattr(tool.time, "perf_counter", lambda: clock[0])
+
+    def train_step(batches, step):
+        steps.append(step)
+        clock[0] += 9 if len(steps) <= UNTIMED + 1 else 4
+        return torch.zeros(())
+
+    config = SimpleNamespace(model=TINY, img_size=16, class_num=10, parallel="ddp", activation_checkpointing=False)
+    config.batch_size, config.global_batch, config.accum_iter, config.epochs = 4, 16, 4, 2
+    loader = SimpleNamespace(num_workers=2, prefetch_factor=2, __iter__=lambda: iter(()))
+    trainer = SimpleNamespace(config=config, ctx=ONE, denoiser=build(None), step=100, steps_per_epoch=1000)
+    trainer.loader = type("Loader", (), vars(loader) | {"__iter__": lambda self: iter(())})()
+    trainer.sampler, trainer.total_steps = SimpleNamespace(set_epoch=lambda *_: None), 2000
+    trainer.train_step = train_step
+    rows = rows_of(dry_run(trainer))
+    assert steps == list(range(100, 100 + UNTIMED + 1 + TIMED))
+    assert rows["step"].startswith("4 s (4 to 4)") and rows["first step"] == "9 s"
+    assert rows["training"].startswith("about 2 h 7 min")  # 1900 steps

@@ -44,7 +44,7 @@ def run_main(run: Callable[[Sequence[str] | None], str | None], argv: Sequence[s
         atexit.register(os._exit, code)  # no destructor may wait for the other ranks
     elif code == 2 and not ctx.is_main:  # every rank has this error: rank 0 says it, and torchrun ends the others
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        time.sleep(5)
+        time.sleep(10)
     if ctx.is_main or not on_all_ranks:
         print(f"main_jit.py: {sentence}", file=sys.stderr, flush=True)
     if code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):

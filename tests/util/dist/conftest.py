@@ -1,4 +1,4 @@
-"""Ranks that are forked from this process, which spares importing everything again."""
+"""Two ranks as processes of their own. They are spawned: a fork of a process that has used autograd cannot use it."""
 
 import time
 
@@ -20,7 +20,7 @@ def run_pair(work, folder) -> list[dict]:
     """Run `work(ctx, folder)` on two ranks, each of which saves <folder>/<rank>.pt. Return what they saved."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arguments = (work, folder, store.port)
-    processes = torch.multiprocessing.start_processes(_work, arguments, nprocs=2, join=False, start_method="fork")
+    processes = torch.multiprocessing.spawn(_work, arguments, nprocs=2, join=False)
     end = time.monotonic() + 180
     while not processes.join(1):  # raises what a process has raised
         if time.monotonic() > end:

@@ -106,9 +106,6 @@ def wait_until_gone(pid: int, seconds: float = 5) -> None:
         time.sleep(0.05)
 
 
-# ---- signals ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "send"), [("SIGTERM", os.kill), ("SIGINT", os.killpg), ("SIGHUP", os.kill), ("SIGUSR1", os.killpg)]
 )
@@ -147,7 +144,7 @@ def test_a_burst_of_ctrl_c_is_one(tmp_path, times, milliseconds):
         os.killpg(job.pid, signal.SIGINT)
         time.sleep(milliseconds / 1000)
     code, said = job.end()
-    assert code == EXIT_CODE and "at once" not in said.replace("stops at once", "")
+    assert code == EXIT_CODE and "stopping at once" not in said
 
 
 @pytest.mark.parametrize("names", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("SIGQUIT",)])
@@ -169,9 +166,6 @@ def test_workers_do_not_outlive_a_launcher_that_is_killed(tmp_path):
     (worker,) = children(job.pid)
     job.process.kill()
     wait_until_gone(worker)
-
-
-# ---- exit codes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,18 +210,13 @@ def test_failed_workers_are_started_again(tmp_path):
     assert job.end()[0] == EXIT_CODE
 
 
-# ---- SLURM -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("state", "body", "requeue", "calls"),
     [
         ("RUNNING", "end(75)", "1", ["requeue 77"]),
-        ("CANCELLED", "end(75)", "1", []),
-        ("PREEMPTED", "end(75)", "1", []),
+        *((state, "end(75)", "1", []) for state in ("CANCELLED", "PREEMPTED")),
         ("RUNNING", "end(75)", "0", []),
-        ("RUNNING", "end(0)", "1", []),
-        ("RUNNING", "end(2)", "1", []),
+        *(("RUNNING", body, "1", []) for body in ("end(0)", "end(2)")),
     ],
 )
 def test_requeue(tmp_path, state, body, requeue, calls):
@@ -240,9 +229,6 @@ def test_requeue(tmp_path, state, body, requeue, calls):
     assert (requeued.read_text().splitlines() if requeued.exists() else []) == calls
     assert ("job 77 is requeued" in said) == bool(calls)
     assert ("is not requeued" in said) == (state != "RUNNING")
-
-
-# ---- run_main --------------------------------------------------------------------------------
 
 
 def raising(error):
