@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 import main_jit
 from model_jit import JiT, JiT_models
 from util.checkpoint.files import NAME
+from util.config import resolve
 from util.data import loader
 from util.data.datasets import Digits, build_dataset
 from util.dist.context import DistContext
@@ -121,6 +122,11 @@ def read_log(folder: Path, event: str = "train") -> list[dict]:
 def raw(folder: Path) -> dict:
     """The content of a run's checkpoint, read without the code that is tested."""
     return torch.load(folder / NAME, weights_only=False)
+
+
+def config_of(folder: Path):
+    """The configuration of a run's checkpoint."""
+    return resolve({}, vars(raw(folder)["args"]), training=False)
 
 
 def differences(a, b, path: str = "") -> list[str]:

@@ -11,10 +11,9 @@ import torch
 
 import engine_jit
 import main_jit
-from tests.conftest import STATE, differences, flags, listing, raw, read_log, state_differences, train
+from tests.conftest import STATE, config_of, differences, flags, listing, raw, read_log, state_differences, train
 from util.build import build_denoiser
 from util.checkpoint.files import NAME
-from util.config import from_namespace
 from util.evaluation import generate
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -70,7 +69,7 @@ def test_ema_follows_its_definition(tmp_path):
         folder = train(tmp_path / "a", save_last_freq=1)
     content = raw(folder)
     torch.manual_seed(0)
-    first = build_denoiser(from_namespace(content["args"]))
+    first = build_denoiser(config_of(folder))
     for key, decay in (("model_ema1", 0.9), ("model_ema2", 0.5)):
         average = {name: p.detach().double() for name, p in first.named_parameters()}
         for step in weights[::2]:

@@ -18,6 +18,7 @@ from spectral_forcing import num_rings
 from tests.conftest import (
     arguments,
     as_torchrun,
+    config_of,
     few_digits,
     flags,
     raw,
@@ -182,7 +183,7 @@ def test_checkpoints_and_exports_need_no_file(instance_run, spectrum_file, tmp_p
     assert args.sf_power == spectrum.power.tolist() and args.spectrum_sha256 == spectrum.sha256
     export(instance_run, tmp_path / "net.safetensors")
     denoiser, settings = load_denoiser(tmp_path / "net.safetensors")
-    assert denoiser_settings(settings) == denoiser_settings(config.from_namespace(args))
+    assert denoiser_settings(settings) == denoiser_settings(config_of(instance_run))
     assert denoiser.input_operator.power == pytest.approx(spectrum.power.tolist())
     z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([1, 2])
     v = denoiser.velocity(z, t, y, logsnr_range=torch.tensor([[-4.0, 8.0]] * 2))

@@ -5,7 +5,6 @@ that needs one group alone says so in its signature. Registered operators add th
 A value is the given one, else the checkpoint's, else the default: `resolve`, once, before any work.
 """
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -35,7 +34,6 @@ from util.io import json_hash
 from util.operators import BLOCK_OPERATORS, INPUT_OPERATORS
 
 WEIGHTS = ("ema1", "ema2", "model")
-WARMUP_CLASH = "--warmup_epochs (WARMUP_EPOCHS) and --warmup_steps are mutually exclusive."
 
 
 @dataclass(frozen=True)
@@ -271,29 +269,9 @@ def resolve(
         UserError: flags that contradict the checkpoint, all of them named, or that are out of range.
     """
     flags, cls = all_flags(), config_class()
-    values: dict[str, Any] = dict(given)
-    saved: dict[str, Any] = {}
-    if saved_args is not None:
-        saved = {name: field.default for name, field in flags.items() if field.metadata["added"]} | dict(saved_args)
-        if saved.get("disable_dct_patchify"):  # the published name of --input_operator none
-            saved["input_operator"] = "none"
-        if only is None:
-            values |= {f.name: saved.get(f.name) for f in dataclasses.fields(cls) if f.metadata["lock"] is None}
-    contradictions = []
-    for name, value in saved.items():
-        lock = flags[name].metadata["lock"] if name in flags else PER_CALL
-        if lock == PER_CALL or (only is not None and name not in only):
-            continue
-        if name not in given:
-            values[name] = value
-        elif given[name] != value and (
-            lock == LOCKED or (lock == LOCKED_FOR_TRAINING and training and _is_trained(name, saved["t_sampler"]))
-        ):
-            contradictions.append(f"--{name} {given[name]} (the checkpoint has {value})")
-    if contradictions:
-        raise UserError(f"Flags contradict the checkpoint: {', '.join(contradictions)}. Leave them out.")
+    values = dict(given) if saved_args is None else _merge(given, saved_args, training, only)
     if "warmup_epochs" in given and "warmup_steps" in given:
-        raise UserError(WARMUP_CLASH)
+        raise UserError("--warmup_epochs (WARMUP_EPOCHS) and --warmup_steps are mutually exclusive.")
     for name, field in flags.items():
         check_value(name, field, values.get(name, field.default))
     config = cls(**values)
@@ -305,6 +283,32 @@ def resolve(
     elif config.input_operator == "none":
         unset["disable_dct_patchify"] = True
     return dataclasses.replace(config, **unset)
+
+
+def _merge(
+    given: Mapping[str, Any], saved_args: Mapping[str, Any], training: bool, only: Collection[str] | None
+) -> dict[str, Any]:
+    """Return the given values and those of a checkpoint that apply; raise a UserError if they contradict each other."""
+    flags = all_flags()
+    saved = {name: field.default for name, field in flags.items() if field.metadata["added"]} | dict(saved_args)
+    if saved.get("disable_dct_patchify"):  # the published name of --input_operator none
+        saved["input_operator"] = "none"
+    values, contradictions = dict(given), []
+    if only is None:  # what training has recorded
+        fields = dataclasses.fields(config_class())
+        values |= {field.name: saved.get(field.name) for field in fields if field.metadata["lock"] is None}
+    for name in flags if only is None else only:
+        lock = flags[name].metadata["lock"]
+        if name not in saved or lock == PER_CALL:
+            continue
+        locked = lock == LOCKED or (lock == LOCKED_FOR_TRAINING and training and _is_trained(name, saved["t_sampler"]))
+        if name not in given:
+            values[name] = saved[name]
+        elif locked and given[name] != saved[name]:
+            contradictions.append(f"--{name} {given[name]} (the checkpoint has {saved[name]})")
+    if contradictions:
+        raise UserError(f"Flags contradict the checkpoint: {', '.join(contradictions)}. Leave them out.")
+    return values
 
 
 def _is_trained(name: str, t_sampler: str) -> bool:
@@ -471,8 +475,3 @@ def describe(config: Any, given: Collection[str], world_size: int) -> str:
         if changed:
             lines.append(f"  {group.__doc__.partition(' (')[0].strip()}: " + ", ".join(changed))
     return "\n".join(lines)
-
-
-def from_namespace(args: argparse.Namespace | Mapping[str, Any]) -> Any:
-    """Return the configuration of a checkpoint's `args` on their own, as for an export."""
-    return resolve({}, dict(args) if isinstance(args, Mapping) else vars(args), training=False)

@@ -12,13 +12,23 @@ from safetensors.torch import save_file
 
 import main_jit
 from model_jit import JiT_models
-from tests.conftest import TINY, RandomJiT, arguments, differences, flags, raw, read_log, state_differences, train
+from tests.conftest import (
+    TINY,
+    RandomJiT,
+    arguments,
+    config_of,
+    differences,
+    flags,
+    raw,
+    read_log,
+    state_differences,
+    train,
+)
 from tests.util.checkpoint.helpers import KEYS
 from tools.export import export, load_denoiser, main, merge
 from util.build import build_denoiser, denoiser_settings
 from util.checkpoint.files import NAME
 from util.checkpoint.published import WEIGHTS, load
-from util.config import from_namespace
 from util.errors import UserError
 from util.io import REPOSITORY
 
@@ -37,7 +47,7 @@ def inputs(size=16):
 
 def of_run(folder, key="model"):
     """The denoiser of a run with one of its weights."""
-    denoiser = build_denoiser(from_namespace(raw(folder)["args"])).eval()
+    denoiser = build_denoiser(config_of(folder)).eval()
     denoiser.load_state_dict(raw(folder)[key])
     return denoiser
 
@@ -72,7 +82,7 @@ def test_export_keeps_all_that_decides_the_velocity(trained, tmp_path, settings)
     export(run, tmp_path / "x.safetensors", "model")
     loaded, _ = load_denoiser(tmp_path / "x.safetensors")
     assert torch.equal(loaded.velocity(*inputs()), of_run(run).velocity(*inputs()))
-    plain = build_denoiser(from_namespace(raw(trained)["args"])).eval()
+    plain = build_denoiser(config_of(trained)).eval()
     plain.load_state_dict(raw(run)["model"], strict=False)
     same = torch.equal(loaded.velocity(*inputs()), plain.velocity(*inputs()))
     assert same == ("attn_dropout" in settings)  # the settings matter, but for dropout, which is off here

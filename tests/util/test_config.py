@@ -4,18 +4,18 @@ import dataclasses
 import os
 import shlex
 import subprocess
+import typing
 from pathlib import Path
 
 import pytest
 
 import main_jit
-from tests.conftest import TINY, arguments, listing, raw, read_log
+from tests.conftest import TINY, arguments, config_of, listing, read_log
 from util import config as configuration
 from util.config import (
     all_flags,
     check,
     config_class,
-    from_namespace,
     parse_args,
     parse_labels,
     resolve,
@@ -28,185 +28,60 @@ from util.flags import LOCKED, LOCKED_FOR_TRAINING, OVERRIDABLE, PER_CALL
 from util.optim import peak_lr
 
 LAUNCHER = Path(main_jit.__file__).with_name("run_jit_multinode.sh")
-
-# The flags that people's scripts pass, and their defaults on ImageNet. Written by hand, not taken from the code.
-INTERFACE = {
-    "model": "JiT-B/16",
-    "img_size": 256,
-    "attn_dropout": 0.0,
-    "proj_dropout": 0.0,
-    "epochs": 600,
-    "warmup_epochs": 5,
-    "batch_size": 128,
-    "lr": None,
-    "blr": 5e-5,
-    "min_lr": 0.0,
-    "lr_schedule": "constant",
-    "weight_decay": 0.0,
-    "ema_decay1": 0.9999,
-    "ema_decay2": 0.9996,
-    "P_mean": -0.8,
-    "P_std": 0.8,
-    "noise_scale": 1.0,
-    "t_eps": 0.05,
-    "label_drop_prob": 0.1,
-    "pred_param": "x",
-    "seed": 0,
-    "start_epoch": 0,
-    "sampling_method": "heun",
-    "num_sampling_steps": 50,
-    "cfg": 2.9,
-    "interval_min": 0.1,
-    "interval_max": 1.0,
-    "num_images": 50000,
-    "eval_freq": 40,
-    "online_eval": True,
-    "evaluate_gen": False,
-    "gen_bsz": 128,
-    "data_path": None,
-    "class_num": 1000,
-    "output_dir": None,
-    "resume": None,
-    "save_last_freq": 5,
-    "log_freq": 100,
-    "device": None,
-    "dist_timeout": 30.0,
-    "wandb_project": "jit",
-    "wandb_entity": None,
-    "wandb_run_name": None,
-    "wandb_mode": "offline",
-    "wandb_num_vis": 16,
-    "dataset": "imagefolder",
-    "global_batch": None,
-    "metrics": "fid,is",
-    "disable_dct_patchify": False,
-    "window_size": None,
-    "disable_dct_scale_schedule": False,
-    "dct_fixed_scale": 1.0,
-    "sf_c_min": 0.05,
-    "sf_c_max": 1.0,
-    "sf_kappa": 30.0,
-}
-SWITCHES = ("online_eval", "evaluate_gen", "disable_dct_patchify", "disable_dct_scale_schedule")
-
-# A value other than the default for each flag, by lock.
-LOCKED_VALUES = {
-    "model": "JiT-L/16",
-    "img_size": 512,
-    "class_num": 10,
-    "disable_dct_patchify": True,
-    "input_operator": "blur",
-    "window_size": 16,
-    "disable_dct_scale_schedule": True,
-    "dct_fixed_scale": 0.5,
-    "sf_c_min": 0.2,
-    "sf_c_max": 0.9,
-    "sf_kappa": 10.0,
-    "spectral_residual": "time",
-    "spectral_residual_scale": 0.5,
-    "pred_param": "v",
-    "noise_scale": 2.0,
-    "t_eps": 0.01,
-    "P_mean": 0.0,
-    "P_std": 1.0,
-    "sf_schedule": "snr",
-    "sf_alpha": 2.0,
-    "sf_snr_floor": 0.5,
-}
-TRAINING_VALUES = {
-    "attn_dropout": 0.1,
-    "proj_dropout": 0.2,
-    "dataset": "cifar10",
-    "flip": False,
-    "warmup_epochs": 1.0,
-    "global_batch": 1024,
-    "lr": 1e-4,
-    "blr": 1e-4,
-    "min_lr": 1e-6,
-    "lr_schedule": "cosine",
-    "weight_decay": 0.1,
-    "ema_decay1": 0.999,
-    "ema_decay2": 0.99,
-    "label_drop_prob": 0.2,
-    "seed": 1,
-    "val_split": "0.1",
-    "t_sampler": "uniform",
-    "t_uniform_mix": 0.05,
-    "spectral_variant": "power",
-    "spectral_delta": 0.2,
-    "warmup_steps": 100,
-    "beta1": 0.8,
-    "beta2": 0.99,
-    "grad_clip": 1.0,
-}
-OVERRIDABLE_VALUES = {
-    "data_path": "/data",
-    "epochs": 200,
-    "batch_size": 64,
-    "sampling_method": "euler",
-    "num_sampling_steps": 10,
-    "cfg": 1.5,
-    "interval_min": 0.0,
-    "interval_max": 0.9,
-    "online_eval": False,
-    "eval_freq": 3,
-    "metrics": "fid",
-    "num_images": 10000,
-    "gen_bsz": 7,
-    "save_last_freq": 2,
-    "on_bad_image": "skip",
-    "save_every_steps": 100,
-    "save_every_minutes": 5.0,
-    "keep_last": 3,
-    "keep_every_epochs": 20,
-    "skip_nonfinite": 2,
-    "parallel": "fsdp",
-    "activation_checkpointing": True,
-    "log_freq": 1,
-    "precision": "fp32",
-    "attn_fp32": True,
-    "compile": "block",
-    "val_images": 100,
-    "val_freq": 2,
-    "val_rings": True,
-    "sampling_grid": "spectral_global",
-    "sample_t_eps": 0.01,
-    "spectrum_file": "/x",
-}
-PER_CALL_VALUES = {
-    "wandb_project": "p",
-    "wandb_entity": "e",
-    "wandb_run_name": "n",
-    "wandb_mode": "disabled",
-    "wandb_num_vis": 4,
-    "evaluate_gen": True,
-    "sample": True,
-    "labels": "1",
-    "dry_run": True,
-    "num_per_class": 3,
-    "num_workers": 5,
-    "accum_iter": 4,
-    "start_epoch": 7,
-    "init_from": "/x",
-    "init_weights": "ema2",
-    "ema": "ema2",
-    "fid_stats": "/x",
-    "inception_weights": "/x",
-    "save_images": "/x",
-    "keep_features": True,
-    "sweep_cfg": "1:2:0.5",
-    "sweep_ema": "1,2",
-    "sweep_interval": "0:1",
-    "sweep_images": 100,
-    "output_dir": "/x",
-    "resume": "/x",
-    "checkpoint": "x.pth",
-    "device": "cuda",
-    "dist_timeout": 2.0,
-}
-
-
 DEFAULTS = {name: field.default for name, field in all_flags().items()}
+
+# What people's scripts pass, with the defaults on ImageNet. Written by hand, not taken from the code.
+INTERFACE = """
+    --model JiT-B/16 --img_size 256 --class_num 1000 --attn_dropout 0 --proj_dropout 0 --dataset imagefolder
+    --epochs 600 --warmup_epochs 5 --batch_size 128 --blr 5e-5 --min_lr 0 --lr_schedule constant --weight_decay 0
+    --ema_decay1 0.9999 --ema_decay2 0.9996 --label_drop_prob 0.1 --seed 0 --start_epoch 0
+    --P_mean -0.8 --P_std 0.8 --noise_scale 1 --t_eps 0.05 --pred_param x
+    --sampling_method heun --num_sampling_steps 50 --cfg 2.9 --interval_min 0.1 --interval_max 1 --gen_bsz 128
+    --online_eval --num_images 50000 --eval_freq 40 --metrics fid,is --save_last_freq 5 --log_freq 100
+    --dist_timeout 30 --wandb_project jit --wandb_mode offline --wandb_num_vis 16
+    --dct_fixed_scale 1 --sf_c_min 0.05 --sf_c_max 1 --sf_kappa 30
+"""
+WITHOUT_DEFAULT = """
+    --lr 1e-4 --data_path d --output_dir o --resume r --device cpu --wandb_entity e --wandb_run_name n
+    --global_batch 1024 --window_size 16 --evaluate_gen --disable_dct_patchify --disable_dct_scale_schedule
+"""
+LOCKS = {  # also by hand: a lock that changes decides which commands still work with old checkpoints
+    LOCKED: """model img_size class_num disable_dct_patchify input_operator window_size disable_dct_scale_schedule
+        dct_fixed_scale sf_c_min sf_c_max sf_kappa spectral_residual spectral_residual_scale pred_param noise_scale
+        t_eps P_mean P_std sf_schedule sf_alpha sf_snr_floor""".split(),
+    LOCKED_FOR_TRAINING: """attn_dropout proj_dropout dataset flip warmup_epochs warmup_steps global_batch lr blr min_lr
+        lr_schedule weight_decay beta1 beta2 grad_clip ema_decay1 ema_decay2 label_drop_prob seed val_split t_sampler
+        t_uniform_mix spectral_variant spectral_delta""".split(),
+    OVERRIDABLE: """data_path epochs batch_size sampling_method num_sampling_steps cfg interval_min interval_max
+        online_eval eval_freq metrics num_images gen_bsz save_last_freq on_bad_image save_every_steps
+        save_every_minutes keep_last keep_every_epochs skip_nonfinite parallel activation_checkpointing log_freq
+        precision attn_fp32 compile val_images val_freq val_rings sampling_grid sample_t_eps spectrum_file""".split(),
+    PER_CALL: """wandb_project wandb_entity wandb_run_name wandb_mode wandb_num_vis evaluate_gen sample labels dry_run
+        num_per_class num_workers accum_iter start_epoch init_from init_weights ema fid_stats inception_weights
+        save_images keep_features sweep_cfg sweep_ema sweep_interval sweep_images output_dir resume checkpoint device
+        dist_timeout""".split(),
+}
+CHOSEN = {"model": "JiT-L/16", "dataset": "cifar10", "val_split": "0.1", "interval_min": 0.2, "device": "cuda"}
+SPECTRAL = {"t_sampler": "spectral_global"}  # without which the variant and delta are about samples alone
+
+
+def another(name):
+    """A value that a flag accepts and that is not its default."""
+    field, default = all_flags()[name], DEFAULTS[name]
+    hint = next(typing.get_type_hints(g)[name] for g in configuration.groups() if name in typing.get_type_hints(g))
+    if name in CHOSEN:
+        return CHOSEN[name]
+    if field.metadata["choices"]:
+        return next(choice for choice in reversed(tuple(field.metadata["choices"])) if choice != default)
+    if hint in (bool, bool | None):
+        return not (default is None or default)
+    if hint in (str, str | None):
+        return "x"
+    return 32 if hint in (int, int | None) else 0.25
+
+
+VALUES = {lock: {name: another(name) for name in names} for lock, names in LOCKS.items()}
+LOCKED_VALUES, TRAINING_VALUES = VALUES[LOCKED], VALUES[LOCKED_FOR_TRAINING]
 
 
 def fresh(world_size=1, **given):
@@ -221,15 +96,11 @@ def saved(**changes):
 # --- names and defaults ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", INTERFACE)
-def test_flag_and_default(name):
-    value = getattr(fresh(), name) if name != "global_batch" else DEFAULTS[name]
-    assert value == INTERFACE[name] and type(value) in (type(INTERFACE[name]), float)
-    if name in SWITCHES:
-        assert parse_args([f"--{name}"]) == {name: True}
-    else:
-        choices = tuple(all_flags()[name].metadata["choices"])
-        assert list(parse_args([f"--{name}", choices[-1] if choices else "3"])) == [name]
+def test_flags_and_defaults():
+    given, config = parse_args(shlex.split(INTERFACE)), fresh()
+    assert given == {name: getattr(config, name) for name in given}
+    for name in parse_args(shlex.split(WITHOUT_DEFAULT)):
+        assert DEFAULTS[name] in (None, False)
 
 
 def test_nothing_given_is_empty_and_names_are_not_abbreviated():
@@ -239,11 +110,10 @@ def test_nothing_given_is_empty_and_names_are_not_abbreviated():
             parse_args(argv)
 
 
-def test_every_flag_is_in_one_table_of_this_file():
-    tables = (LOCKED_VALUES, TRAINING_VALUES, OVERRIDABLE_VALUES, PER_CALL_VALUES)
-    for lock, table in zip((LOCKED, LOCKED_FOR_TRAINING, OVERRIDABLE, PER_CALL), tables, strict=True):
-        assert {name for name, field in all_flags().items() if field.metadata["lock"] == lock} == set(table)
-        assert all(DEFAULTS[name] != value for name, value in table.items())
+def test_locks():
+    for lock, names in LOCKS.items():
+        assert {name for name, field in all_flags().items() if field.metadata["lock"] == lock} == set(names)
+        assert all(DEFAULTS[name] != another(name) for name in names)
 
 
 def test_no_two_groups_declare_the_same_flag():
@@ -271,45 +141,17 @@ def test_help(capsys):
 
 # --- the launcher and the flags agree -------------------------------------------------------------------------------
 
+VARIABLES = """DATA_PATH=/data MODEL=JiT-L/16 IMG_SIZE=512 NOISE_SCALE=2.0 PRED_PARAM=v BATCH_SIZE=64 BLR=1e-4
+    EPOCHS=200 WARMUP_EPOCHS=3 GEN_BSZ=32 NUM_IMAGES=10000 CFG=2.5 INTERVAL_MIN=0.2 INTERVAL_MAX=0.9 DATASET=imagefolder
+    GLOBAL_BATCH=512 OUTPUT_DIR=/out RESUME=/resume WANDB_PROJECT=p WANDB_ENTITY=e WANDB_RUN_NAME=n WANDB_MODE=online
+    WANDB_NUM_VIS=8"""
+
 
 def launcher(*words, **variables):
     env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "CUDA_VISIBLE_DEVICES": "", **variables}
     done = subprocess.run(["bash", str(LAUNCHER), *words], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def kind(name):
-    """The type of a flag's default in INTERFACE; None stands for text."""
-    default = INTERFACE[name]
-    return {"global_batch": int}.get(name, str if default is None else type(default))
-
-
-VARIABLES = {
-    "DATA_PATH": "/data",
-    "MODEL": "JiT-L/16",
-    "IMG_SIZE": "512",
-    "NOISE_SCALE": "2.0",
-    "PRED_PARAM": "v",
-    "BATCH_SIZE": "64",
-    "BLR": "1e-4",
-    "EPOCHS": "200",
-    "WARMUP_EPOCHS": "3",
-    "GEN_BSZ": "32",
-    "NUM_IMAGES": "10000",
-    "CFG": "2.5",
-    "INTERVAL_MIN": "0.2",
-    "INTERVAL_MAX": "0.9",
-    "DATASET": "imagefolder",
-    "GLOBAL_BATCH": "512",
-    "OUTPUT_DIR": "/out",
-    "RESUME": "/resume",
-    "WANDB_PROJECT": "p",
-    "WANDB_ENTITY": "e",
-    "WANDB_RUN_NAME": "n",
-    "WANDB_MODE": "online",
-    "WANDB_NUM_VIS": "8",
-}
 
 
 def given_by_launcher(**variables):
@@ -319,15 +161,11 @@ def given_by_launcher(**variables):
 
 
 def test_every_variable_of_the_launcher_is_a_flag_with_its_value():
-    given = given_by_launcher(**VARIABLES, ONLINE_EVAL="0")
-    assert given.pop("online_eval") is False
-    assert given == {name.lower(): kind(name.lower())(value) for name, value in VARIABLES.items()}
-    assert given_by_launcher(DATASET="digits", ONLINE_EVAL="1", EVALUATE_GEN="1", ENABLE_WANDB="0") == {
-        "dataset": "digits",
-        "online_eval": True,
-        "evaluate_gen": True,
-        "wandb_mode": "disabled",
-    }
+    variables = dict(word.split("=") for word in VARIABLES.split())
+    expected = [word for name, value in variables.items() for word in (f"--{name.lower()}", value)]
+    assert given_by_launcher(**variables, ONLINE_EVAL="0") == parse_args([*expected, "--no-online_eval"])
+    given = given_by_launcher(DATASET="digits", ONLINE_EVAL="1", EVALUATE_GEN="1", ENABLE_WANDB="0")
+    assert given == {"dataset": "digits", "online_eval": True, "evaluate_gen": True, "wandb_mode": "disabled"}
 
 
 def test_defaults_in_the_launchers_help_are_the_flags():
@@ -340,7 +178,8 @@ def test_defaults_in_the_launchers_help_are_the_flags():
         for name, default in zip(names, defaults, strict=False):
             if name.strip().lower() in DEFAULTS:
                 seen[name.strip().lower()] = default.strip()
-    assert set(seen) >= {name.lower() for name in VARIABLES} - {"data_path"} | {"online_eval", "evaluate_gen"}
+    variables = {word.split("=")[0].lower() for word in VARIABLES.split()}
+    assert set(seen) >= variables - {"data_path"} | {"online_eval", "evaluate_gen"}
     del seen["dry_run"]  # the launcher's DRY_RUN prints its command, the flag times a few steps
     for name, text in seen.items():
         default = DEFAULTS[name]
@@ -351,19 +190,10 @@ def test_defaults_in_the_launchers_help_are_the_flags():
         elif default is None:
             assert text in ("-", "derived", "output/<run name>", "OUTPUT_DIR"), name
         else:
-            assert kind(name)(text) == default, name
+            assert type(default)(text) == default, name
 
 
 # --- a checkpoint and the flags -------------------------------------------------------------------------------------
-
-
-def test_given_before_checkpoint_before_default():
-    args = resolve({"cfg": 1.5}, saved(cfg=2.0, num_sampling_steps=10), training=False)
-    assert (args.cfg, args.num_sampling_steps, args.gen_bsz) == (1.5, 10, 128)
-    assert resolve({}, {"model": "JiT-L/16"}, training=False).cfg == 2.9  # a published file without the setting
-
-
-SPECTRAL = {"t_sampler": "spectral_global"}  # without which the variant and delta are about samples alone
 
 
 def contradictions(given, checkpoint, training):
@@ -372,60 +202,36 @@ def contradictions(given, checkpoint, training):
     return str(error.value)
 
 
-def test_evaluation_names_every_contradiction():
-    given = {**LOCKED_VALUES, **OVERRIDABLE_VALUES}
-    message = contradictions(given, saved(), training=False)
-    for name, value in LOCKED_VALUES.items():
-        assert f"--{name} {value} (the checkpoint has {saved()[name]})" in message
-    assert not any(f"--{name} " in message for name in OVERRIDABLE_VALUES)
+def test_given_before_checkpoint_before_default():
+    args = resolve({"cfg": 1.5}, saved(cfg=2.0, num_sampling_steps=10), training=False)
+    assert (args.cfg, args.num_sampling_steps, args.gen_bsz) == (1.5, 10, 128)
+    assert resolve({}, {"model": "JiT-L/16"}, training=False).cfg == 2.9  # a published file without the setting
 
 
-def test_training_names_every_contradiction():
-    given = {**LOCKED_VALUES, **TRAINING_VALUES, **OVERRIDABLE_VALUES}
-    message = contradictions(given, saved(**SPECTRAL), training=True)
-    for name, value in {**LOCKED_VALUES, **TRAINING_VALUES}.items():
+@pytest.mark.parametrize("training", [False, True])
+def test_every_contradiction_is_named(training):
+    bound = {**LOCKED_VALUES, **(TRAINING_VALUES if training else {})}
+    message = contradictions({**bound, **VALUES[OVERRIDABLE]}, saved(**SPECTRAL), training)
+    for name, value in bound.items():
         assert f"--{name} {value} (the checkpoint has {saved(**SPECTRAL)[name]})" in message
-    assert not any(f"--{name} " in message for name in OVERRIDABLE_VALUES)
+    assert not any(f"--{name} " in message for name in VALUES[OVERRIDABLE])
 
 
-@pytest.mark.parametrize("name", LOCKED_VALUES)
-def test_bound_always(name):
-    for training in (False, True):
-        assert name in contradictions({name: LOCKED_VALUES[name]}, saved(), training)
-        there = saved(**{name: LOCKED_VALUES[name]})
-        assert getattr(resolve({}, there, training), name) == LOCKED_VALUES[name]
-        assert getattr(resolve({name: LOCKED_VALUES[name]}, there, training), name) == LOCKED_VALUES[name]
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("lock", "name"), [(lock, name) for lock, names in LOCKS.items() for name in names])
+def test_what_a_checkpoint_binds(lock, name, training):
+    value, there = VALUES[lock][name], saved(**{name: VALUES[lock][name]})
+    if lock == LOCKED or (lock == LOCKED_FOR_TRAINING and training):
+        assert f"--{name} {value}" in contradictions({name: value}, saved(**SPECTRAL), training)
+        assert getattr(resolve({name: value}, there, training), name) == value
+    else:
+        assert getattr(resolve({name: value}, saved(), training), name) == value
+    inherited = DEFAULTS[name] if lock == PER_CALL else value
+    assert getattr(resolve({}, there, training), name) == inherited
 
 
-@pytest.mark.parametrize("name", TRAINING_VALUES)
-def test_bound_in_training(name):
-    value = TRAINING_VALUES[name]
-    assert name in contradictions({name: value}, saved(**SPECTRAL), True)
-    assert getattr(resolve({name: value}, saved(), False), name) == value
-    for training in (False, True):
-        assert getattr(resolve({}, saved(**{name: value}), training), name) == value
-
-
-@pytest.mark.parametrize("name", OVERRIDABLE_VALUES)
-def test_free(name):
-    for training in (False, True):
-        assert getattr(resolve({name: OVERRIDABLE_VALUES[name]}, saved(), training), name) == OVERRIDABLE_VALUES[name]
-        assert (
-            getattr(resolve({}, saved(**{name: OVERRIDABLE_VALUES[name]}), training), name) == OVERRIDABLE_VALUES[name]
-        )
-
-
-@pytest.mark.parametrize("name", PER_CALL_VALUES)
-def test_what_belongs_to_a_call_is_never_inherited(name):
-    for training in (False, True):
-        there = saved(**{name: PER_CALL_VALUES[name]})
-        assert getattr(resolve({}, there, training), name) == DEFAULTS[name]
-        assert getattr(resolve({name: PER_CALL_VALUES[name]}, saved(), training), name) == PER_CALL_VALUES[name]
-
-
-def test_the_scripts_own_defaults_may_be_repeated():
-    """A launcher that passes all defaults again does not contradict a checkpoint of a run with the defaults."""
-    given = {name: value for name, value in INTERFACE.items() if value is not None}
+def test_a_launcher_that_passes_all_defaults_again_does_not_contradict_a_checkpoint():
+    given = parse_args(shlex.split(INTERFACE))
     args = resolve(given, saved())
     assert {name: getattr(args, name) for name in given} == given
 
@@ -537,7 +343,7 @@ def test_runs_that_differ_have_names_that_differ():
     assert all("/" not in name and " " not in name for name in names)
     assert run_name(fresh(2)) != run_name(fresh(1))  # twice the processes are twice the global batch
     assert run_name(fresh(2, batch_size=64)) == run_name(fresh(1))
-    same = [{n: v} for n, v in OVERRIDABLE_VALUES.items() if n not in ("batch_size", "data_path")]
+    same = [{n: v} for n, v in VALUES[OVERRIDABLE].items() if n not in ("batch_size", "data_path")]
     assert {run_name(fresh(**change)) for change in same} == {names[0]}
     assert "imagefolder_JiT-B-16_256_sf_x" in names[0]
     assert "_base_" in run_name(fresh(disable_dct_patchify=True)) and "sf-w16" in run_name(fresh(window_size=16))
@@ -554,6 +360,9 @@ def test_runs_on_different_folders_of_images_have_different_names():
 
 # --- refusals -------------------------------------------------------------------------------------------------------
 
+AT_LEAST_ONE = """epochs batch_size num_sampling_steps gen_bsz num_per_class wandb_num_vis num_images eval_freq
+    save_last_freq log_freq val_images val_freq img_size class_num"""
+
 
 @pytest.mark.parametrize(
     ("given", "parts"),
@@ -563,20 +372,13 @@ def test_runs_on_different_folders_of_images_have_different_names():
         ({"window_size": 24}, ["--window_size 24", "256"]),
         ({"window_size": 1}, ["--window_size 1", "at least 2"]),
         ({"window_size": -16}, ["--window_size -16"]),
-        *(({n: -1}, [f"--{n} -1", "at least 0"]) for n in ("seed", "start_epoch", "warmup_epochs", "lr", "blr")),
-        *(({n: -1.0}, [f"--{n} -1.0", "at least 0"]) for n in ("weight_decay", "min_lr")),
-        *(({n: float("nan")}, [f"--{n} nan"]) for n in ("lr", "blr", "label_drop_prob", "ema_decay1")),
-        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("epochs", "batch_size", "num_sampling_steps", "gen_bsz")),
-        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("num_per_class", "wandb_num_vis", "num_images")),
-        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("eval_freq", "save_last_freq", "log_freq")),
-        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in ("val_images", "val_freq")),
-        *(({n: -16}, [f"--{n} -16", "at least 1"]) for n in ("img_size", "class_num", "num_images")),
-        *(({n: 1.5}, [f"--{n} 1.5", "at most 1"]) for n in ("attn_dropout", "proj_dropout", "ema_decay1")),
-        *(({n: -0.1}, [f"--{n} -0.1", "at least 0"]) for n in ("label_drop_prob", "ema_decay2")),
+        *(({n: -1}, [f"--{n} -1", "at least 0"]) for n in "seed start_epoch warmup_epochs lr blr min_lr".split()),
+        *(({n: float("nan")}, [f"--{n} nan"]) for n in "lr blr label_drop_prob ema_decay1".split()),
+        *(({n: 0}, [f"--{n} 0", "at least 1"]) for n in AT_LEAST_ONE.split()),
+        *(({n: 1.5}, [f"--{n} 1.5", "at most 1"]) for n in "attn_dropout proj_dropout ema_decay1 interval_max".split()),
+        *(({n: -0.1}, [f"--{n} -0.1", "at least 0"]) for n in "label_drop_prob ema_decay2 interval_min".split()),
         ({"interval_min": 0.5, "interval_max": 0.4}, ["0.5", "0.4", "min <= max"]),
-        ({"interval_min": -0.1}, ["--interval_min -0.1"]),
         *(({"dist_timeout": n}, [f"--dist_timeout {n}"]) for n in (0.0, -1.0, float("nan"), float("inf"))),
-        ({"interval_max": 1.1}, ["--interval_max 1.1"]),
         ({"num_images": 50001}, ["50001", "1000 classes"]),
         ({"lr_schedule": "linear"}, ["--lr_schedule linear", "constant, cosine"]),
         ({"sampling_method": "dpm"}, ["--sampling_method dpm", "heun, euler"]),
@@ -654,7 +456,7 @@ def test_default_output_folder_is_found_again(here):
     for epochs in (1, 2):
         assert main_jit.main(arguments(epochs=epochs)) == 0
     (folder,) = (here / "output").iterdir()
-    assert folder.name == run_name(from_namespace(raw(folder)["args"]))
+    assert folder.name == run_name(config_of(folder))
     assert [line["step"] for line in read_log(folder)] == [0, 1, 2, 3]
     before = listing(folder)
     assert main_jit.main(arguments(epochs=1, seed=1)) == 0
