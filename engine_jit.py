@@ -10,7 +10,7 @@ Shapes: B images of a microbatch on one rank; images (B, 3, H, W), labels and po
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ from util.optim import EMA, build_optimizer, learning_rate, peak_lr
 from util.profile import dry_run
 from util.resume import init_warnings, load_for_training, start_step
 from util.rng import CounterRNG
+from util.run_lock import RunLock
 from util.schedules import build_time_sampler
 from util.train_metrics import TrainMetrics, finite_or_none
+
+Data = tuple[Images, Validation | None, GlobalBatchSampler]
 
 
 def train(given: Mapping[str, Any], ctx: DistContext) -> str:
@@ -72,9 +75,7 @@ def train(given: Mapping[str, Any], ctx: DistContext) -> str:
         UserError: settings that cannot work, data that cannot be read, a loss that is not finite.
         Preempted: on all ranks, when one was asked to stop; the run is saved.
     """
-    config, checkpoint, source = load_for_training(given, ctx)
-    warn(check(config, config.online_eval) + check_compiler(config.compile, ctx.device), ctx)
-    warn(checkpoint.notes if checkpoint else (), ctx)
+    config, checkpoint, source, data, step = open_run(given, ctx)
     if checkpoint and config.start_epoch >= config.epochs and not samples_are_missing(config, config.start_epoch):
         run = checkpoint.path.parent
         return (
@@ -82,15 +83,14 @@ def train(given: Mapping[str, Any], ctx: DistContext) -> str:
             f"EPOCHS={config.epochs * 2} continues, RESUME={run} EVALUATE_GEN=1 evaluates. "
             f"Its samples and metrics are in {run}/samples and {run}/eval."
         )
-    # Data are opened, and refused, before the ranks wait for each other.
-    images, validation = hold_out(open_images(config), config, checkpoint.args if checkpoint else None)
-    sampler = GlobalBatchSampler(
-        len(images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed
-    )
-    start = start_step(checkpoint, config.start_epoch, sampler.steps_per_epoch)
-    with process_group(ctx, config.dist_timeout, single_process=config.parallel == "fsdp"):
-        assert_same_across_ranks("run", (run_name(config), start, len(images)), ctx)
-        trainer = Trainer(config, given, (images, validation, sampler), start, checkpoint, source, ctx)
+    with ExitStack() as stack:
+        if ctx.is_main and not config.dry_run:
+            lock = stack.enter_context(RunLock(config.output_dir))
+            if lock.waited:
+                config, checkpoint, source, data, step = open_run(given, ctx)
+        stack.enter_context(process_group(ctx, config.dist_timeout, single_process=config.parallel == "fsdp"))
+        assert_same_across_ranks("run", (run_name(config), step, len(data[0])), ctx)
+        trainer = Trainer(config, given, data, step, checkpoint, source, ctx)
         del checkpoint, source  # their memory, and the disk space of a file that is replaced
         if config.dry_run:
             report = dry_run(trainer)
@@ -99,6 +99,22 @@ def train(given: Mapping[str, Any], ctx: DistContext) -> str:
         products = trainer.run()
         del trainer
     return "   ".join(f"{name}: {path}" for name, path in products.items())
+
+
+def open_run(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, Checkpoint | None, Checkpoint | None, Data, int]:
+    """Return configuration, checkpoint to resume, checkpoint to start from, data, and the number of finished steps.
+
+    What cannot work is refused here, before the ranks wait for each other and before an image is read.
+    """
+    config, checkpoint, source = load_for_training(given, ctx)
+    warn(check(config, config.online_eval) + check_compiler(config.compile, ctx.device), ctx)
+    warn(checkpoint.notes if checkpoint else (), ctx)
+    images, validation = hold_out(open_images(config), config, checkpoint.args if checkpoint else None)
+    sampler = GlobalBatchSampler(
+        len(images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed
+    )
+    step = start_step(checkpoint, config.start_epoch, sampler.steps_per_epoch)
+    return config, checkpoint, source, (images, validation, sampler), step
 
 
 class Trainer:
@@ -110,7 +126,7 @@ class Trainer:
         self,
         config: Any,
         given: Mapping[str, Any],
-        data: tuple[Images, Validation | None, GlobalBatchSampler],
+        data: Data,
         step: int,
         checkpoint: Checkpoint | None,
         source: Checkpoint | None,

@@ -106,17 +106,35 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
     return "   ".join([metric_line(report), *products])
 
 
-def run(argv: Sequence[str] | None = None) -> str:
-    """Do what the flags ask for. Return the last line to print."""
-    given = parse_args(argv)
-    ctx = find_context(given.get("device"))
-    prepare_device(ctx.device)
+def check_tasks(given: Mapping[str, Any]) -> None:
+    """Refuse flags of two tasks at once, and flags of an evaluation without one."""
     if given.get("evaluate_gen") and given.get("sample"):
         raise UserError("--evaluate_gen and --sample are mutually exclusive.")
     only_evaluating = [*(field.name for field in dataclasses.fields(SweepConfig)), "save_images"]
     alone = [f"--{name}" for name in only_evaluating if name in given and not given.get("evaluate_gen")]
     if alone:
         raise UserError(f"{', '.join(alone)} requires --evaluate_gen, which evaluates the checkpoint in --resume.")
+
+
+def check_start(given: Mapping[str, Any], ctx: DistContext) -> None:
+    """Check what a start with these flags would, up to opening the data. Raises UserError."""
+    check_tasks(given)
+    if given.get("sample") or given.get("evaluate_gen"):
+        task = "sample" if given.get("sample") else "evaluate_gen"
+        config, _ = load_for_inference(given, task)
+        warn(check(config, evaluates=task == "evaluate_gen"), ctx)
+        parse_labels(config.labels, config.class_num)
+        plan_sweep(config)
+    else:
+        engine_jit.open_run(given, ctx)
+
+
+def run(argv: Sequence[str] | None = None) -> str:
+    """Do what the flags ask for. Return the last line to print."""
+    given = parse_args(argv)
+    ctx = find_context(given.get("device"))
+    prepare_device(ctx.device)
+    check_tasks(given)
     if given.get("sample"):
         return run_sample(given, ctx)
     if given.get("evaluate_gen"):

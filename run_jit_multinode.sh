@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
-# Starts main_jit.py with torchrun: environment in, one command out, which replaces this shell. Only what is set becomes
-# a flag: every default is written once, in the Python code, so that a checkpoint's settings hold where none is given.
-# In this order: check the switches, find main_jit.py, place the nodes (srun, once), choose interpreter and number of
-# processes, build the command. util/dist/launch.py, which it starts, handles signals, exit codes and requeues.
+# Starts main_jit.py with torchrun: places the nodes (srun, once), chooses interpreter and number of processes, and
+# becomes one command, tools/launch.py. That one makes flags of the environment and handles signals and requeues.
 set -euo pipefail
 
 die() {
@@ -10,26 +8,21 @@ die() {
     exit 2
 }
 
-# run WHAT COMMAND...: print the command, quoted so that it can be pasted, and become it.
-run() {
-    local what=$1 line
-    shift
-    line=$(printf '%q ' "$@")
-    if [[ ${DRY_RUN:-0} == 1 ]]; then
-        printf '%s\n' "${line% }"
-        exit 0
-    fi
-    printf 'run_jit_multinode.sh: %s: %s\n' "$what" "${line% }" >&2
-    exec "$@"
+# number NAME VALUE LEAST: print a decimal number, without leading zeros. bash evaluates what is no number as code.
+number() {
+    [[ $2 =~ ^[0-9]{1,9}$ && $((10#$2)) -ge $3 ]] || die "$1 is '$2': it must be an integer of at least $3."
+    printf '%s' "$((10#$2))"
 }
+
+trap 'exit 75' TERM HUP USR1 INT  # asked to stop before anything has started
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'HELP'
 usage: [VARIABLE=value ...] bash run_jit_multinode.sh [flags of main_jit.py ...]
 
-Starts main_jit.py with torchrun. A variable that is unset or empty passes nothing: the defaults of MODEL to
-WANDB_NUM_VIS below are main_jit.py's. Flags after the script name are appended unchanged and win over variables;
-`python main_jit.py --help` lists them.
+Starts main_jit.py with torchrun. Each flag in `python main_jit.py --help` is also a variable, in upper case, those
+below among them: LR=1e-4 is --lr 1e-4, and a switch is 1 or 0. A variable that is unset or empty passes nothing, so the
+defaults are main_jit.py's. Flags after the script name win over variables.
 
 variable                    default                 meaning
 DATA_PATH, DATA_ROOT,       needed for ImageFolder  dataset root holding train/, train/ itself, or a cache;
@@ -45,6 +38,7 @@ DATASET                     imagefolder             cifar10 and digits need no D
 GLOBAL_BATCH                -                       derives gradient accumulation from BATCH_SIZE
                                                     and the number of processes
 OUTPUT_DIR                  output/<run name>       folder; training goes on from a checkpoint in it
+OUTPUT_ROOT                 output                  folder of runs for which OUTPUT_DIR is not set
 RESUME                      OUTPUT_DIR              folder, never a .pth file. Training: only starts
                                                     a run. Evaluation: what is evaluated
 WANDB_PROJECT, WANDB_ENTITY jit, -
@@ -55,7 +49,7 @@ ENABLE_WANDB                1                       0 means --wandb_mode disable
 NUM_GPUS                    detected, else 1        processes per node, detected from
                                                     CUDA_VISIBLE_DEVICES, then nvidia-smi
 NNODES, WORLD_SIZE          SLURM's, else 1         number of NODES; WORLD_SIZE is the older name
-NODE_RANK                   SLURM's, else 0         number of this node
+NODE_RANK                   RANK, SLURM's, else 0   number of this node
 MASTER_ADDR                 SLURM's, else this host node 0
 MASTER_PORT                 29500                   on a single node, when not set: a free port,
                                                     so that two runs on one machine do not collide
@@ -74,8 +68,8 @@ OMP_NUM_THREADS, NCCL_*     -                       passed through when set, nev
 NCCL_SOCKET_IFNAME          NCCL's choice           network interface between nodes for GPUs
 GLOO_SOCKET_IFNAME          that of the host's name for what processes tell each other, also in runs on GPUs
 JIT_DIR                     SLURM_SUBMIT_DIR        folder of main_jit.py, for sbatch from elsewhere
-DRY_RUN                     0                       1 prints the command and starts nothing
-ONLINE_EVAL, EVALUATE_GEN, ENABLE_WANDB, AUTO_SRUN, REQUEUE and DRY_RUN are 0 or 1.
+DRY_RUN                     0                       1 checks settings, checkpoint and data, prints the
+                                                    command and starts nothing
 
 TERM, HUP, USR1 and Ctrl-C: training stops after the current step and writes a checkpoint, an evaluation keeps what it
 has; a second Ctrl-C stops at once. With srun, which starts this on each of several nodes, USR1 is forwarded
@@ -92,13 +86,12 @@ HELP
     exit 0
 fi
 
-for name in DRY_RUN AUTO_SRUN REQUEUE ONLINE_EVAL EVALUATE_GEN ENABLE_WANDB; do
+for name in AUTO_SRUN REQUEUE DRY_RUN; do
     if [[ ! ${!name:-} =~ ^[01]?$ ]]; then die "$name is '${!name}': it must be 0 or 1."; fi
 done
 [[ ${REQUEUE:-0} == 0 || -n ${SLURM_JOB_ID:-} ]] ||
     die "REQUEUE=1 puts a SLURM job back into the queue, and this is none: submit it with sbatch or unset REQUEUE."
-[[ ${MAX_RESTARTS:-0} =~ ^(0|[1-9][0-9]*)$ ]] ||
-    die "MAX_RESTARTS is '$MAX_RESTARTS': it must be an integer, the number of restarts after a failure."
+max_restarts=$(number MAX_RESTARTS "${MAX_RESTARTS:-0}" 0)
 
 # ---- find main_jit.py: sbatch runs a copy of this script from its spool folder ---------------
 
@@ -118,7 +111,7 @@ done
 # Already inside an srun step? The batch script and the shell of salloc may carry a step number as well, but SLURM
 # numbers ordinary steps up to 0xfffffff0.
 in_step=0
-[[ -z ${SLURM_JOB_ID:-} || ! ${SLURM_STEP_ID:-} =~ ^[0-9]+$ ]] || in_step=$((10#$SLURM_STEP_ID <= 0xfffffff0))
+[[ -z ${SLURM_JOB_ID:-} || ! ${SLURM_STEP_ID:-} =~ ^[0-9]{1,10}$ ]] || in_step=$((10#$SLURM_STEP_ID <= 0xfffffff0))
 
 # The nodes that SLURM gave. A step may have fewer than its job, and SLURM_NODEID counts within the step; but whoever
 # sets NODE_RANK, one srun per node, counts within the job.
@@ -128,9 +121,8 @@ if ((in_step)) && [[ -z ${NODE_RANK:-} ]]; then
     slurm_nodes=${SLURM_STEP_NUM_NODES:-$slurm_nodes}
     slurm_list=${SLURM_STEP_NODELIST:-$slurm_list}
 fi
-nnodes=${NNODES:-${WORLD_SIZE:-$slurm_nodes}}
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] ||
-    die "the number of nodes (NNODES, WORLD_SIZE) is '$nnodes': it must be a positive integer."
+slurm_nodes=$(number "SLURM's number of nodes" "$slurm_nodes" 1)
+nnodes=$(number "NNODES (or WORLD_SIZE), the number of nodes," "${NNODES:-${WORLD_SIZE:-$slurm_nodes}}" 1)
 
 # JIT_SRUN_JOB, the job in which srun was started from here, is a second guard against doing it twice. It names the job
 # because a job submitted from within a step inherits the environment.
@@ -144,17 +136,22 @@ if [[ ${AUTO_SRUN:-1} == 1 && -n ${SLURM_JOB_ID:-} && ${JIT_SRUN_JOB:-} != "${SL
     # fails would leave the others waiting for it; but nodes that were asked to stop end a moment apart, with exit code
     # 75, which --kill-on-bad-exit would not allow. srun takes the number of processors from its command line alone.
     # NODE_RANK, if set, cannot be right for every node.
-    run "$nnodes nodes" env -u NODE_RANK JIT_SRUN_JOB="$SLURM_JOB_ID" srun --nodes="$nnodes" --ntasks="$nnodes" \
-        --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=60 \
-        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "$script" "$@"
+    command=(env -u NODE_RANK JIT_SRUN_JOB="$SLURM_JOB_ID" srun --nodes="$nnodes" --ntasks="$nnodes"
+        --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=60
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "$script" "$@")
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '%q ' "${command[@]}" && echo
+        exit 0
+    fi
+    exec "${command[@]}"
 fi
 
 ((!in_step)) || [[ ${SLURM_LOCALID:-0} == 0 ]] ||
     die "srun started this script more than once on this node: use --ntasks-per-node=1 (torchrun forks)."
-node_rank=${NODE_RANK:-0}
-if [[ -z ${NODE_RANK:-} ]] && ((nnodes > 1)); then node_rank=${SLURM_NODEID:-0}; fi
-[[ $node_rank =~ ^(0|[1-9][0-9]*)$ && $node_rank -lt $nnodes ]] ||
-    die "NODE_RANK is '$node_rank': with $nnodes node(s) it must be an integer from 0 to $((nnodes - 1))."
+node_rank=${NODE_RANK:-}
+if [[ -z $node_rank ]] && ((nnodes > 1)); then node_rank=${RANK:-${SLURM_NODEID:-0}}; fi
+node_rank=$(number NODE_RANK "${node_rank:-0}" 0)
+((node_rank < nnodes)) || die "NODE_RANK is $node_rank: with $nnodes node(s) it must be at most $((nnodes - 1))."
 
 if ((nnodes == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
     # torchrun finds a free port. The address spares looking up a host name that may not resolve.
@@ -171,7 +168,8 @@ else
             die "MASTER_ADDR is not set: node $node_rank of $nnodes must know the host name or address of node 0."
         fi
     fi
-    port=${MASTER_PORT:-29500}
+    port=$(number MASTER_PORT "${MASTER_PORT:-29500}" 1)
+    ((port < 65536)) || die "MASTER_PORT is $port: ports end at 65535."
     rendezvous=(--nnodes="$nnodes" --node_rank="$node_rank" --master_addr="$master_addr" --master_port="$port")
     if [[ -n ${MAX_RESTARTS:-} ]]; then  # the static rendezvous takes place once
         rendezvous=(--nnodes="$nnodes" --rdzv_backend=c10d --rdzv_endpoint="$master_addr:$port"
@@ -180,7 +178,7 @@ else
     fi
 fi
 if [[ -n ${MAX_RESTARTS:-} ]]; then
-    rendezvous+=(--max_restarts="$MAX_RESTARTS")
+    rendezvous+=(--max_restarts="$max_restarts")
     # torch 2.11 otherwise gives the processes of a restart the store of those before, with their addresses in it.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
@@ -213,34 +211,14 @@ if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
 elif type -P nvidia-smi >/dev/null; then
     visible=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
 fi
-num_gpus=${NUM_GPUS:-$((visible > 0 ? visible : 1))}
-[[ $num_gpus =~ ^[1-9][0-9]*$ ]] ||
-    die "NUM_GPUS is '$num_gpus': it must be a positive integer, the number of processes on this node."
+num_gpus=$(number NUM_GPUS "${NUM_GPUS:-$((visible > 0 ? visible : 1))}" 1)
 ((visible == 0 || num_gpus <= visible)) || die "NUM_GPUS is $num_gpus, and $visible CUDA device(s) are visible here."
 
 # ---- the command -----------------------------------------------------------------------------
-dataset=${DATASET:-} previous=
-for flag in "$@"; do
-    if [[ $previous == --dataset ]]; then dataset=$flag; fi
-    if [[ $flag == --dataset=* ]]; then dataset=${flag#*=}; fi
-    previous=$flag
-done
-data_path=${DATA_PATH:-${DATA_ROOT:-}}
-if [[ -z $data_path && (-z $dataset || $dataset == imagefolder) ]]; then data_path=${IMAGENET_ROOT:-}; fi
-
-settings=()
-if [[ -n $data_path ]]; then settings+=(--data_path "$data_path"); fi
-if [[ ${ENABLE_WANDB:-1} == 0 ]]; then export WANDB_MODE=disabled; fi
-for name in MODEL IMG_SIZE NOISE_SCALE PRED_PARAM BATCH_SIZE BLR EPOCHS WARMUP_EPOCHS GEN_BSZ NUM_IMAGES CFG \
-    INTERVAL_MIN INTERVAL_MAX DATASET GLOBAL_BATCH OUTPUT_DIR RESUME \
-    WANDB_PROJECT WANDB_ENTITY WANDB_RUN_NAME WANDB_NUM_VIS WANDB_MODE; do
-    if [[ -n ${!name:-} ]]; then settings+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "${!name}"); fi
-done
-case ${ONLINE_EVAL:-} in 1) settings+=(--online_eval) ;; 0) settings+=(--no-online_eval) ;; esac
-if [[ ${EVALUATE_GEN:-} == 1 ]]; then settings+=(--evaluate_gen); fi
 
 if ((node_rank != 0)); then export REQUEUE=0; fi  # the first node does it for the job
-# -P: a folder util/ in the working directory is not ours.
-run "node $node_rank of $nnodes, $num_gpus process(es)" env PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" \
-    "$python" -P -m util.dist.launch --nproc_per_node="$num_gpus" "${rendezvous[@]}" \
-    "$root/main_jit.py" ${settings[@]+"${settings[@]}"} "$@"
+# Signals wait until Python takes them. -P: a folder util/ in the working directory is not ours.
+block=
+if env --block-signal=TERM true 2>/dev/null; then block=--block-signal=TERM,HUP,USR1,INT,QUIT; fi
+exec env ${block:+"$block"} PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" \
+    "$python" -P -m tools.launch --nproc_per_node="$num_gpus" "${rendezvous[@]}" "$root/main_jit.py" "$@"

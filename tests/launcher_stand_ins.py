@@ -1,7 +1,6 @@
 """The launcher in a folder of its own, beside a main_jit.py that is empty or trains TINY; used by several modules."""
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "run_jit_multinode.sh"
 TWO_NODES = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_NODEID": "0"}
+SAY = r"""printf '%s\0' "$0" "$@" """  # the body of a program that prints how it was called
 STEP = {**TWO_NODES, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0"}
 
 
@@ -29,6 +29,8 @@ class Launcher:
         self.main.touch()
         self.bin = folder / "bin"
         self.fake("nvidia-smi", "exit 9")  # no driver, whatever this machine has
+        for name in ("python3", "srun"):
+            self.fake(name, SAY)
 
     def fake(self, name, body):
         return program(self.bin / name, body)
@@ -39,26 +41,20 @@ class Launcher:
         return subprocess.run(command, env=env, cwd=cwd or self.root, capture_output=True, text=True, timeout=30)
 
     def command(self, *flags, **kwargs):
-        """The words of the command that DRY_RUN=1 prints."""
-        done = self.run(*flags, DRY_RUN="1", **kwargs)
+        """The words of the command that it becomes, from the interpreter or srun on."""
+        done = self.run(*flags, **kwargs)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("\n") == 1
-        return shlex.split(done.stdout)
-
-    def settings(self, *flags, **kwargs):
-        """What follows main_jit.py in it."""
-        words = self.command(*flags, **kwargs)
-        return words[words.index(str(self.main)) + 1 :]
+        return done.stdout.split("\0")[:-1]
 
     def torchrun(self, *flags, **kwargs):
-        """What precedes main_jit.py in it, from the interpreter on."""
-        words = self.command(*flags, DATASET="digits", **kwargs)
-        assert words[:2] == ["env", f"PYTHONPATH={self.root}"]
-        return words[2 : words.index(str(self.main))]
+        """What precedes main_jit.py in it."""
+        words = self.command(*flags, **kwargs)
+        assert words[1:4] == ["-P", "-m", "tools.launch"]
+        return words[: words.index(str(self.main))]
 
     def error(self, *flags, **variables):
-        """The message with which it refuses; nothing on stdout, where the command would be."""
-        done = self.run(*flags, **{"DRY_RUN": "1", **variables})
+        """The message with which it refuses; nothing starts."""
+        done = self.run(*flags, **variables)
         assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
         assert done.stdout == ""
         return done.stderr
@@ -99,7 +95,7 @@ def tiny_checkout(folder: Path) -> Path:
 
 
 def basics(**variables: str) -> dict[str, str]:
-    """An environment with what every program needs; util.dist.launch is found in this checkout."""
+    """An environment with what every program needs; tools.launch is found in this checkout."""
     env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ENABLE_WANDB": "0"}
     return env | variables

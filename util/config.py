@@ -5,8 +5,11 @@ that needs one group alone says so in its signature. Registered operators add th
 A value is the given one, else the checkpoint's, else the default: `resolve`, once, before any work.
 """
 
+import argparse
 import dataclasses
 import math
+import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,8 @@ from util.io import json_hash
 from util.operators import BLOCK_OPERATORS, INPUT_OPERATORS
 
 WEIGHTS = ("ema1", "ema2", "model")
+# Flags of the published release that scripts pass; torchrun and the loader settle here what they say.
+IGNORED = ("pin_mem", "no_pin_mem", "world_size", "local_rank", "dist_on_itp", "dist_url")
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,8 @@ class SweepConfig:
 class RunConfig:
     """Run (folders, checkpoints, hardware, logging)"""
 
-    output_dir: str | None = flag(None, PER_CALL, "folder of the run (default: output/<name made from the settings>)")
+    output_dir: str | None = flag(None, PER_CALL, "folder of the run (default: --output_root/<name of the settings>)")
+    output_root: str = flag("output", PER_CALL, "folder of runs without --output_dir")
     resume: str | None = flag(None, PER_CALL, "folder of a run to resume, evaluate or sample (default: --output_dir)")
     checkpoint: str | None = flag(None, PER_CALL, "file in it to evaluate or sample (default: the newest)")
     save_last_freq: int = flag(5, OVERRIDABLE, "epochs between checkpoints", ge=1)
@@ -245,7 +251,13 @@ def all_flags() -> dict[str, dataclasses.Field]:
 def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse a command line. Only what was given is in the result. Raises UserError."""
     parser = build_parser(groups(), "Train, evaluate or sample a JiT behind Spectral Forcing.")
-    return vars(parser.parse_args(argv))
+    for name in IGNORED:
+        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    ignored = [f"--{name}" for name in IGNORED if name in given]
+    if ignored and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {', '.join(ignored)}: flags of the published release without effect here", file=sys.stderr)
+    return {name: value for name, value in given.items() if name not in IGNORED}
 
 
 # -------------------------------------------------------------------------------------------------------- resolving

@@ -42,7 +42,23 @@ def recorded() -> Any:
 
 def flags_of(group: type) -> dict[str, dataclasses.Field]:
     """Return the flags that a dataclass declares, by name."""
-    return {field.name: field for field in dataclasses.fields(group) if field.metadata["lock"] is not None}
+    hints, found = typing.get_type_hints(group), {}
+    for field in dataclasses.fields(group):
+        if field.metadata["lock"] is not None:
+            field.type = hints[field.name]  # of a group whose annotations are strings
+            found[field.name] = field
+    return found
+
+
+def flag_type(field: dataclasses.Field) -> type:
+    """Return the type of a flag's value; that of `int | None` is int."""
+    kinds = typing.get_args(field.type) or (field.type,)
+    return next(kind for kind in kinds if kind is not types.NoneType)
+
+
+def has_negation(field: dataclasses.Field) -> bool:
+    """Whether a switch has a form --no-NAME: where it is on by default, or may differ from a checkpoint's."""
+    return field.default is not False or field.metadata["lock"] == OVERRIDABLE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,27 +73,17 @@ def build_parser(groups: Sequence[type], description: str) -> argparse.ArgumentP
     parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for group in groups:
         section = parser.add_argument_group(group.__doc__.strip().partition("\n")[0].rstrip("."))
-        hints = typing.get_type_hints(group)
         for name, field in flags_of(group).items():
             text = field.metadata["help"].replace("%", "%%")
             if field.default is not None and field.default is not False:
                 text += f" (default: {field.default})"
-            kind = _type(hints[name])
-            if kind is bool:
-                negatable = field.default is not False or field.metadata["lock"] == OVERRIDABLE
-                action: Any = argparse.BooleanOptionalAction if negatable else "store_true"
+            if flag_type(field) is bool:
+                action: Any = argparse.BooleanOptionalAction if has_negation(field) else "store_true"
                 section.add_argument(f"--{name}", action=action, default=argparse.SUPPRESS, help=text)
             else:
                 choices = tuple(field.metadata["choices"]) or None
-                section.add_argument(f"--{name}", type=kind, choices=choices, help=text)
+                section.add_argument(f"--{name}", type=flag_type(field), choices=choices, help=text)
     return parser
-
-
-def _type(hint: Any) -> type:
-    """The type of a field without its `| None`."""
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint
 
 
 def check_value(name: str, field: dataclasses.Field, value: Any) -> None:

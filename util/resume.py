@@ -58,7 +58,7 @@ def load_for_training(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, 
     else:
         config = resolve(given, checkpoint.args if checkpoint else None, training=True)
     config = record_spectrum(split_global_batch(config, ctx.world_size), checkpoint.args if checkpoint else None)
-    config = replace(config, resume=resume, output_dir=output or str(Path("output") / run_name(config)))
+    config = replace(config, resume=resume, output_dir=output or str(Path(config.output_root) / run_name(config)))
     if output is None and find(config.output_dir):
         return load_for_training({**given, "output_dir": config.output_dir}, ctx)
     if checkpoint is not None:

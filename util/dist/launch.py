@@ -1,6 +1,4 @@
-"""The launcher: python -m util.dist.launch ARGUMENTS-OF-TORCHRUN main_jit.py FLAGS.
-
-It runs torchrun in its own process: signals become a request to stop, workers' exit codes its own (how, says
+"""torchrun in this process, for tools/launch.py: signals become a request to stop, workers' exit codes its own (how, says
 util/dist/preemption.py). What imports torch is imported in functions, after signals have been blocked for all threads.
 """
 
@@ -21,9 +19,14 @@ EXIT_CODE = 75  # asked to stop: EX_TEMPFAIL of sysexits.h, the same command, st
 BURST = 0.3  # seconds: a SIGINT this soon after another is the same one, sent to a process and to its group
 
 
+def block_signals() -> None:
+    """Keep signals that ask to stop until `_handle_signals` takes them; threads and workers inherit it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+
+
 def launch(arguments: Sequence[str]) -> int:
     """Run torchrun until it ends. Return 75 if the workers were asked to stop, and otherwise why they failed."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # workers inherit it
+    block_signals()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
 

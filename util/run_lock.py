@@ -1,0 +1,82 @@
+"""A run holds its folder: a second one that would write there is refused."""
+
+import fcntl
+import json
+import os
+import platform
+import sys
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Self
+
+from util.errors import UserError
+from util.io import read_json
+
+NAME = "run.lock"
+PATIENCE = 20.0  # seconds: what a killed run leaves behind, its workers, ends within 10
+
+
+class RunLock:
+    """Holds a folder inside the block, by an flock on <folder>/run.lock.
+
+    The kernel frees the lock when this process ends, however it ends; on NFS other nodes see it as well.
+
+    Attributes:
+        waited: another process held the folder at first, and may have changed what is in it.
+
+    Raises:
+        UserError: another process holds the folder, or it cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder, self.waited = Path(folder), False
+        self.path = self.folder / NAME
+
+    def __enter__(self) -> Self:
+        deadline = time.monotonic() + PATIENCE
+        while (file := self._try()) is None:
+            if not self.waited:
+                print(f"{self.folder} is in use; waiting for up to {PATIENCE:.0f} s", file=sys.stderr, flush=True)
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.folder} is in use by {self._holder()}. Wait for it, stop it, or name another --output_dir."
+                )
+            self.waited = True
+            time.sleep(0.2)
+        self._file = file
+        return self
+
+    def _try(self) -> IO[str] | None:
+        """Return the locked file, None while another process holds it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a+")  # noqa: SIM115 (open inside the block)
+        except OSError as error:
+            raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.path.exists() or not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                raise BlockingIOError  # the one before has removed the file meanwhile: try the new one
+        except BlockingIOError:
+            return file.close()
+        except OSError as error:  # such as Lustre mounted without flock
+            print(f"warning: {self.path} cannot be locked ({error}): do not start a second run", file=sys.stderr)
+        since = datetime.now().isoformat(" ", "seconds")
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}) + "\n")
+        file.flush()
+        return file
+
+    def _holder(self) -> str:
+        holder = read_json(self.path)
+        if not isinstance(holder, dict):
+            return "another process"
+        return f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+            self.folder.rmdir()  # if nothing was written
+        self._file.close()
