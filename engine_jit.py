@@ -56,7 +56,7 @@ from util.evaluation.images import spread_labels
 from util.evaluation.metrics import MetricSuite
 from util.evaluation.validation import Validation, hold_out, init_overlap_warnings
 from util.io import commit, provenance, versions, wait_for_file, write_json
-from util.log import LOG_NAME, RunLog, progress, wandb_settings, warn
+from util.log import LOG_NAME, RunLog, duration, progress, wandb_settings, warn
 from util.optim import EMA, build_optimizer, learning_rate, peak_lr
 from util.profile import dry_run
 from util.resume import init_warnings, load_for_training, start_step
@@ -65,6 +65,7 @@ from util.run_lock import RunLock
 from util.schedules import build_time_sampler
 from util.train_metrics import TrainMetrics, finite_or_none
 
+FIRST_LINE, NEXT_LINE = 15.0, 30.0  # seconds after which the terminal shows a line that the log does not have
 Data = tuple[Images, Validation | None, GlobalBatchSampler]
 
 
@@ -258,40 +259,49 @@ class Trainer:
         self.denoiser.train()
         self.sampler.set_epoch(epoch, self.step - epoch * self.steps_per_epoch)
         batches = DataTimer(self.loader)
-        bar = progress(range(self.step, end), self.ctx, end - self.step, f"epoch {epoch + 1}/{config.epochs}", "step")
+        first, start = self.step, time.perf_counter()
+        bar = progress(range(first, end), self.ctx, end - first, f"epoch {epoch + 1}/{config.epochs}", "step")
         for step in bar:
             norm = self.train_step(batches, step)
             self.step = step + 1
             if self.ctx.device.type == "cpu":
                 self._stop_if_non_finite()  # there is nothing to wait for
-            if self.step % config.log_freq == 0 or self.step == end:
+            log_due = self.step % config.log_freq == 0 or self.step == end
+            if log_due:
                 self._stop_if_non_finite()
-                self._log_step(epoch, float(norm), batches.share(), bar)
-            if self.step == self.first_step + 1:
-                self._log_first_step(end)
+            if log_due or self._line_is_due():
+                pace = (time.perf_counter() - start) / (self.step - first)
+                self._log_step(epoch, norm, batches, pace, bar, log_due)
             self._after_step()
 
-    def _log_step(self, epoch: int, norm: float, data_wait: float, bar: Any) -> None:
-        config, step = self.config, self.step - 1
-        lr = learning_rate(config, step, self.steps_per_epoch)
-        values = {"epoch": epoch, **self.metrics.read(), "data_wait": round(data_wait, 4), "lr": lr}
-        self.metrics.reset()
-        self.log.log("train", step, {**values, "grad_norm": finite_or_none(norm)})
-        loss = float("nan") if values["loss"] is None else values["loss"]
-        text = f"loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.3g}  {values['images_per_s']:.0f} images/s"
-        text += f"  {data_wait:.0%} waiting for data" if data_wait >= 0.1 else ""
-        text += f"  {values['skipped']} non-finite steps skipped" if "skipped" in values else ""
-        if hasattr(bar, "set_postfix_str"):
-            bar.set_postfix_str(text)
-        else:
-            self.log.info(f"epoch {epoch + 1}/{config.epochs}  step {self.step}/{self.total_steps}  {text}")
+    def _line_is_due(self) -> bool:
+        """Whether the terminal, which may show no line for many slow steps, needs one between two lines of the log."""
+        seconds = FIRST_LINE if self.shown_at == self.began else NEXT_LINE
+        return self.ctx.is_main and time.perf_counter() - self.shown_at > seconds
 
-    def _log_first_step(self, end: int) -> None:
-        """Say how long the first step took, start of workers and compilation included, and where the next line is."""
-        self._stop_if_non_finite()  # waits for the device
-        following = min(-(-self.step // n) * n for n in (self.config.log_freq, end))
-        then = f"; next log line at step {following}" if following > self.step else ""
-        self.log.info(f"first step took {time.perf_counter() - self.began:.1f} s{then}")
+    def _log_step(self, epoch: int, norm: Tensor, batches: DataTimer, pace: float, bar: Any, to_file: bool) -> None:
+        """Show progress; with `to_file` also write a line of the log, on the mean loss since the last one."""
+        step, end, grad_norm = self.step - 1, (epoch + 1) * self.steps_per_epoch, float(norm)
+        lr = learning_rate(self.config, step, self.steps_per_epoch)
+        values = {"epoch": epoch, **self.metrics.read(), "lr": lr, "grad_norm": finite_or_none(grad_norm)}
+        if to_file:
+            values["data_wait"] = round(batches.share(), 4)
+            self.metrics.reset()
+            self.log.log("train", step, values)
+        self.shown_at = time.perf_counter()
+        loss = float("nan") if values["loss"] is None else values["loss"]
+        text = f"loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3g}  {values['images_per_s']:.0f} images/s"
+        text += f"  {values['data_wait']:.0%} waiting for data" if values.get("data_wait", 0) >= 0.1 else ""
+        text += f"  {values['skipped']} non-finite steps skipped" if "skipped" in values else ""
+        epochs = f"epoch {epoch + 1}/{self.config.epochs}"
+        run_left = f"{duration(pace * (self.total_steps - self.step))} left"
+        if self.step == end:
+            self.log.info(f"{epochs} done  step {self.step}/{self.total_steps}  {text}  {run_left}")
+        elif hasattr(bar, "set_postfix_str"):
+            bar.set_postfix_str(f"{text}  {run_left}")
+        else:
+            epoch_left = f"{duration(pace * (end - self.step))} of the epoch"
+            self.log.info(f"{epochs}  step {self.step}/{self.total_steps}  {text}  {run_left}, {epoch_left}")
 
     def _after_step(self) -> None:
         """Save and stop if it is due, after the same step on all ranks."""
@@ -452,12 +462,10 @@ class Trainer:
         exit_code = 1
         try:
             self._resume_end_of_epoch()
-            self.began = time.perf_counter()
+            self.began = self.shown_at = time.perf_counter()
             for epoch in range(self.step // self.steps_per_epoch, config.epochs):
-                start = time.perf_counter()
                 self.train_one_epoch(epoch)
                 self._report_bad_images()
-                self.log.info(f"epoch {epoch + 1}/{config.epochs} done in {time.perf_counter() - start:.1f} s")
                 self._end_epoch(epoch)
             exit_code = 0
         except Preempted:

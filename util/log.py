@@ -5,6 +5,7 @@ Only rank 0 writes; on the other ranks every call does nothing.
 
 import json
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -58,7 +59,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, ctx: DistContext, wandb: Mapping[str, Any], resumed_step: int | None = None):
-        self.is_main, self.file, self.wandb_run = ctx.is_main, None, None
+        self.is_main, self.file, self.wandb_run, self.upload = ctx.is_main, None, None, None
         self.path = folder / LOG_NAME
         if not self.is_main:
             return
@@ -72,14 +73,21 @@ class RunLog:
         import wandb
 
         id_file = folder / WANDB_ID_NAME
-        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+        known = id_file.read_bytes().decode(errors="replace").strip() if id_file.exists() else ""
+        run_id = known if known.isalnum() else secrets.token_hex(4)  # a damaged file is replaced
         quiet = wandb.Settings(console="off", silent=True)
         try:
             self.wandb_run = wandb.init(**settings, dir=str(folder), id=run_id, resume="allow", settings=quiet)
             self.wandb_run.define_metric("*", step_metric="step")
         except Exception as error:  # wandb raises many types; each of them means that there is no logging
             raise UserError(f"Weights & Biases did not start ({error}). ENABLE_WANDB=0 runs without it.") from error
-        id_file.write_text(run_id + "\n")
+        if run_id != known:
+            with replacing(id_file) as file:
+                file.write(f"{run_id}\n".encode())
+        if settings["mode"] == "offline":
+            self.upload = (
+                f"upload to Weights & Biases: wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*-{run_id}"
+            )
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one JSON line; its numbers also go to Weights & Biases as `event/name`."""
@@ -109,6 +117,8 @@ class RunLog:
     def close(self, exit_code: int = 0) -> None:
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=exit_code)
+        if self.upload:  # all parts of a run that was resumed
+            self.info(self.upload)
         if self.file is not None:
             self.file.close()
 
@@ -119,16 +129,16 @@ def _truncate(path: Path, step: int) -> None:
     A line "train" carries the number of its last step, counted from 0; every other line the number of finished steps.
     """
     kept = []
-    for text in path.read_text().splitlines(keepends=True):
+    for text in path.read_bytes().splitlines(keepends=True):
         try:
             line = json.loads(text)
             repeated = line["event"] != "start" and line["step"] + (line["event"] == "train") > step
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if not repeated and text.endswith("\n"):
+        if not repeated and text.endswith(b"\n"):
             kept.append(text)
     with replacing(path) as file:
-        file.write("".join(kept).encode())
+        file.write(b"".join(kept))
 
 
 class ImageProgress:

@@ -1,5 +1,8 @@
 """The log of a run: JSON lines, one Weights & Biases run across restarts, and no secret in any file."""
 
+import contextlib
+import glob
+import io
 import json
 import re
 import time
@@ -69,29 +72,35 @@ def test_loss_is_the_mean_since_the_last_line(tmp_path, trained):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_duration_of_the_first_step_is_logged(tmp_path, monkeypatch, capsys):
-    """With its time and the step of the next line; also in the middle of an epoch, here of five steps."""
-    sample_step, slow = engine_jit.sample_step, 0
+def test_the_terminal_shows_a_line_an_epoch_with_the_time_left(tmp_path, capsys):
+    train(tmp_path, log_freq=100, epochs=3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [re.match(r"epoch (./3) done  step (./6)  loss .*  (\d+ s) left$", line).groups() for line in lines] == [
+        (f"{epoch}/3", f"{2 * epoch}/6", "0 s") for epoch in (1, 2, 3)
+    ]
 
-    def delayed(rng, *args):
-        if rng.step == 6 and slow == 0:
-            raise KeyboardInterrupt
-        time.sleep(0.4 if rng.step == slow else 0)
-        return sample_step(rng, *args)
+
+@pytest.mark.usefixtures("tiny")
+def test_slow_steps_are_shown_between_two_lines_of_the_log(tmp_path, monkeypatch, capsys):
+    """Five steps of 0.2 s an epoch; the log has what it would have without, to the bit."""
+    settings = {"batch_size": 8, "log_freq": 100, "epochs": 2}
+    plain = train(tmp_path / "plain", **settings)
+    capsys.readouterr()
+    sample_step = engine_jit.sample_step
+
+    def delayed(*args):
+        time.sleep(0.2)
+        return sample_step(*args)
 
     monkeypatch.setattr(engine_jit, "sample_step", delayed)
-    settings = {"batch_size": 8, "log_freq": 4, "save_every_steps": 3}
-    train(tmp_path, code=130, **settings)
-    first = capsys.readouterr().out
-    slow = 6
-    train(tmp_path, **settings)
-    for said, follows, line in ((first, 4, "step 4/10"), (capsys.readouterr().out, 8, "step 8/10")):
-        (found,) = re.finditer(r"first step took (\S+) s; next log line at step (\d+)\n", said)
-        assert 0.4 <= float(found[1]) < 30 and int(found[2]) == follows and found.end() <= said.index(line)
-    lines = map(json.loads, (tmp_path / LOG_NAME).read_text().splitlines())
-    assert {line["event"] for line in lines} == {"start", "train", "save"}  # it is for people alone
-    train(tmp_path, batch_size=8, epochs=3)
-    assert re.search(r"step 11/15 .*\nfirst step took \S+ s\n", capsys.readouterr().out)
+    monkeypatch.setattr(engine_jit, "FIRST_LINE", 0.1)
+    monkeypatch.setattr(engine_jit, "NEXT_LINE", 0.5)
+    slow = train(tmp_path / "slow", **settings)
+    out = capsys.readouterr().out
+    steps = [int(step) for step in re.findall(r"step (\d+)/10 .* left", out)]
+    assert steps[0] == 1 and {5, 10} < set(steps) and 4 <= len(steps) < 10
+    assert re.search(r"epoch 1/2  step 1/10  loss [\d.]+ .* [23] s left, 1 s of the epoch\n", out)
+    assert read_log(slow) == read_log(plain)
 
 
 @pytest.mark.parametrize(
@@ -138,16 +147,19 @@ def offline(tmp_path_factory):
             probe.finish()
         except Exception as error:
             pytest.skip(f"Weights & Biases does not start offline here: {error}")
-        ids = []
+        ids, out = [], io.StringIO()
         for epochs in (1, 2):
             argv = arguments(output_dir=folder, epochs=epochs, wandb_mode="offline", wandb_run_name="a name")
-            assert main_jit.main(argv) == 0
+            with contextlib.redirect_stdout(out):
+                assert main_jit.main(argv) == 0
             ids.append((folder / WANDB_ID_NAME).read_text().strip())
-    return folder, ids
+    return folder, ids, out.getvalue()
 
 
-def test_a_resumed_run_keeps_its_id(offline):
-    folder, ids = offline
+def test_a_resumed_run_keeps_its_id_and_all_its_parts_are_uploaded(offline):
+    folder, ids, said = offline
+    (command,) = set(re.findall("upload to Weights & Biases: wandb sync (.*)", said))
+    assert len(glob.glob(command)) == 2
     assert len(set(ids)) == 1
     runs = sorted(path.name for path in (folder / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and all(f"-{ids[0]}" in name for name in runs)
@@ -155,7 +167,7 @@ def test_a_resumed_run_keeps_its_id(offline):
 
 
 def test_the_key_is_in_no_file(offline):
-    folder, _ = offline
+    folder, *_ = offline
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"config.json", LOG_NAME, "checkpoint-last.pth"} <= {path.name for path in files}
     assert any(path.suffix == ".wandb" for path in files)
@@ -200,6 +212,23 @@ def test_a_folder_keeps_its_id(tmp_path, monkeypatch):
     (tmp_path / "another").mkdir()
     RunLog(tmp_path / "another", ONE, settings)
     assert seen[4]["id"] != run_id
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\n", b"a b\n"])
+def test_a_damaged_id_is_replaced(tmp_path, monkeypatch, content):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: StandIn([]))
+    (tmp_path / WANDB_ID_NAME).write_bytes(content)
+    RunLog(tmp_path, ONE, {"mode": "online"}).close()
+    assert re.fullmatch("[0-9a-f]{8}\n", (tmp_path / WANDB_ID_NAME).read_text())
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    good = json.dumps({"event": "train", "step": 0}) + "\n"
+    nested = "[" * 5000 + "]" * 5000 + "\n"
+    (tmp_path / LOG_NAME).write_bytes(good.encode() + b'{"event": "\xff"}\n' + nested.encode() + good.encode()[:9])
+    RunLog(tmp_path, ONE, OFF, resumed_step=1).close()
+    assert (tmp_path / LOG_NAME).read_text() == good
 
 
 def test_it_does_not_start(tmp_path, monkeypatch):
