@@ -8,6 +8,7 @@ do not depend on how many ranks and microbatches share a step, nor on interrupti
 Shapes: B images of a microbatch on one rank; images (B, 3, H, W), labels and positions (B,).
 """
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
@@ -395,7 +396,10 @@ class Trainer:
 
     def _keeps(self, epochs_done: int) -> bool:
         """Whether the checkpoint after so many epochs is kept for good."""
-        return bool(self.config.keep_every_epochs) and epochs_done % self.config.keep_every_epochs == 0
+        every = self.config.keep_every_epochs
+        if every is None:
+            every = 100 if self.config.epochs >= 200 else 0
+        return every > 0 and epochs_done % every == 0
 
     def _stop(self) -> None:
         self._wait_for_saves()
@@ -448,9 +452,9 @@ class Trainer:
     def run(self) -> dict[str, Path]:
         """Train to the last epoch. Return what was written: name -> path."""
         config, ctx = self.config, self.ctx
+        run_on_rank0(ctx, self._prepare_folder)
         self.log = self._open_log()
-        run_on_rank0(ctx, lambda: files.recover(self.folder, self.newest_step))
-        self._write_config()
+        self._log_start()
         self.writer = CheckpointWriter(
             self.folder, config.keep_last, self.newest_step, self.step, ctx, sharded=self.sharded
         )
@@ -503,39 +507,57 @@ class Trainer:
 
     def _open_log(self) -> RunLog:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             settings = wandb_settings(self.config, run_name(self.config))
             return RunLog(self.folder, self.ctx, settings, resumed_step=self.step)
         except OSError as error:
             raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
 
-    def _write_config(self) -> None:
-        """Write the resolved configuration to the folder and its summary to the terminal."""
-        config, ctx = self.config, self.ctx
-        path = self.folder / (f"config-from-step{self.step:09d}.json" if self.step else "config.json")
-        parameters = sum(p.numel() for p in self.denoiser.parameters())
-        resolved = {
-            "peak_lr": peak_lr(config),
+    def _prepare_folder(self) -> None:
+        """Put in order what a killed run left, refuse a disk without room, and write the resolved configuration."""
+        needed = 20 * sum(p.numel() for p in self.denoiser.parameters())  # bytes: weights, two EMAs, two moments
+        content = {"args": self.config.as_dict(), "resolved": self._resolved(), **provenance(self.ctx.device)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.recover(self.folder, self.newest_step)
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise UserError(
+                    f"The disk of {self.folder} is too full for a checkpoint: {needed / 1e9:.3g} GB are needed and "
+                    f"{free / 1e9:.3g} GB are free. Make room, or name an --output_dir on another disk."
+                )
+            write_json(self._config_path(), content)
+        except OSError as error:
+            raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
+
+    def _config_path(self) -> Path:
+        return self.folder / (f"config-from-step{self.step:09d}.json" if self.step else "config.json")
+
+    def _resolved(self) -> dict[str, Any]:
+        """Return what follows from the settings, the data and the machine."""
+        return {
+            "peak_lr": peak_lr(self.config),
             "steps_per_epoch": self.steps_per_epoch,
-            "parameters": parameters,
-            "ranks": ctx.world_size,
-            "device": str(ctx.device),
-            "operators": describe_operators(config),
+            "parameters": sum(p.numel() for p in self.denoiser.parameters()),
+            "ranks": self.ctx.world_size,
+            "device": str(self.ctx.device),
+            "operators": describe_operators(self.config),
             "started_from": self.started_from,
         }
-        if ctx.is_main:
-            write_json(path, {"args": config.as_dict(), "resolved": resolved, **provenance(ctx.device)})
-        elif self.suite is not None and not wait_for_file(path):
+
+    def _log_start(self) -> None:
+        """Log the resolved configuration, and print its summary."""
+        config, ctx, path, resolved = self.config, self.ctx, self._config_path(), self._resolved()
+        if self.suite is not None and not wait_for_file(path):
             raise UserError(f"{self.folder} must be a folder that all ranks share, or set ONLINE_EVAL=0.")
         self.log.log("start", self.step, resolved)
         within = self.step % self.steps_per_epoch
         at = f" (from its step {within + 1})" if within else ""
         self.log.info(
-            f"{config.model} at {config.img_size} px, {parameters:,} parameters, {ctx.world_size} x {ctx.device.type}, "
-            f"{self.started_from}\n"
-            f"  {describe_operators(config)}\n"
+            f"{config.model} at {config.img_size} px, {resolved['parameters']:,} parameters, "
+            f"{ctx.world_size} x {ctx.device.type}, {self.started_from}\n"
+            f"  {resolved['operators']}\n"
             f"  global batch {config.global_batch} = {config.batch_size} x {ctx.world_size} ranks x "
-            f"{config.accum_iter} microbatches, learning rate {peak_lr(config):.3g}, "
+            f"{config.accum_iter} microbatches, learning rate {resolved['peak_lr']:.3g}, "
             f"{self.steps_per_epoch} steps per epoch\n"
             f"  epochs {config.start_epoch + 1}{at} to {config.epochs}, in {self.folder} ({path.name})\n"
             f"settings that differ from the defaults:\n{describe(config, self.given, ctx.world_size)}"

@@ -5,6 +5,7 @@ Two steps per epoch, a global batch of 16. "Bit-identical" compares weights, bot
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,16 @@ def test_ema_longer_than_the_run_is_warned_about(tmp_path, capsys):
         assert part in err
     train(tmp_path / "b", epochs=1, ema_decay1=1.0, ema_decay2=0.4)
     assert "infinitely many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("epochs", "given", "kept"),
+    [(199, None, []), (200, None, [100, 200]), (600, 0, []), (250, None, [100, 200]), (30, 10, [10, 20, 30])],
+)
+def test_checkpoints_that_stay(epochs, given, kept):
+    """Of long runs those of every 100th epoch, as in the published release."""
+    trainer = SimpleNamespace(config=SimpleNamespace(epochs=epochs, keep_every_epochs=given))
+    assert [done for done in range(1, epochs + 1) if engine_jit.Trainer._keeps(trainer, done)] == kept
 
 
 # --- samples and evaluations ----------------------------------------------------------------------------------------

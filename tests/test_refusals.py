@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import engine_jit
 import main_jit
 from tests.conftest import TINY, Payload, arguments, flags, listing, raw
 from util.checkpoint.files import NAME
@@ -214,6 +216,12 @@ def test_command_line_errors_end_with_2(refuses):
 def test_output_folder_that_cannot_be_made(here, refuses):
     (here / "file").write_text("x")
     refuses(arguments(output_dir="file/out"), "file/out", "cannot be written")
+
+
+def test_a_disk_that_is_too_full_for_a_checkpoint(refuses, monkeypatch):
+    usage = SimpleNamespace(free=10_000)
+    monkeypatch.setattr(engine_jit.shutil, "disk_usage", lambda path: usage)
+    refuses(arguments(output_dir="out"), "too full for a checkpoint: 0.00192 GB are needed and 1e-05 GB are free")
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ A value is the given one, else the checkpoint's, else the default: `resolve`, on
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -83,10 +82,10 @@ class PathConfig:
     """Path between noise and data"""
 
     pred_param: str = flag("x", LOCKED, "what the network predicts", ("x", "v"))
-    noise_scale: float = flag(1.0, LOCKED, "standard deviation of the noise")
+    noise_scale: float = flag(1.0, LOCKED, "standard deviation of the noise", gt=0)
     t_eps: float = flag(0.05, LOCKED, "lower bound of 1 - t")
     P_mean: float = flag(-0.8, LOCKED, "mean of logit(t) in training")
-    P_std: float = flag(0.8, LOCKED, "standard deviation of logit(t) in training")
+    P_std: float = flag(0.8, LOCKED, "standard deviation of logit(t) in training", gt=0)
 
 
 @dataclass(frozen=True)
@@ -209,14 +208,16 @@ class RunConfig:
     save_every_steps: int | None = flag(None, OVERRIDABLE, "also this often, in steps (0: never)", ge=0)
     save_every_minutes: float = flag(30.0, OVERRIDABLE, "also this often, in minutes", ge=0)
     keep_last: int = flag(2, OVERRIDABLE, "newest checkpoints that stay", ge=1)
-    keep_every_epochs: int | None = flag(None, OVERRIDABLE, "keep a checkpoint for good, this often (0: none)", ge=0)
+    keep_every_epochs: int | None = flag(
+        None, OVERRIDABLE, "keep a checkpoint for good, this often (default: 100 for runs of 200 epochs; 0: none)", ge=0
+    )
     log_freq: int = flag(100, OVERRIDABLE, "steps between log lines", ge=1)
     device: str | None = flag(None, PER_CALL, "cpu or cuda (default: cuda if there is one)")
     precision: str = flag("auto", OVERRIDABLE, "autocast; auto: bf16 on CUDA, else fp32", ("auto", "bf16", "fp32"))
     compile: str = flag("auto", OVERRIDABLE, "torch.compile; auto: block on CUDA, off on CPU", COMPILE_MODES)
     parallel: str = flag("ddp", OVERRIDABLE, "replicate or shard the model over ranks", PARALLEL)
     activation_checkpointing: bool = flag(False, OVERRIDABLE, "recompute blocks in the backward pass: less memory")
-    dist_timeout: float = flag(30.0, PER_CALL, "minutes to wait for another rank", gt=0, lt=math.inf)
+    dist_timeout: float = flag(30.0, PER_CALL, "minutes to wait for another rank", gt=0)
     wandb_project: str = flag("jit", PER_CALL, "Weights & Biases project")
     wandb_entity: str | None = flag(None, PER_CALL, "its user or team")
     wandb_run_name: str | None = flag(None, PER_CALL, "name of the run (default: made from the settings)")
@@ -395,6 +396,13 @@ def check(config: Any, evaluates: bool) -> list[str]:
     patch = JiT_models[config.model].keywords["patch_size"]
     if config.img_size % patch:
         raise UserError(f"--img_size {config.img_size} is not divisible by the patch size {patch} of {config.model}.")
+    table = (config.img_size // patch) ** 2 * JiT_models[config.model].keywords["hidden_size"] * 4  # bytes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if table > memory:
+        raise UserError(
+            f"--img_size {config.img_size} with {config.model} needs {table / 1e9:.3g} GB for its position table alone; "
+            f"this machine has {memory / 1e9:.3g} GB. Choose smaller images or larger patches."
+        )
     if config.input_operator not in ("none", *INPUT_OPERATORS):
         known = ", ".join(("none", *INPUT_OPERATORS))
         raise UserError(f"--input_operator {config.input_operator} is unknown; it must be one of {known}.")

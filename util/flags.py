@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -91,6 +92,8 @@ def check_value(name: str, field: dataclasses.Field, value: Any) -> None:
     choices = tuple(field.metadata["choices"])
     if choices and value not in choices:
         raise UserError(f"--{name} {value} is unknown; it must be one of {', '.join(choices)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} {value} is out of range; it must be a finite number.")
     for key, bound in field.metadata["ranges"].items():
         words, holds = RANGES[key]
         if value is not None and not holds(value, bound):

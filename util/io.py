@@ -60,7 +60,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file; None if it is missing or unreadable."""
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
