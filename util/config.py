@@ -400,7 +400,7 @@ def check(config: Any, evaluates: bool) -> list[str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if table > memory:
         raise UserError(
-            f"--img_size {config.img_size} with {config.model} needs {table / 1e9:.3g} GB for its position table alone; "
+            f"--img_size {config.img_size} with {config.model} needs {table / 1e9:.3g} GB for its position table; "
             f"this machine has {memory / 1e9:.3g} GB. Choose smaller images or larger patches."
         )
     if config.input_operator not in ("none", *INPUT_OPERATORS):
