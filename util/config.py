@@ -63,8 +63,12 @@ class ModelConfig:
     input_operator: str = flag(
         "spectral_forcing", LOCKED, "what filters the model's input: none or spectral_forcing", added=True
     )
-    attn_dropout: float = flag(0.0, LOCKED_FOR_TRAINING, "of attention weights, middle half of the blocks", ge=0, le=1)
-    proj_dropout: float = flag(0.0, LOCKED_FOR_TRAINING, "of projections, middle half of the blocks", ge=0, le=1)
+    attn_dropout: float = flag(
+        0.0, LOCKED_FOR_TRAINING, "dropout of attention weights in the middle half of the blocks", ge=0, le=1
+    )
+    proj_dropout: float = flag(
+        0.0, LOCKED_FOR_TRAINING, "dropout of projections in the middle half of the blocks", ge=0, le=1
+    )
     attn_fp32: bool = flag(False, OVERRIDABLE, "compute attention in float32 always")
 
     @property
@@ -92,9 +96,13 @@ class PathConfig:
 class ScheduleConfig:
     """Noise schedules from a spectrum (arXiv 2603.19222)"""
 
-    t_sampler: str = flag("logit_normal", LOCKED_FOR_TRAINING, "density of t in training", T_SAMPLERS, added=True)
-    t_uniform_mix: float = flag(0.1, LOCKED_FOR_TRAINING, "share of uniform t in it", added=True, ge=0, le=1)
-    spectral_variant: str = flag("mixed", LOCKED_FOR_TRAINING, "of the schedules", VARIANTS, added=True)
+    t_sampler: str = flag("logit_normal", LOCKED_FOR_TRAINING, "distribution of t in training", T_SAMPLERS, added=True)
+    t_uniform_mix: float = flag(
+        0.1, LOCKED_FOR_TRAINING, "share of t that is uniform, with a spectral --t_sampler", added=True, ge=0, le=1
+    )
+    spectral_variant: str = flag(
+        "mixed", LOCKED_FOR_TRAINING, "variant of the spectral schedules", VARIANTS, added=True
+    )
     spectral_delta: float = flag(0.1, LOCKED_FOR_TRAINING, "Wiener gain neglected at both ends", added=True, gt=0, lt=1)
     sampling_grid: str = flag("uniform", OVERRIDABLE, "times of the sampling steps", GRIDS)
     sample_t_eps: float | None = flag(
@@ -113,7 +121,9 @@ class DataConfig:
     dataset: str = flag("imagefolder", LOCKED_FOR_TRAINING, "data set", DATASETS)
     data_path: str | None = flag(None, OVERRIDABLE, "folder with train/, train/ itself, or a cache")
     flip: bool | None = flag(None, LOCKED_FOR_TRAINING, "mirror at random (default: the data set's)")
-    on_bad_image: str = flag("error", OVERRIDABLE, "skip: use another image of its class", ("error", "skip"))
+    on_bad_image: str = flag(
+        "error", OVERRIDABLE, "an image that cannot be read: stop, or use another one of its class", ("error", "skip")
+    )
     num_workers: int | None = flag(None, PER_CALL, "loader processes (default: up to 12; 0 for data in memory)", ge=0)
 
 
@@ -126,7 +136,7 @@ class ValidationConfig:
     )
     val_images: int = flag(2048, OVERRIDABLE, "images that measure the loss, at most", ge=1)
     val_freq: int = flag(1, OVERRIDABLE, "epochs between measurements", ge=1)
-    val_rings: bool = flag(False, OVERRIDABLE, "also by frequency")
+    val_rings: bool = flag(False, OVERRIDABLE, "measure it by frequency, too")
 
 
 @dataclass(frozen=True)
@@ -136,27 +146,35 @@ class TrainConfig:
     epochs: int = flag(600, OVERRIDABLE, "epochs in all", ge=1)
     batch_size: int = flag(128, OVERRIDABLE, "images per rank and microbatch", ge=1)
     global_batch: int | None = flag(None, LOCKED_FOR_TRAINING, "images per step; sets gradient accumulation", ge=1)
-    lr: float | None = flag(None, LOCKED_FOR_TRAINING, "learning rate; wins over --blr", ge=0)
-    blr: float = flag(5e-5, LOCKED_FOR_TRAINING, "learning rate for a global batch of 256, scaled with it", ge=0)
-    lr_schedule: str = flag("constant", LOCKED_FOR_TRAINING, "after the warm-up", ("constant", "cosine"))
-    min_lr: float = flag(0.0, LOCKED_FOR_TRAINING, "where the cosine ends", ge=0)
-    warmup_epochs: float = flag(5.0, LOCKED_FOR_TRAINING, "epochs of linear warm-up", ge=0)
-    warmup_steps: int | None = flag(None, LOCKED_FOR_TRAINING, "steps of warm-up, instead of epochs", added=True, ge=0)
-    weight_decay: float = flag(0.0, LOCKED_FOR_TRAINING, "AdamW's, on matrices only", ge=0)
-    beta1: float = flag(0.9, LOCKED_FOR_TRAINING, "AdamW's", added=True, ge=0, lt=1)
-    beta2: float = flag(0.95, LOCKED_FOR_TRAINING, "AdamW's", added=True, ge=0, lt=1)
+    lr: float | None = flag(None, LOCKED_FOR_TRAINING, "peak learning rate; wins over --blr", ge=0)
+    blr: float = flag(
+        5e-5, LOCKED_FOR_TRAINING, "peak learning rate for a global batch of 256; it grows in proportion", ge=0
+    )
+    lr_schedule: str = flag("constant", LOCKED_FOR_TRAINING, "learning rate after the warm-up", ("constant", "cosine"))
+    min_lr: float = flag(0.0, LOCKED_FOR_TRAINING, "learning rate at the end of the cosine", ge=0)
+    warmup_epochs: float = flag(5.0, LOCKED_FOR_TRAINING, "epochs in which the learning rate rises from 0", ge=0)
+    warmup_steps: int | None = flag(None, LOCKED_FOR_TRAINING, "the same in steps", added=True, ge=0)
+    weight_decay: float = flag(0.0, LOCKED_FOR_TRAINING, "of AdamW, on matrices only", ge=0)
+    beta1: float = flag(0.9, LOCKED_FOR_TRAINING, "of AdamW", added=True, ge=0, lt=1)
+    beta2: float = flag(0.95, LOCKED_FOR_TRAINING, "of AdamW", added=True, ge=0, lt=1)
     grad_clip: float | None = flag(
-        None, LOCKED_FOR_TRAINING, "largest norm of the gradient (default: any)", added=True, gt=0
+        None,
+        LOCKED_FOR_TRAINING,
+        "gradients with a larger norm are scaled down to it (default: none)",
+        added=True,
+        gt=0,
     )
     ema_decay1: float = flag(0.9999, LOCKED_FOR_TRAINING, "decay of the first EMA", ge=0, le=1)
     ema_decay2: float = flag(0.9996, LOCKED_FOR_TRAINING, "decay of the second EMA", ge=0, le=1)
     label_drop_prob: float = flag(0.1, LOCKED_FOR_TRAINING, "probability that a label becomes 'no class'", ge=0, le=1)
     accum_iter: int | None = flag(None, PER_CALL, "microbatches per step (default: as --global_batch needs)", ge=1)
-    seed: int = flag(0, LOCKED_FOR_TRAINING, "of weights, order and noise, and of samples", ge=0, lt=2**64)
+    seed: int = flag(0, LOCKED_FOR_TRAINING, "seed of weights, order and noise, and of samples", ge=0, lt=2**64)
     start_epoch: int = flag(0, PER_CALL, "first epoch of a run without checkpoint", ge=0)
-    init_from: str | None = flag(None, PER_CALL, "folder of another run, whose weights a new run starts from")
-    init_weights: str = flag("model", PER_CALL, "which of its weights", WEIGHTS)
-    skip_nonfinite: int = flag(0, OVERRIDABLE, "consecutive non-finite steps that are skipped", ge=0)
+    init_from: str | None = flag(None, PER_CALL, "folder of a run from whose weights a new run starts")
+    init_weights: str = flag("model", PER_CALL, "which weights of --init_from", WEIGHTS)
+    skip_nonfinite: int = flag(
+        0, OVERRIDABLE, "skip up to so many consecutive steps whose loss or gradient is not finite", ge=0
+    )
 
 
 @dataclass(frozen=True)
@@ -164,12 +182,12 @@ class SampleConfig:
     """Sampling"""
 
     cfg: float = flag(2.9, OVERRIDABLE, "guidance scale; 1 is none")
-    interval_min: float = flag(0.1, OVERRIDABLE, "guidance only above this t (0: from the start)", ge=0, le=1)
-    interval_max: float = flag(1.0, OVERRIDABLE, "guidance only below this t", ge=0, le=1)
+    interval_min: float = flag(0.1, OVERRIDABLE, "guidance acts above this t (0: from the start)", ge=0, le=1)
+    interval_max: float = flag(1.0, OVERRIDABLE, "guidance acts below this t", ge=0, le=1)
     sampling_method: str = flag("heun", OVERRIDABLE, "solver", SOLVERS)
     num_sampling_steps: int = flag(50, OVERRIDABLE, "steps of the solver", ge=1)
     gen_bsz: int = flag(128, OVERRIDABLE, "images per rank and batch", ge=1)
-    ema: str = flag("ema1", PER_CALL, "weights that sample", WEIGHTS)
+    ema: str = flag("ema1", PER_CALL, "weights to sample or evaluate", WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -178,12 +196,14 @@ class EvaluateConfig:
 
     online_eval: bool = flag(True, OVERRIDABLE, "evaluate during training")
     eval_freq: int = flag(40, OVERRIDABLE, "epochs between sample grids and online evaluations", ge=1)
-    metrics: str | None = flag(None, OVERRIDABLE, "of fid, is, fd_effnet, class_agreement (default: the data set's)")
-    num_images: int = flag(50000, OVERRIDABLE, "images, a multiple of the number of classes", ge=1)
+    metrics: str | None = flag(
+        None, OVERRIDABLE, "any of fid, is, fd_effnet, class_agreement (default: the data set's)"
+    )
+    num_images: int = flag(50000, OVERRIDABLE, "images to generate, a multiple of the number of classes", ge=1)
     fid_stats: str | None = flag(None, PER_CALL, "reference statistics (default: in fid_stats/)")
     inception_weights: str | None = flag(None, PER_CALL, "file of Inception weights (also: INCEPTION_WEIGHTS)")
     save_images: str | None = flag(None, PER_CALL, "folder for PNGs of the images of --evaluate_gen")
-    keep_features: bool = flag(False, PER_CALL, "leave the features of the images beside the report")
+    keep_features: bool = flag(False, PER_CALL, "keep the features of the images beside the report")
 
 
 @dataclass(frozen=True)
@@ -203,10 +223,10 @@ class RunConfig:
     output_dir: str | None = flag(None, PER_CALL, "folder of the run (default: --output_root/<name of the settings>)")
     output_root: str = flag("output", PER_CALL, "folder of runs without --output_dir")
     resume: str | None = flag(None, PER_CALL, "folder of a run to resume, evaluate or sample (default: --output_dir)")
-    checkpoint: str | None = flag(None, PER_CALL, "file in it to evaluate or sample (default: the newest)")
+    checkpoint: str | None = flag(None, PER_CALL, "file in that folder to evaluate or sample (default: the newest)")
     save_last_freq: int = flag(5, OVERRIDABLE, "epochs between checkpoints", ge=1)
-    save_every_steps: int | None = flag(None, OVERRIDABLE, "also this often, in steps (0: never)", ge=0)
-    save_every_minutes: float = flag(30.0, OVERRIDABLE, "also this often, in minutes", ge=0)
+    save_every_steps: int | None = flag(None, OVERRIDABLE, "save also this often, in steps (0: never)", ge=0)
+    save_every_minutes: float = flag(30.0, OVERRIDABLE, "save also this often, in minutes", ge=0)
     keep_last: int = flag(2, OVERRIDABLE, "newest checkpoints that stay", ge=1)
     keep_every_epochs: int | None = flag(
         None, OVERRIDABLE, "keep a checkpoint for good, this often (default: 100 for runs of 200 epochs; 0: none)", ge=0
@@ -219,9 +239,9 @@ class RunConfig:
     activation_checkpointing: bool = flag(False, OVERRIDABLE, "recompute blocks in the backward pass: less memory")
     dist_timeout: float = flag(30.0, PER_CALL, "minutes to wait for another rank", gt=0)
     wandb_project: str = flag("jit", PER_CALL, "Weights & Biases project")
-    wandb_entity: str | None = flag(None, PER_CALL, "its user or team")
+    wandb_entity: str | None = flag(None, PER_CALL, "Weights & Biases user or team")
     wandb_run_name: str | None = flag(None, PER_CALL, "name of the run (default: made from the settings)")
-    wandb_mode: str = flag("offline", PER_CALL, "where to log", ("online", "offline", "disabled"))
+    wandb_mode: str = flag("offline", PER_CALL, "where Weights & Biases logs", ("online", "offline", "disabled"))
     wandb_num_vis: int = flag(16, PER_CALL, "images in the grids of samples drawn during training", ge=1)
 
 

@@ -71,7 +71,12 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(groups: Sequence[type], description: str) -> argparse.ArgumentParser:
     """Build a parser whose Namespace holds only the flags that were given; the groups' docstrings are their titles."""
-    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = _Parser(
+        usage="%(prog)s [--FLAG VALUE ...]",
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     for group in groups:
         section = parser.add_argument_group(group.__doc__.strip().partition("\n")[0].rstrip("."))
         for name, field in flags_of(group).items():

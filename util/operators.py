@@ -62,11 +62,13 @@ class SpectralForcingConfig:
     disable_dct_patchify: bool = flag(False, LOCKED, "plain JiT, without an input operator")
     window_size: int | None = flag(None, LOCKED, "window in pixels (default: the whole image)")
     disable_dct_scale_schedule: bool = flag(False, LOCKED, "a mask that does not depend on time")
-    dct_fixed_scale: float = flag(1.0, LOCKED, "its constant f, with --disable_dct_scale_schedule")
+    dct_fixed_scale: float = flag(1.0, LOCKED, "constant f with --disable_dct_scale_schedule")
     sf_c_min: float = flag(0.05, LOCKED, "cutoff at t = 0")
     sf_c_max: float = flag(1.0, LOCKED, "cutoff at t = 1")
     sf_kappa: float = flag(30.0, LOCKED, "steepness of the mask")
-    sf_schedule: str = flag("linear", LOCKED, "of the cutoff; snr needs --spectrum_file", SCHEDULES, added=True)
+    sf_schedule: str = flag(
+        "linear", LOCKED, "schedule of the cutoff; snr needs --spectrum_file", SCHEDULES, added=True
+    )
     sf_alpha: float | None = flag(None, LOCKED, "exponent of the spectrum, for power", added=True)
     sf_snr_floor: float = flag(1.0, LOCKED, "SNR at the cutoff, for power and snr", added=True, gt=0)
     sf_power: list[float] | None = recorded()  # P_k of the data set, for the schedule snr
@@ -119,8 +121,10 @@ def _check_spectral_forcing(config) -> list[str]:
 class SpectralResidualConfig:
     """Spectral residual (SpectralDiT, arXiv 2606.18765)"""
 
-    spectral_residual: str = flag("off", LOCKED, "what its gates depend on", ("off", *MODES), added=True)
-    spectral_residual_scale: float = flag(1.0, LOCKED, "bound of its gates", added=True, gt=0, lt=math.inf)
+    spectral_residual: str = flag(
+        "off", LOCKED, "what the gates of the correction depend on", ("off", *MODES), added=True
+    )
+    spectral_residual_scale: float = flag(1.0, LOCKED, "bound of the gates", added=True, gt=0, lt=math.inf)
 
 
 def _build_spectral_residual(config) -> Callable[[int, int], nn.Module] | None:
