@@ -25,6 +25,7 @@ from util.dist.context import (
     find_context,
     process_group,
     raise_on_all_ranks,
+    run_on_rank0,
 )
 from util.dist.worker import run_main
 from util.errors import UserError
@@ -32,7 +33,7 @@ from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write
 from util.evaluation.generate import sample_grid, sampling_settings, setting_name
 from util.evaluation.images import save_png, to_pil
 from util.evaluation.sweep import plan_sweep, run_sweep
-from util.io import provenance, write_json
+from util.io import make_folder, provenance, write_json
 from util.log import WANDB_ID_NAME, RunLog, wandb_settings, warn
 from util.resume import load_for_inference
 from util.schedules import spectrum_warnings
@@ -67,6 +68,7 @@ def run_sample(given: Mapping[str, Any], ctx: DistContext) -> str:
     title = f"{config.model}  cfg {config.cfg:g}  {config.sampling_method} {config.num_sampling_steps}"
     with process_group(ctx, config.dist_timeout):
         assert_same_across_ranks("checkpoint", checkpoint.identity, ctx)
+        run_on_rank0(ctx, lambda: make_folder(folder))
         images = sample_grid(denoiser, config, labels, ctx, folder / "grid.png", f"{title}  seed {config.seed}")
     if ctx.is_main:
         for i, image in enumerate(images):

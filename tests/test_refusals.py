@@ -213,9 +213,12 @@ def test_command_line_errors_end_with_2(refuses):
         refuses(argv, argv[0])
 
 
-def test_output_folder_that_cannot_be_made(here, refuses):
+def test_output_folder_that_cannot_be_made(here, run, refuses):
     (here / "file").write_text("x")
     refuses(arguments(output_dir="file/out"), "file/out", "cannot be written")
+    refuses(arguments(output_dir="/proc/out"), "/proc/out", "cannot be written")
+    refuses(of_run(run, sample=True, output_dir="/proc/out"), "/proc/out", "cannot be written")
+    refuses(of_run(run, evaluate_gen=True, num_images=10, output_dir="/proc/out"), "/proc/out", "cannot be written")
 
 
 def test_a_disk_that_is_too_full_for_a_checkpoint(refuses, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from util.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FID_STATS = REPOSITORY / "fid_stats"  # found relative to the code, whatever the working directory
@@ -40,6 +43,16 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Make a folder and those above it, where they are missing; UserError if that fails or nothing can be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"The folder {path} cannot be written: {error}.") from error
 
 
 def sync_folder(path: Path) -> None:

@@ -21,13 +21,11 @@ from spectral_ops.spectrum import ring_ratio, spectrum_gap
 from util.data.datasets import Digits
 from util.errors import UserError
 from util.evaluation.features import DigitPixels, EffNetLite0, Extractor, GreySpectrum, InceptionV3
-from util.evaluation.plots import plot_spectra
 from util.evaluation.reference import Reference, default_reference, load_reference
 
 ISC = {"splits": 10, "shuffle": True, "rng_seed": 2020}  # these three are torch-fidelity's defaults, and in each report
 PRC = {"prc_neighborhood": 3}
 KID = {"kid_subsets": 100, "kid_subset_size": 1000, "rng_seed": 2020}
-PRC_ROWS = 1000  # rows of the distance matrix at a time: 1000 x 50,000 are 200 MB
 
 
 def frechet_distance(features: Tensor, mu: Tensor | np.ndarray, sigma: Tensor | np.ndarray) -> float:
@@ -56,13 +54,14 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     return out[metric_isc.KEY_METRIC_ISC_MEAN], out[metric_isc.KEY_METRIC_ISC_STD]
 
 
-def precision_recall(generated: Tensor, real: Tensor, rows: int = PRC_ROWS) -> tuple[float, float]:
+def precision_recall(generated: Tensor, real: Tensor, rows: int = 1000) -> tuple[float, float]:
     """Compute improved precision and recall (P, R) of features (N, F) and (M, F), with k = 3.
 
         r_k(y, Y) = distance from y in Y to its k-th nearest other point of Y
         P = share of generated x with |x - y| <= r_k(y, real) for some real y;   R the same with the sets exchanged
 
-    `rows` of the distance matrices exist at a time (Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 to 3).
+    `rows` of the distance matrices exist at a time: 1000 x 50,000 are 200 MB (Kynkäänniemi et al. 2019,
+    arXiv:1904.06991, equations 1 to 3).
     """
     from torch_fidelity import metric_prc
 
@@ -126,32 +125,63 @@ class Metric:
         return set(self.needs) - {"labels", "img_size"}
 
 
-INCEPTION, EFFNET = (InceptionV3, "inception_2048"), (EffNetLite0, "effnet_lite0")
-LOGITS, DIGITS, SPECTRUM = (InceptionV3, "inception_logits_unbiased"), (DigitPixels, "digit_8x8"), "grey_spectrum"
-NEIGHBOURS = {"compute": precision_recall, "needs": ("features",), "lower_is_better": False, "least": 4}
 METRICS = {  # in the order in which a sweep prefers them
-    "fid": Metric(*INCEPTION, ("fid",), frechet_distance, ("mu", "sigma"), least=2),
-    "fd_effnet": Metric(*EFFNET, ("fd_effnet_lite0",), frechet_distance, ("mu", "sigma"), least=2),
+    "fid": Metric(InceptionV3, "inception_2048", ("fid",), frechet_distance, needs=("mu", "sigma"), least=2),
+    "fd_effnet": Metric(
+        EffNetLite0, "effnet_lite0", ("fd_effnet_lite0",), frechet_distance, needs=("mu", "sigma"), least=2
+    ),
     "class_agreement": Metric(
-        *DIGITS,
+        DigitPixels,
+        "digit_8x8",
         ("class_agreement", "class_agreement_real"),
         class_agreement,
         needs=("labels", "img_size"),
         lower_is_better=False,
         dataset="digits",
     ),
-    "is": Metric(*LOGITS, ("is_mean", "is_std"), inception_score, lower_is_better=False, least=ISC["splits"]),
-    "precision_recall": Metric(*INCEPTION, ("precision", "recall"), beside="fid", **NEIGHBOURS),
-    "kid": Metric(*INCEPTION, ("kid_mean", "kid_std"), kernel_distance, ("features",), beside="fid", least=4),
+    "is": Metric(
+        InceptionV3,
+        "inception_logits_unbiased",
+        ("is_mean", "is_std"),
+        inception_score,
+        lower_is_better=False,
+        least=ISC["splits"],
+    ),
+    "precision_recall": Metric(
+        InceptionV3,
+        "inception_2048",
+        ("precision", "recall"),
+        precision_recall,
+        needs=("features",),
+        lower_is_better=False,
+        beside="fid",
+        least=4,
+    ),
+    "kid": Metric(
+        InceptionV3,
+        "inception_2048",
+        ("kid_mean", "kid_std"),
+        kernel_distance,
+        needs=("features",),
+        beside="fid",
+        least=4,
+    ),
     "precision_recall_effnet": Metric(
-        *EFFNET, ("precision_effnet_lite0", "recall_effnet_lite0"), beside="fd_effnet", **NEIGHBOURS
+        EffNetLite0,
+        "effnet_lite0",
+        ("precision_effnet_lite0", "recall_effnet_lite0"),
+        precision_recall,
+        needs=("features",),
+        lower_is_better=False,
+        beside="fd_effnet",
+        least=4,
     ),
     "spectrum_gap": Metric(
         GreySpectrum,
-        SPECTRUM,
+        "grey_spectrum",
         ("spectrum_gap",),
         lambda spectra, real: spectrum_gap(real, spectra.double().mean(dim=0)),
-        needs=(SPECTRUM,),
+        needs=("grey_spectrum",),
         beside="any",
     ),
 }
@@ -169,17 +199,24 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 
 
 class MetricSuite:
-    """The metrics of an evaluation. The constructor checks all that they need; none is replaced by another one.
+    """The metrics asked for, and beside them those for which their reference files have the arrays.
 
     Each rank extracts features of its images; those of all images, gathered in index order, give the numbers.
-    `img_size` is in pixels per side. `fid_stats` is the reference file of the first metric that needs one; by default
-    those in fid_stats/. Raises UserError if something that `names` need is missing or does not match.
+
+    Args:
+        names: of the metrics asked for. None of them is left out or replaced by another one.
+        img_size: pixels per side.
+        fid_stats: the reference file of the first metric that needs one; the other files are those in fid_stats/.
 
     Attributes:
+        metrics: {name: Metric} of all that are computed.
+        files: {name of a metric: its reference file}.
         streams: {stream: F} of what `extract` returns and `compute` takes.
-        not_computed: {value: why it cannot be computed beside the metrics that were asked for}.
-        details: what the last `compute` found beyond single numbers: the spectra grey_spectrum, grey_spectrum_real and
-            ring_ratio (generated / real); {value: why it is not defined for these images}.
+        warnings: what a person should know before using the numbers.
+        not_computed: {value: why it cannot be computed beside the metrics asked for}.
+
+    Raises:
+        UserError: something that `names` need is missing or does not match.
     """
 
     def __init__(
@@ -192,58 +229,84 @@ class MetricSuite:
         fid_stats: str | Path | None = None,
         inception_weights: str | Path | None = None,
     ):
-        self.names, self.img_size, self.num_images = parse_metrics(",".join(names)), img_size, num_images
-        self.warnings, self.not_computed, self.details = [], {}, {}
-        self.files: dict[str, Reference] = {}  # first value of a metric that was asked for -> its reference file
-        self.real: dict[str, dict[str, Tensor]] = {}  # metric -> the arrays of its file
-        self.metrics = {name: metric for name, metric in METRICS.items() if name in self.names}
-        for name, metric in self.metrics.items():
-            if dataset != (metric.dataset or dataset):
-                raise UserError(f"{name} is defined for the data set {metric.dataset}, not for {dataset}.")
-            if num_images < metric.least:
-                raise UserError(f"{name} needs at least {metric.least} images, not {num_images}.")
+        self.names, self.dataset, self.img_size, self.num_images = names, dataset, img_size, num_images
+        self.warnings: list[str] = []
+        self.not_computed: dict[str, str] = {}
         build = cache(lambda extractor: extractor(device, inception_weights, img_size))
-        loaded: dict[type[Extractor], Reference] = {}
-        for name, metric in self.metrics.items():
-            extractor = build(metric.extractor)
-            if metric.arrays and metric.extractor not in loaded:
-                usual = default_reference(dataset, img_size, extractor.name)
-                path = usual if loaded else fid_stats or usual
-                loaded[metric.extractor] = load_reference(path, dataset, img_size, extractor, metric.stream)
-                self.warnings += loaded[metric.extractor].warnings
-            if metric.arrays:
-                self.files[metric.values[0]] = file = loaded[metric.extractor]
-                self.real[name] = file.arrays
-                if missing := metric.arrays - file.arrays.keys():
-                    raise UserError(
-                        f"{name} needs {', '.join(missing)}, which {file.path} lacks; prepare_ref.py stores it."
-                    )
-            if "sigma" in metric.needs and num_images < (dim := extractor.streams[metric.stream]):
-                self.warnings.append(
-                    f"{name} from {num_images} images is biased, as the covariance is rank deficient with fewer than "
-                    f"{dim}. Compare it only with values from the same number of images."
-                )
-        if not loaded:  # the spectrum gap needs no network
-            usual = [default_reference(dataset, img_size, e.name) for e in (EffNetLite0, InceptionV3)]
-            for path in [fid_stats] if fid_stats else [path for path in usual if path.exists()]:
-                file = load_reference(path, dataset, img_size)
-                self.files |= {"spectrum_gap": file} if SPECTRUM in file.arrays else {}
-            if fid_stats and not self.files:
-                self.warnings.append(f"{fid_stats} is not used: no metric needs it, and it holds no {SPECTRUM}.")
+
+        self.metrics = {name: metric for name, metric in METRICS.items() if name in names}
+        self._check_defined()
+        self.files = self._load_files({name: build(m.extractor) for name, m in self.metrics.items()}, fid_stats)
+        self.references = {self.metrics[name].values[0]: file for name, file in self.files.items()}  # for reports
+        if not self.references and (file := self._find_spectrum(fid_stats)):
+            self.references["spectrum_gap"] = file
         for name, metric in METRICS.items():
-            files = list(self.files.values()) if metric.beside == "any" else []
-            if metric.beside in self.names:
-                files = [self.files[METRICS[metric.beside].values[0]]]
-            for file in files:
-                rows = [len(file.arrays.get(key, ())) for key in metric.arrays]
-                if name not in self.metrics and min(num_images, *rows) >= metric.least:
-                    self.metrics[name], self.real[name] = metric, file.arrays
-            if files and name not in self.metrics:
-                where = " or ".join(str(file.path) for file in files)
-                why = f"it needs at least {metric.least} images and {', '.join(metric.arrays)} in {where}"
-                self.not_computed |= dict.fromkeys(metric.values, f"{why}; prepare_ref.py stores them")
+            if metric.beside == "any":
+                self._add_beside(name, list(self.references.values()))
+            elif metric.beside in names:
+                self._add_beside(name, [self.files[metric.beside]])
+
         self.extractors = [build(extractor) for extractor in dict.fromkeys(m.extractor for m in self.metrics.values())]
         self.streams = {m.stream: build(m.extractor).streams[m.stream] for m in self.metrics.values()}
+
+    def _check_defined(self) -> None:
+        for name, metric in self.metrics.items():
+            if metric.dataset not in (None, self.dataset):
+                raise UserError(f"{name} is defined for the data set {metric.dataset}, not for {self.dataset}.")
+            if self.num_images < metric.least:
+                raise UserError(f"{name} needs at least {metric.least} images, not {self.num_images}.")
+
+    def _load_files(self, extractors: Mapping[str, Extractor], fid_stats: str | Path | None) -> dict[str, Reference]:
+        """Return {metric: reference file} of the metrics that need one: metrics of one extractor share a file."""
+        files: dict[str, Reference] = {}
+        by_extractor: dict[Extractor, Reference] = {}
+        for name, extractor in extractors.items():
+            metric = self.metrics[name]
+            if not metric.arrays:
+                continue
+            if extractor not in by_extractor:
+                path = default_reference(self.dataset, self.img_size, extractor.name)
+                if fid_stats and not by_extractor:
+                    path = fid_stats
+                file = load_reference(path, self.dataset, self.img_size, extractor, metric.stream)
+                by_extractor[extractor] = file
+                self.warnings += file.warnings
+            files[name] = file = by_extractor[extractor]
+            if missing := metric.arrays - file.arrays.keys():
+                raise UserError(
+                    f"{name} needs {', '.join(missing)}, which {file.path} lacks; prepare_ref.py stores it."
+                )
+            if "sigma" in metric.needs and self.num_images < (dim := extractor.streams[metric.stream]):
+                self.warnings.append(
+                    f"{name} from {self.num_images} images is biased, as the covariance is rank deficient with fewer "
+                    f"than {dim}. Compare it only with values from the same number of images."
+                )
+        return files
+
+    def _find_spectrum(self, fid_stats: str | Path | None) -> Reference | None:
+        """Return a file with a spectrum, for which no network is needed: the one given, or one in fid_stats/."""
+        usual = [default_reference(self.dataset, self.img_size, e.name) for e in (InceptionV3, EffNetLite0)]
+        paths = [fid_stats] if fid_stats else [path for path in usual if path.exists()]
+        for path in paths:
+            file = load_reference(path, self.dataset, self.img_size)
+            if "grey_spectrum" in file.arrays:
+                return file
+        if fid_stats:
+            self.warnings.append(f"{fid_stats} is not used: no metric needs it, and it holds no grey_spectrum.")
+        return None
+
+    def _add_beside(self, name: str, files: Sequence[Reference]) -> None:
+        """Add a metric that was not asked for, with the first file that has its arrays, or note why it is left out."""
+        metric = METRICS[name]
+        for file in files:
+            rows = [len(file.arrays.get(key, ())) for key in metric.arrays]
+            if min(self.num_images, *rows) >= metric.least:
+                self.metrics[name], self.files[name] = metric, file
+                return
+        if files:
+            where = " or ".join(str(file.path) for file in files)
+            why = f"it needs at least {metric.least} images and {', '.join(metric.arrays)} in {where}"
+            self.not_computed |= dict.fromkeys(metric.values, f"{why}; prepare_ref.py stores them")
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         """Return {stream: float32 (B, F) on the CPU} of uint8 images (B, 3, H, W) on any device."""
@@ -252,44 +315,39 @@ class MetricSuite:
             features |= extractor(images)
         return {stream: features[stream] for stream in self.streams}
 
-    def compute(self, features: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
-        """Return {value: number} of features {stream: (N, F)} and the class (N,) of each image; fill `details`.
+    def compute(self, features: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return {value: number} of features {stream: (N, F)} and the class (N,) of each image, and details.
 
-        Raises UserError for features that are missing, misshapen or non-finite.
+        The details are the spectra grey_spectrum, grey_spectrum_real and ring_ratio (generated / real), and {value: why
+        it is not defined for these images}.
         """
-        for stream, dim in self.streams.items():
-            shape = tuple(features[stream].shape) if stream in features else None
-            if shape != (self.num_images, dim) or not features[stream].isfinite().all():
-                expected = f"finite numbers of shape ({self.num_images}, {dim})"
-                raise UserError(f"Features {stream}: {expected} were expected, not {shape or 'none'}.")
-        out, self.details = {}, {}
+        numbers, details = {}, {}
         for name, metric in self.metrics.items():
-            inputs = {"labels": labels, "img_size": self.img_size} | self.real.get(name, {})
-            numbers = metric.compute(features[metric.stream], *(inputs[key] for key in metric.needs))
-            for value, number in zip(metric.values, numbers if isinstance(numbers, tuple) else (numbers,), strict=True):
+            inputs: dict[str, Any] = {"labels": labels, "img_size": self.img_size}
+            if name in self.files:
+                inputs |= self.files[name].arrays
+            found = metric.compute(features[metric.stream], *(inputs[key] for key in metric.needs))
+            for value, number in zip(metric.values, found if isinstance(found, tuple) else (found,), strict=True):
                 if math.isfinite(number):
-                    out[value] = float(number)
+                    numbers[value] = float(number)
                 elif metric.beside is None:
                     raise UserError(f"{value} is {number}: the features or the reference are too large.")
                 else:
-                    self.details[value] = f"not defined for these images (it is {number})"
+                    details[value] = f"not defined for these images (it is {number})"
         if "spectrum_gap" in self.metrics:
-            real, generated = self.real["spectrum_gap"][SPECTRUM], features[SPECTRUM].double().mean(dim=0)
-            spectra = {SPECTRUM: generated, f"{SPECTRUM}_real": real, "ring_ratio": ring_ratio(real, generated)}
-            self.details |= {key: value.tolist() for key, value in spectra.items()}
-        return out
-
-    def plot(self, path: Path) -> None:
-        """Draw the spectra that the last `compute` found into a PNG, if there are any."""
-        if "ring_ratio" in self.details and "spectrum_gap" not in self.details:
-            plot_spectra(self.details["grey_spectrum_real"], self.details["grey_spectrum"], path)
+            real = self.files["spectrum_gap"].arrays["grey_spectrum"]
+            generated = features["grey_spectrum"].double().mean(dim=0)
+            details["grey_spectrum"] = generated.tolist()
+            details["grey_spectrum_real"] = real.tolist()
+            details["ring_ratio"] = ring_ratio(real, generated).tolist()
+        return numbers, details
 
     def describe(self) -> dict[str, Any]:
-        """Return for reports what decides the numbers, and warnings: ready for JSON, independent of `compute`."""
+        """Return for reports what decides the numbers, and warnings: ready for JSON."""
         return {
             "metrics": list(self.names),
             "extractors": [extractor.describe() for extractor in self.extractors],
-            "references": {value: file.describe() for value, file in self.files.items()},
+            "references": {value: file.describe() for value, file in self.references.items()},
             "tf32": {"matmul": False, "cudnn": torch.backends.cudnn.allow_tf32},
             "warnings": self.warnings,
             "settings": {"is": ISC, "precision_recall": PRC, "kid": KID},
