@@ -124,7 +124,13 @@ class Metric:
     def arrays(self) -> set[str]:
         return set(self.needs) - {"labels", "img_size"}
 
+    def can_use(self, file: Reference, num_images: int) -> bool:
+        """Whether there are enough images, and a file has what this metric needs of as many."""
+        rows = [len(file.arrays.get(name, ())) for name in self.arrays]
+        return min(num_images, *rows) >= self.least
 
+
+NEIGHBOURS = {"compute": precision_recall, "needs": ("features",), "lower_is_better": False, "least": 4}
 METRICS = {  # in the order in which a sweep prefers them
     "fid": Metric(InceptionV3, "inception_2048", ("fid",), frechet_distance, needs=("mu", "sigma"), least=2),
     "fd_effnet": Metric(
@@ -147,34 +153,12 @@ METRICS = {  # in the order in which a sweep prefers them
         lower_is_better=False,
         least=ISC["splits"],
     ),
-    "precision_recall": Metric(
-        InceptionV3,
-        "inception_2048",
-        ("precision", "recall"),
-        precision_recall,
-        needs=("features",),
-        lower_is_better=False,
-        beside="fid",
-        least=4,
-    ),
+    "precision_recall": Metric(InceptionV3, "inception_2048", ("precision", "recall"), beside="fid", **NEIGHBOURS),
     "kid": Metric(
-        InceptionV3,
-        "inception_2048",
-        ("kid_mean", "kid_std"),
-        kernel_distance,
-        needs=("features",),
-        beside="fid",
-        least=4,
+        InceptionV3, "inception_2048", ("kid_mean", "kid_std"), kernel_distance, ("features",), beside="fid", least=4
     ),
     "precision_recall_effnet": Metric(
-        EffNetLite0,
-        "effnet_lite0",
-        ("precision_effnet_lite0", "recall_effnet_lite0"),
-        precision_recall,
-        needs=("features",),
-        lower_is_better=False,
-        beside="fd_effnet",
-        least=4,
+        EffNetLite0, "effnet_lite0", ("precision_effnet_lite0", "recall_effnet_lite0"), beside="fd_effnet", **NEIGHBOURS
     ),
     "spectrum_gap": Metric(
         GreySpectrum,
@@ -199,24 +183,21 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 
 
 class MetricSuite:
-    """The metrics asked for, and beside them those for which their reference files have the arrays.
+    """The metrics of an evaluation: those asked for, and beside them those for which a reference file has the arrays.
 
-    Each rank extracts features of its images; those of all images, gathered in index order, give the numbers.
+    Each rank extracts features of its images; those of all images, gathered in index order, give the numbers. Raises
+    UserError if something that the metrics asked for need is missing or does not match; none is replaced.
 
     Args:
-        names: of the metrics asked for. None of them is left out or replaced by another one.
+        names: of the metrics asked for.
         img_size: pixels per side.
         fid_stats: the reference file of the first metric that needs one; the other files are those in fid_stats/.
 
     Attributes:
         metrics: {name: Metric} of all that are computed.
-        files: {name of a metric: its reference file}.
+        files: {name: reference file} of the metrics that need one.
         streams: {stream: F} of what `extract` returns and `compute` takes.
-        warnings: what a person should know before using the numbers.
         not_computed: {value: why it cannot be computed beside the metrics asked for}.
-
-    Raises:
-        UserError: something that `names` need is missing or does not match.
     """
 
     def __init__(
@@ -229,84 +210,66 @@ class MetricSuite:
         fid_stats: str | Path | None = None,
         inception_weights: str | Path | None = None,
     ):
-        self.names, self.dataset, self.img_size, self.num_images = names, dataset, img_size, num_images
+        self.names, self.img_size = tuple(names), img_size
+        self.metrics = {name: metric for name, metric in METRICS.items() if name in names}
+        self.files: dict[str, Reference] = {}
         self.warnings: list[str] = []
         self.not_computed: dict[str, str] = {}
         build = cache(lambda extractor: extractor(device, inception_weights, img_size))
 
-        self.metrics = {name: metric for name, metric in METRICS.items() if name in names}
-        self._check_defined()
-        self.files = self._load_files({name: build(m.extractor) for name, m in self.metrics.items()}, fid_stats)
+        # The metrics asked for. Those of one extractor share a reference file.
+        file_of: dict[type[Extractor], Reference] = {}
+        for name, metric in self.metrics.items():
+            if metric.dataset not in (None, dataset):
+                raise UserError(f"{name} is defined for the data set {metric.dataset}, not for {dataset}.")
+            if num_images < metric.least:
+                raise UserError(f"{name} needs at least {metric.least} images, not {num_images}.")
+            extractor = build(metric.extractor)
+            if metric.arrays:
+                if metric.extractor not in file_of:
+                    path = default_reference(dataset, img_size, extractor.name)
+                    if fid_stats and not file_of:
+                        path = fid_stats
+                    file_of[metric.extractor] = load_reference(path, dataset, img_size, extractor, metric.stream)
+                    self.warnings += file_of[metric.extractor].warnings
+                self.files[name] = file = file_of[metric.extractor]
+                if missing := metric.arrays - file.arrays.keys():
+                    lacks = f"{name} needs {', '.join(missing)}, which {file.path} lacks"
+                    raise UserError(f"{lacks}. Make the file again: prepare_ref.py stores it.")
+            if "sigma" in metric.needs and num_images < (dim := extractor.streams[metric.stream]):
+                self.warnings.append(
+                    f"{name} from {num_images} images is biased, as the covariance is rank deficient with fewer than "
+                    f"{dim}. Compare it only with values from the same number of images."
+                )
         self.references = {self.metrics[name].values[0]: file for name, file in self.files.items()}  # for reports
-        if not self.references and (file := self._find_spectrum(fid_stats)):
-            self.references["spectrum_gap"] = file
+
+        # The spectrum gap needs no network: without a file so far, any other one that holds a spectrum will do.
+        if not self.references:
+            usual = [default_reference(dataset, img_size, e.name) for e in (InceptionV3, EffNetLite0)]
+            paths = [fid_stats] if fid_stats else [path for path in usual if path.exists()]
+            found = [load_reference(path, dataset, img_size) for path in paths]
+            found = [file for file in found if "grey_spectrum" in file.arrays]
+            if found:
+                self.references["spectrum_gap"] = found[0]
+            elif fid_stats:
+                self.warnings.append(f"{fid_stats} is not used: no metric needs it, and it holds no grey_spectrum.")
+
+        # The metrics beside them, where a file has the arrays.
         for name, metric in METRICS.items():
             if metric.beside == "any":
-                self._add_beside(name, list(self.references.values()))
-            elif metric.beside in names:
-                self._add_beside(name, [self.files[metric.beside]])
+                files = list(self.references.values())
+            else:
+                files = [self.files[metric.beside]] if metric.beside in names else []
+            usable = [file for file in files if metric.can_use(file, num_images)]
+            if usable:
+                self.metrics[name], self.files[name] = metric, usable[0]
+            elif files:
+                where = " or ".join(str(file.path) for file in files)
+                why = f"it needs at least {metric.least} images and {', '.join(metric.arrays)} in {where}"
+                self.not_computed |= dict.fromkeys(metric.values, f"{why}; prepare_ref.py stores them")
 
         self.extractors = [build(extractor) for extractor in dict.fromkeys(m.extractor for m in self.metrics.values())]
         self.streams = {m.stream: build(m.extractor).streams[m.stream] for m in self.metrics.values()}
-
-    def _check_defined(self) -> None:
-        for name, metric in self.metrics.items():
-            if metric.dataset not in (None, self.dataset):
-                raise UserError(f"{name} is defined for the data set {metric.dataset}, not for {self.dataset}.")
-            if self.num_images < metric.least:
-                raise UserError(f"{name} needs at least {metric.least} images, not {self.num_images}.")
-
-    def _load_files(self, extractors: Mapping[str, Extractor], fid_stats: str | Path | None) -> dict[str, Reference]:
-        """Return {metric: reference file} of the metrics that need one: metrics of one extractor share a file."""
-        files: dict[str, Reference] = {}
-        by_extractor: dict[Extractor, Reference] = {}
-        for name, extractor in extractors.items():
-            metric = self.metrics[name]
-            if not metric.arrays:
-                continue
-            if extractor not in by_extractor:
-                path = default_reference(self.dataset, self.img_size, extractor.name)
-                if fid_stats and not by_extractor:
-                    path = fid_stats
-                file = load_reference(path, self.dataset, self.img_size, extractor, metric.stream)
-                by_extractor[extractor] = file
-                self.warnings += file.warnings
-            files[name] = file = by_extractor[extractor]
-            if missing := metric.arrays - file.arrays.keys():
-                raise UserError(
-                    f"{name} needs {', '.join(missing)}, which {file.path} lacks; prepare_ref.py stores it."
-                )
-            if "sigma" in metric.needs and self.num_images < (dim := extractor.streams[metric.stream]):
-                self.warnings.append(
-                    f"{name} from {self.num_images} images is biased, as the covariance is rank deficient with fewer "
-                    f"than {dim}. Compare it only with values from the same number of images."
-                )
-        return files
-
-    def _find_spectrum(self, fid_stats: str | Path | None) -> Reference | None:
-        """Return a file with a spectrum, for which no network is needed: the one given, or one in fid_stats/."""
-        usual = [default_reference(self.dataset, self.img_size, e.name) for e in (InceptionV3, EffNetLite0)]
-        paths = [fid_stats] if fid_stats else [path for path in usual if path.exists()]
-        for path in paths:
-            file = load_reference(path, self.dataset, self.img_size)
-            if "grey_spectrum" in file.arrays:
-                return file
-        if fid_stats:
-            self.warnings.append(f"{fid_stats} is not used: no metric needs it, and it holds no grey_spectrum.")
-        return None
-
-    def _add_beside(self, name: str, files: Sequence[Reference]) -> None:
-        """Add a metric that was not asked for, with the first file that has its arrays, or note why it is left out."""
-        metric = METRICS[name]
-        for file in files:
-            rows = [len(file.arrays.get(key, ())) for key in metric.arrays]
-            if min(self.num_images, *rows) >= metric.least:
-                self.metrics[name], self.files[name] = metric, file
-                return
-        if files:
-            where = " or ".join(str(file.path) for file in files)
-            why = f"it needs at least {metric.least} images and {', '.join(metric.arrays)} in {where}"
-            self.not_computed |= dict.fromkeys(metric.values, f"{why}; prepare_ref.py stores them")
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         """Return {stream: float32 (B, F) on the CPU} of uint8 images (B, 3, H, W) on any device."""
