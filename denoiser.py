@@ -37,7 +37,7 @@ class TimeSampler(Protocol):
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """t = sigmoid(P_mean + P_std n) with n ~ N(0, 1)."""
+    """t = sigmoid(P_mean + P_std n) with n ~ N(0, 1) (arXiv 2403.03206)."""
 
     P_mean: float = -0.8
     P_std: float = 0.8
@@ -87,7 +87,7 @@ def one_minus(t: Tensor, t_eps: float) -> Tensor:
 
 
 class NoisyImages(nn.Module):
-    """Images x, unit noise (B, C, H, W) and t (B,) -> z, v. It is a module because those can be compiled in place."""
+    """Images x, unit noise (B, C, H, W) and t (B,) -> z, v. A module, since modules can be compiled in place."""
 
     def __init__(self, noise_scale: float, t_eps: float):
         super().__init__()
@@ -97,7 +97,8 @@ class NoisyImages(nn.Module):
         e = self.noise_scale * noise
         t_ = t[:, None, None, None]
         z = t_ * x + (1 - t_) * e
-        return z, x - e if self.t_eps == 0 else (x - z) / one_minus(t, self.t_eps)
+        v = x - e if self.t_eps == 0 else (x - z) / one_minus(t, self.t_eps)
+        return z, v
 
 
 class VelocityLoss(nn.Module):
@@ -108,6 +109,7 @@ class VelocityLoss(nn.Module):
         self.pred_param, self.t_eps = pred_param, t_eps
 
     def velocity(self, out: Tensor, z: Tensor, t: Tensor, t_eps: float | None = None) -> Tensor:
+        """Return v_pred: the output itself, or (out - z) / max(1 - t, t_eps) where the output is x."""
         if self.pred_param == "v":
             return out
         return (out - z) / one_minus(t, self.t_eps if t_eps is None else t_eps)
@@ -151,17 +153,21 @@ class Denoiser(nn.Module):
         self.noisy_images = NoisyImages(noise_scale, t_eps)
         self.loss = VelocityLoss(pred_param, t_eps)
 
-    noise_scale = property(lambda self: self.noisy_images.noise_scale)
+    @property
+    def noise_scale(self) -> float:
+        return self.noisy_images.noise_scale
 
     def predict(self, z: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None) -> Tensor:
-        """Return the network's output in float32: x or v, as `pred_param` says. `logsnr_range` goes with schedules."""
-        if (logsnr_range is None) != (self.schedules is None):
-            kind = "that is not conditioned on schedules takes no" if self.schedules is None else "with schedules needs"
-            raise ValueError(f"A network {kind} logsnr_range (B, 2).")
+        """Return the network's output in float32: x or v, as `pred_param` says."""
+        if self.schedules is None and logsnr_range is not None:
+            raise ValueError("The network is not conditioned on schedules: it takes no logsnr_range.")
+        if self.schedules is not None and logsnr_range is None:
+            raise ValueError("The network is conditioned on schedules: it needs logsnr_range (B, 2).")
+        condition = () if logsnr_range is None else (logsnr_range,)
         seen = z if self.input_operator is None else self.input_operator(z, t)
         on = self.autocast_dtype is not None  # without a cache: each weight is used once, and it would hold them all
         with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
-            return self.net(seen, t, y, *([] if logsnr_range is None else [logsnr_range])).float()
+            return self.net(seen, t, y, *condition).float()
 
     @contextmanager
     def cast_weights(self) -> Iterator[None]:
@@ -170,9 +176,11 @@ class Denoiser(nn.Module):
         Results are the same to the bit, and compiled blocks use the copies as well. The parameters themselves are set
         aside, since DDP refers to them, and are back afterwards.
         """
-        layers = [m for m in self.net.modules() if isinstance(m, nn.Linear | nn.Conv2d | ScheduleEmbedder)]
-        held = [(m, name, p) for m in layers for name, p in m.named_parameters(recurse=False)]
-        for layer, name, parameter in held if self.autocast_dtype else ():
+        held = []
+        if self.autocast_dtype is not None:
+            layers = [m for m in self.net.modules() if isinstance(m, nn.Linear | nn.Conv2d | ScheduleEmbedder)]
+            held = [(m, name, p) for m in layers for name, p in m.named_parameters(recurse=False)]
+        for layer, name, parameter in held:
             layer._parameters[name] = nn.Parameter(parameter.detach().to(self.autocast_dtype), requires_grad=False)
         try:
             yield

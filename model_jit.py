@@ -19,7 +19,7 @@ from spectral_ops.conditioning import ScheduleEmbedder
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation with a weight, computed in float32 and returned in the type of its input."""
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), computed in float32 and returned in the type of x."""
 
     def __init__(self, dim: int):
         super().__init__(dim, eps=1e-6)
@@ -29,7 +29,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def sincos_position_embedding(dim: int, side: int) -> Tensor:
-    """Return the fixed 2-D table (1, side*side, dim): first half from the column, second from the row; [sin, cos]."""
+    """Return the fixed 2-D table (1, side*side, D) of arXiv 1706.03762: [sin, cos] of the column, then of the row."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
@@ -39,7 +39,7 @@ def sincos_position_embedding(dim: int, side: int) -> Tensor:
 
 
 def rope_table(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine (N, d/2) of the 2-D rotary embedding: d/4 angles from the row, then d/4 of the column."""
+    """Return cosine and sine (N, d/2) of RoPE in 2-D (arXiv 2104.09864): d/4 angles of the row, d/4 of the column."""
     theta = 10000.0 ** (-2 * torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 2))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * theta  # (side, d/4)
     by_row = angle[:, None, :].expand(-1, side, -1)
@@ -59,7 +59,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply adaLN: x (B, n, D) -> x (1 + scale) + shift, with shift, scale (B, D)."""
+    """Apply adaLN (arXiv 2212.09748): x (B, n, D) -> x (1 + scale) + shift, with shift, scale (B, D)."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
@@ -132,7 +132,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) the halves of w12(x); inner width m = int(int(mlp_ratio * D) * 2 / 3)."""
+    """w3(silu(a) * b) with (a, b) = w12(x) (arXiv 2002.05202); inner width m = int(int(mlp_ratio * D) * 2 / 3)."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop: float):
         super().__init__()
@@ -147,7 +147,7 @@ class SwiGLU(nn.Module):
 
 
 class JiTBlock(nn.Module):
-    """Pre-norm block; shift, scale and gate of both branches come from c (adaLN-Zero).
+    """Pre-norm block; shift, scale and gate of both branches come from c (adaLN-Zero, arXiv 2212.09748).
 
     Each block operator is a submodule under its registry name. It maps the residual r of the feed-forward branch and
     the embeddings of time and label to a correction that is added to the output. If `recompute` is set, the backward
@@ -238,9 +238,9 @@ class JiT(nn.Module):
     ):
         super().__init__()
         if input_size % patch_size:
-            raise ValueError(f"The image size {input_size} is not divisible by the patch size {patch_size}.")
+            raise ValueError(f"The image size {input_size} must be a multiple of the patch size {patch_size}.")
         if hidden_size % num_heads or (hidden_size // num_heads) % 4 or hidden_size % 4:
-            raise ValueError(f"Width {hidden_size} over {num_heads} heads: each head's must be a multiple of 4.")
+            raise ValueError(f"{num_heads} heads do not fit width {hidden_size}: each must be a multiple of 4 wide.")
         if in_context_len and not 0 <= in_context_start < depth:
             raise ValueError(f"in_context_start is {in_context_start}; it must be a block, 0 to {depth - 1}.")
         self.input_size, self.patch_size, self.out_channels = input_size, patch_size, out_channels
@@ -281,12 +281,16 @@ class JiT(nn.Module):
         for projection in (self.x_embedder.proj1, self.x_embedder.proj2):
             nn.init.xavier_uniform_(projection.weight.view(projection.out_channels, -1))
         nn.init.zeros_(self.x_embedder.proj2.bias)
-        normal = [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight, self.y_embedder.embedding_table.weight]
-        for weight in normal + ([self.in_context_posemb] if self.in_context_len else []):
-            nn.init.normal_(weight, std=0.02)
-        zero = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)] + [self.final_layer.linear]
-        for module in zero + ([] if self.schedule_embedder is None else [self.schedule_embedder]):
-            nn.init.zeros_(module.weight)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        if self.in_context_len:
+            nn.init.normal_(self.in_context_posemb, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        if self.schedule_embedder is not None:
+            nn.init.zeros_(self.schedule_embedder.weight)
         for operator in operators:
             operator.reset_parameters()
 
@@ -330,10 +334,8 @@ _SIZES = {  # size -> values of _FIELDS, patch sizes; a size with a single name 
 }
 
 #: Name -> constructor of a `JiT` with that size, which takes the remaining arguments of `JiT` by name.
-JiT_models: dict[str, Callable[..., JiT]] = {
-    f"JiT-{size}" if size in ("700M", "2B", "7B") else f"JiT-{size}/{patch}": partial(
-        JiT, patch_size=patch, **dict(zip(_FIELDS, values, strict=True))
-    )
-    for size, (*values, patches) in _SIZES.items()
-    for patch in patches
-}
+JiT_models: dict[str, Callable[..., JiT]] = {}
+for _size, (*_values, _patches) in _SIZES.items():
+    for _patch in _patches:
+        _name = f"JiT-{_size}" if _size in ("700M", "2B", "7B") else f"JiT-{_size}/{_patch}"
+        JiT_models[_name] = partial(JiT, patch_size=_patch, **dict(zip(_FIELDS, _values, strict=True)))

@@ -18,12 +18,12 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 def uniform_grid(steps: int) -> Tensor:
     """Return S + 1 equidistant times from 0 to 1, float32 on the CPU."""
     if steps < 1:
-        raise ValueError(f"{steps} sampling steps: at least 1 is needed.")
+        raise ValueError(f"{steps} sampling steps are too few: at least 1 is needed.")
     return torch.linspace(0.0, 1.0, steps + 1)
 
 
 def guidance_scale(t: Tensor, cfg: float, lo: float, hi: float) -> Tensor:
-    """Return s(t): `cfg` where t < hi and (lo == 0 or t > lo), else 1. An open interval; shape of `t`."""
+    """Return s(t): `cfg` where t < hi and (lo == 0 or t > lo), else 1 (arXiv 2404.07724); shape of `t`."""
     inside = t < hi
     if lo != 0:
         inside = inside & (t > lo)
@@ -37,7 +37,7 @@ def guided(
     cfg: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:
-    """Return classifier-free guidance v = v_u + s(t) (v_c - v_u) of `velocity(z, t, y)` for the labels y.
+    """Return the guided velocity v = v_u + s(t) (v_c - v_u) of `velocity(z, t, y)` for labels y (arXiv 2207.12598).
 
     Both branches are one batch of 2B. If s = 1 for all samples, the conditional branch alone is computed.
     """
@@ -83,8 +83,7 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
     if grid.dim() == 1:
         grid = grid[:, None]  # (S + 1, 1): operations on t alone are done once for all samples
     lengths = (grid[1:] - grid[:-1]).to(z.device, non_blocking=True)[..., None, None, None]  # (S, B or 1, 1, 1, 1)
-    steps = len(lengths)
-    for i in range(steps):
-        step = SOLVERS[method] if i < steps - 1 else euler_step
+    for i in range(len(lengths)):
+        step = SOLVERS[method] if i < len(lengths) - 1 else euler_step
         z = step(velocity, z, grid[i], grid[i + 1], lengths[i])
     return z

@@ -40,7 +40,7 @@ def num_rings(n: int) -> int:
 def rings(n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Return the ring of each mode (n, n), ordered as in torch.fft.fft2, and the modes per ring (K,). Do not modify."""
     f = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64, device="cpu").round()  # cycles per image
-    ring = (f[:, None] ** 2 + f[None, :] ** 2).sqrt().floor().long()  # exact: the square root of a square is
+    ring = (f[:, None] ** 2 + f[None, :] ** 2).sqrt().floor().long()  # sqrt of a square is exact
     return ring.to(device), torch.bincount(ring.flatten()).to(device)
 
 
@@ -52,8 +52,8 @@ def ring_radii(n: int) -> Tensor:
     return total.index_add_(0, ring.flatten(), torch.hypot(f[:, None], f[None, :]).flatten()) / count
 
 
-def dct_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the orthonormal DCT-II matrix D (n, n): D @ x transforms a column x, and D.T @ D = I.
+def dct_matrix(n: int) -> Tensor:
+    """Return the orthonormal DCT-II matrix D (n, n), float64: D @ x transforms a column x, and D.T @ D = I.
 
     D[u, i] = a_u * cos(pi * (2i + 1) * u / (2n)), with a_0 = sqrt(1/n) and a_u = sqrt(2/n) otherwise.
     """
@@ -61,13 +61,13 @@ def dct_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     i = torch.arange(n, dtype=torch.float64)[None, :]
     matrix = math.sqrt(2.0 / n) * torch.cos(math.pi * (2 * i + 1) * u / (2 * n))
     matrix[0] = math.sqrt(1.0 / n)
-    return matrix.to(dtype)
+    return matrix
 
 
-def radius_grid(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the normalised radial frequency (n, n): sqrt(u^2 + v^2) / (sqrt(2) (n - 1)), 0 at DC, 1 in the corner."""
+def radius_grid(n: int) -> Tensor:
+    """Return r[u,v] = sqrt(u^2 + v^2) / (sqrt(2) (n - 1)), (n, n) float64: 0 at DC, 1 in the corner."""
     u = torch.arange(n, dtype=torch.float64)
-    return (torch.hypot(u[:, None], u[None, :]) / (math.sqrt(2.0) * (n - 1))).to(dtype)
+    return torch.hypot(u[:, None], u[None, :]) / (math.sqrt(2.0) * (n - 1))
 
 
 def separable_transform(matrix: Tensor, z: Tensor) -> Tensor:
@@ -149,18 +149,17 @@ class SpectralForcing(nn.Module):
         if self.schedule == "linear":
             return
         if self.fixed_scale is not None:
-            raise ValueError(f"fixed_scale {self.fixed_scale} excludes the time-dependent schedule {self.schedule!r}.")
+            raise ValueError(f"fixed_scale {self.fixed_scale} needs the schedule 'linear', not {self.schedule!r}.")
         if self.c_min > self.c_max:
-            raise ValueError(
-                f"c_min {self.c_min} must not exceed c_max {self.c_max} in the schedule {self.schedule!r}."
-            )
+            raise ValueError(f"c_min {self.c_min} must not exceed c_max {self.c_max} in schedule {self.schedule!r}.")
         if self.schedule == "power" and self.alpha is None:
             raise ValueError("The schedule 'power' needs alpha, the exponent of the spectrum.")
-        if self.schedule == "snr" and len(self.power or ()) != num_rings(size):
-            found = f"not {len(self.power or ())}"
-            raise ValueError(f"The schedule 'snr' needs a power for each of {num_rings(size)} rings, {found}.")
-        if self.power is not None and not all(0 < p < math.inf for p in self.power):
-            raise ValueError("power must hold positive numbers alone.")
+        if self.schedule == "snr":
+            power, count = self.power or (), num_rings(size)
+            if len(power) != count:
+                raise ValueError(f"The schedule 'snr' needs the power of {count} rings, not {len(power)}.")
+            if not all(0 < p < math.inf for p in power):
+                raise ValueError("The schedule 'snr' needs a power above 0 and finite in each ring.")
 
     def _tables(self) -> dict[str, Tensor]:
         tables = {"dct": dct_matrix(self.window_size), "radius": radius_grid(self.window_size)}
@@ -207,7 +206,7 @@ class SpectralForcing(nn.Module):
         return torch.where(log_snr < self.log_snr[-1], between, self.c_max)
 
     def mask(self, t: Tensor) -> Tensor:
-        """Return M(t), gains in (0, 1): t (B,) -> (B, n, n)."""
+        """Return M(t) = sigmoid(kappa (c(t) - r)): t (B,) -> (B, n, n)."""
         return torch.sigmoid(self.kappa * (self.cutoff(t.float())[:, None, None] - self.radius))
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:

@@ -7,13 +7,12 @@ host memory; the later ones copy into it.
 """
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import emit
+from benchmarks.common import emit, median_and_range
 from model_jit import JiT_models
 from util.checkpoint.writer import CheckpointWriter
 from util.dist.context import DistContext
@@ -40,11 +39,17 @@ def main() -> None:
             writer.wait()
             written += writer.finished()
         writer.close()
-    blocked = [round(w.blocked, 3) for w in written]
-    seconds = {"blocked_first_s": blocked[0], "blocked_s": statistics.median(blocked[1:])}
-    seconds |= {"blocked_range_s": [min(blocked[1:]), max(blocked[1:])]}
-    seconds |= {"seconds_in_all": round(statistics.median(w.seconds for w in written[1:]), 3)}
-    emit("checkpoint", device, {"model": options.model, "gigabytes": written[-1].num_bytes / 1e9, **seconds})
+    first, *later = written
+    blocked, *limits = median_and_range([save.blocked for save in later], 3)
+    content = {
+        "model": options.model,
+        "gigabytes": first.num_bytes / 1e9,
+        "blocked_first_s": round(first.blocked, 3),
+        "blocked_s": blocked,
+        "blocked_range_s": limits,
+        "seconds_in_all": median_and_range([save.seconds for save in later], 3)[0],
+    }
+    emit("checkpoint", device, content)
 
 
 if __name__ == "__main__":

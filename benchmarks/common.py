@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,9 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 * calls / statistics.median(seconds)
 
 
-def ratios(slow: list[float], fast: list[float]) -> list[float]:
-    """Return the median and the range of slow / fast over the turns."""
-    found = [a / b for a, b in zip(slow, fast, strict=True)]
-    return [round(x, 4) for x in (statistics.median(found), min(found), max(found))]
+def median_and_range(values: Sequence[float], digits: int) -> list[float]:
+    """Return the median, the smallest and the largest of the values of all turns, rounded."""
+    return [round(x, digits) for x in (statistics.median(values), min(values), max(values))]
 
 
 def emit(benchmark: str, device: torch.device, content: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@
 Each measurement is a process of its own, whose JSON line is appended to benchmarks/results/<device>.jsonl as it ends;
 one that fails or takes too long leaves a line that says so. Inductor's cache is shared, so later ones compile less.
 With --reference, a checkout of a published release has its turns in the first one (benchmarks/reference.py). The tests
-marked gpu come last and get the time that is left.
+marked gpu come last and get the time that is left; pytest's last lines are their result.
 """
 
 import argparse
@@ -40,15 +40,14 @@ PLAN = (  # (limit in seconds, arguments of python)
 )
 
 
-OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # of tests
-
-
 def measure(arguments: str, limit: float) -> dict:
-    """Run a command and return its last JSON line, or what went wrong."""
+    """Run a command for `limit` seconds at most. Return a benchmark's JSON line, or the end of any other output."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as file:
-        how = {"cwd": REPOSITORY, "stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
-        process = subprocess.Popen([sys.executable, *shlex.split(arguments)], **how)
+        command = [sys.executable, *shlex.split(arguments)]
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = process.wait(limit)
             failed = f"exit code {code}" if code else None
@@ -59,14 +58,15 @@ def measure(arguments: str, limit: float) -> dict:
                 os.killpg(process.pid, signal.SIGKILL)
         file.seek(0)
         output = file.read()
-    if "pytest" in arguments:
-        found = {word: len(re.findall(rf"^tests/.* {word}|\] {word} tests/", output, re.M)) for word in OUTCOMES}
-    else:
-        lines = [line for line in output.splitlines() if line.startswith("{")]
-        found = json.loads(lines[-1]) if lines else {}
-    found |= {"output": output.splitlines()[-15:]} if failed else {}
-    found |= {"failed": failed} if failed else {}
-    return {"measurement": arguments, "seconds": round(time.monotonic() - start, 1), "commit": commit(), **found}
+    line = {"measurement": arguments, "seconds": round(time.monotonic() - start, 1), "commit": commit()}
+    results = [text for text in output.splitlines() if text.startswith('{"benchmark"')]
+    if results:
+        line |= json.loads(results[-1])
+    if failed or not results:
+        line["output"] = output.splitlines()[-15:]
+    if failed:
+        line["failed"] = failed
+    return line
 
 
 def main() -> int:

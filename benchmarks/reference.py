@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,27 +37,32 @@ def flag_defaults(script: Path) -> dict[str, Any]:
     return found
 
 
-def start(folder: Path, config: Any, bf16: bool, steps: int, device: torch.device) -> Callable[[], dict[str, Any]]:
-    """Start the process. Return a function that waits for `steps` training steps of it and returns its peak memory."""
-    if missing := [n for n in ("main_jit.py", "model_jit.py", "denoiser.py") if not (folder / n).is_file()]:
-        raise SystemExit(f"--reference {folder} lacks {', '.join(missing)}. Name a checkout of a published release.")
-    given = {name: getattr(config, name) for name in ("model", "img_size", "class_num", "batch_size")}
-    args = flag_defaults(folder / "main_jit.py") | given | {"device": device.type, "bf16": bf16, "steps": steps}
-    process = subprocess.Popen(
-        [sys.executable, "-P", __file__, json.dumps(args)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder.resolve()), "TORCHDYNAMO_DISABLE": str(int(device.type == "cpu"))},
-        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True},
-    )
+class Release:
+    """A turn of the release: `steps` training steps in its process. `peak_gb` is its peak memory on a GPU so far."""
 
-    def turn() -> dict[str, Any]:
-        with suppress(BrokenPipeError):  # it has ended: there is no answer
-            print("turn", file=process.stdin, flush=True)
-        if not (line := process.stdout.readline()):
-            raise SystemExit(f"The process of --reference ended with exit code {process.wait()}; see its error above.")
-        return json.loads(line)
+    def __init__(self, folder: Path, config: Any, bf16: bool, steps: int, device: torch.device):
+        if missing := [n for n in ("main_jit.py", "model_jit.py", "denoiser.py") if not (folder / n).is_file()]:
+            raise SystemExit(f"--reference {folder} lacks {', '.join(missing)}. Name a checkout of a release.")
+        given = {name: getattr(config, name) for name in ("model", "img_size", "class_num", "batch_size")}
+        args = flag_defaults(folder / "main_jit.py") | given | {"device": device.type, "bf16": bf16, "steps": steps}
+        no_compiler = {"TORCHDYNAMO_DISABLE": "1"} if device.type == "cpu" else {}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__, json.dumps(args)],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(folder.resolve())} | no_compiler,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.peak_gb = None
 
-    return turn
+    def __call__(self) -> None:
+        with suppress(BrokenPipeError):  # the process has ended: there is no answer
+            print("turn", file=self.process.stdin, flush=True)
+        if not (line := self.process.stdout.readline()):
+            code = self.process.wait()
+            raise SystemExit(f"The process of --reference ended with exit code {code}; see its error above.")
+        self.peak_gb = json.loads(line)["peak_gb"]
 
 
 def main() -> None:

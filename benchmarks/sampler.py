@@ -7,9 +7,8 @@ What runs is util.evaluation.generate.generate, from the starting noise on the C
 """
 
 import argparse
-import statistics
 
-from benchmarks.common import emit, in_turns
+from benchmarks.common import emit, in_turns, median_and_range
 from util.build import autocast_dtype, build_denoiser
 from util.compile import compile_denoiser, prepare_device
 from util.config import parse_args, resolve
@@ -25,8 +24,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--batches", type=int, default=1, help="batches of a turn")
     options, words = parser.parse_known_args()
-    given = parse_args(words)
-    config = resolve({**SMALL, **given, "dataset": "random"})
+    config = resolve({**SMALL, **parse_args(words), "dataset": "random"})
     ctx = find_context(config.device)
     prepare_device(ctx.device)
     denoiser = build_denoiser(config, autocast_dtype(config, ctx.device)).to(ctx.device).eval()
@@ -41,8 +39,8 @@ def main() -> None:
             pass
 
     seconds = in_turns({"sampling": turn}, options.repeats, ctx.device)["sampling"]
-    rates = [round(count / s, 3) for s in (statistics.median(seconds), max(seconds), min(seconds))]
-    emit("sampler", ctx.device, {"flags": words, "images_per_s": rates[0], "range": rates[1:]})
+    median, *limits = median_and_range([count / s for s in seconds], 3)
+    emit("sampler", ctx.device, {"flags": words, "images_per_s": median, "range": limits})
 
 
 if __name__ == "__main__":

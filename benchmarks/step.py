@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import reference
-from benchmarks.common import ceiling, emit, in_turns, ratios
+from benchmarks.common import ceiling, emit, in_turns, median_and_range
+from benchmarks.reference import Release
 from engine_jit import Trainer
 from util.compile import prepare_device
 from util.config import parse_args, resolve, split_global_batch
@@ -39,9 +39,13 @@ KINDS = {  # kind of a kernel -> parts of its name; the first that fits
 
 
 class Steps:
-    """A turn of a variant: some training steps."""
+    """A turn of a variant: some training steps. `peak_gb` is the memory that it takes on a GPU."""
 
     def __init__(self, flags: dict, steps: int, ctx: DistContext):
+        on_gpu = ctx.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if on_gpu else 0
         config = split_global_batch(resolve({**SMALL, **flags, **FIXED}), ctx.world_size)
         config = replace(config, num_workers=0)
         images = open_images(config)
@@ -49,6 +53,8 @@ class Steps:
         self.trainer = Trainer(config, flags, (images, None, sampler), 0, None, None, ctx)
         self.trainer.denoiser.train()
         self.steps, self.done, self.batch = steps, 0, next(iter(self.trainer.loader))
+        self()
+        self.peak_gb = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3) if on_gpu else None
 
     def __call__(self) -> None:
         batches = iter([self.batch] * (self.steps * self.trainer.config.accum_iter))
@@ -66,8 +72,8 @@ def kernels(steps: Steps, seconds: float) -> dict:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         steps()
         torch.cuda.synchronize()
-    of_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    events = [e for e in of_gpu if not e.is_user_annotation]  # those span kernels
+    cuda = torch.autograd.DeviceType.CUDA
+    events = [e for e in profile.events() if e.device_type == cuda and not e.is_user_annotation]  # which span kernels
     milliseconds, launches, names = Counter(), Counter(), Counter()
     for event in events:
         name = event.name.lower()
@@ -98,25 +104,16 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, metavar="DIR", help="checkout of a published release")
     parser.add_argument("--kernels", action="store_true", help="profile the first variant's kernels (GPU)")
     options, words = parser.parse_known_args()
-    given = [parse_args(words)]
-    if options.versus is not None:
-        given.append(parse_args([*words, *shlex.split(options.versus)]))
-    ctx = find_context(given[0].get("device"))
+    flags = parse_args(words)
+    ctx = find_context(flags.get("device"))
     prepare_device(ctx.device)
-    variants, peaks = {}, {}
-    for name, flags in zip(("first", "second"), given, strict=False):
-        if ctx.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        variants[name] = Steps(flags, options.steps, ctx)
-        variants[name]()
-        if ctx.device.type == "cuda":
-            peaks[name] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
+    variants = {"first": Steps(flags, options.steps, ctx)}
     first = variants["first"].trainer
+    if options.versus is not None:
+        variants["second"] = Steps(parse_args([*words, *shlex.split(options.versus)]), options.steps, ctx)
     if options.reference:
-        how = first.denoiser.autocast_dtype is not None, options.steps, ctx.device
-        turn = reference.start(options.reference, first.config, *how)
-        variants["reference"] = lambda: peaks.update(reference=turn()["peak_gb"])
+        bf16 = first.denoiser.autocast_dtype is not None
+        variants["reference"] = Release(options.reference, first.config, bf16, options.steps, ctx.device)
     seconds = in_turns(variants, options.repeats, ctx.device)
     content: dict = {"flags": words, "versus": options.versus, "steps": options.steps, "repeats": options.repeats}
     for name, variant in variants.items():
@@ -124,10 +121,16 @@ def main() -> None:
         rate = trainer.config.global_batch * options.steps / statistics.median(seconds[name])
         flops = 3 * count_flops(trainer.config.model, trainer.config.img_size) * rate  # backward: two forward passes
         top = ceiling(ctx.device, trainer.denoiser.autocast_dtype or torch.float32)
-        content[name] = {"images_per_s": round(rate, 2), "tflops": round(flops / 1e12, 4), "peak_gb": peaks.get(name)}
-        content[name] |= {"share_of_ceiling": round(flops / top, 4), "ceiling_tflops": round(top / 1e12, 3)}
+        content[name] = {
+            "images_per_s": round(rate, 2),
+            "tflops": round(flops / 1e12, 4),
+            "peak_gb": variant.peak_gb,
+            "share_of_ceiling": round(flops / top, 4),
+            "ceiling_tflops": round(top / 1e12, 3),
+        }
         if name != "first":
-            content[f"first_over_{name}"] = ratios(seconds[name], seconds["first"])
+            ratios = [slow / fast for slow, fast in zip(seconds[name], seconds["first"], strict=True)]
+            content[f"first_over_{name}"] = median_and_range(ratios, 4)
     if options.kernels and ctx.device.type == "cuda":
         content["kernels"] = kernels(variants["first"], statistics.median(seconds["first"]) / options.steps)
     emit("step", ctx.device, content)

@@ -1,7 +1,6 @@
 """Draw the frequency-time plane: SNR of the data, cutoffs of Spectral Forcing, times of the sampling grids.
 
-    python experiments/frequency_time_plane.py --spectrum fid_stats/cifar10_32_spectrum.npz \
-        --out docs/frequency_time_plane.png
+    python experiments/frequency_time_plane.py --spectrum fid_stats/cifar10_32_spectrum.npz
 
 The spectrum is a file of tools/measure_spectrum.py. Times are on the scale of the log-SNR, lambda = 2 ln(t / (1 - t)).
 Frequencies are in cycles per image. The photograph comes with scikit-learn.
@@ -84,7 +83,7 @@ def draw_photograph(figure, operators: dict[str, SpectralForcing]) -> None:
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--spectrum", type=Path, required=True)
-parser.add_argument("--out", type=Path, default=Path("docs/frequency_time_plane.png"))
+parser.add_argument("--out", type=Path, default=Path("output/frequency_time_plane.png"))
 parser.add_argument("--steps", type=int, default=20, help="steps of each grid")
 args = parser.parse_args()
 with np.load(args.spectrum, allow_pickle=False) as file:
@@ -105,5 +104,6 @@ above.suptitle(f"{meta['dataset']}, {size} px, {meta['num_images']:,} images", f
 draw_plane(plane, power, operators)
 draw_steps(steps, {"uniform": uniform_grid(args.steps), **grids})
 draw_photograph(below, operators)
+args.out.parent.mkdir(parents=True, exist_ok=True)
 figure.savefig(args.out, dpi=92, pil_kwargs={"optimize": True})
 print(args.out)

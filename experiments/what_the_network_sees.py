@@ -1,8 +1,9 @@
 """Draw a photograph on its way from noise to data, and what Spectral Forcing lets the network see of it.
 
-    python experiments/what_the_network_sees.py --out docs/what_the_network_sees.png
+    python experiments/what_the_network_sees.py
 
-The photograph comes with scikit-learn (no download).
+The photograph comes with scikit-learn (no download). The README's picture is made with
+--out docs/what_the_network_sees.png.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from util.rng import CounterRNG
 TIMES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--out", type=Path, default=Path("docs/what_the_network_sees.png"))
+parser.add_argument("--out", type=Path, default=Path("output/what_the_network_sees.png"))
 parser.add_argument("--size", type=int, default=120, help="pixels along a side")
 args = parser.parse_args()
 photograph = center_crop(Image.fromarray(load_sample_image("china.jpg")), args.size)

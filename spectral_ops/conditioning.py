@@ -1,9 +1,9 @@
 """Noise schedules of single images, for training times and for a network that is conditioned on them.
 
-Times of an image's own schedule tilt the data that the network sees at each t. A network that is told (lambda_0,
-lambda_1) of that schedule learns the velocity given both, and sampling along a drawn schedule tells it the same. For
-the variant `logsnr` this is exact: the density of t depends on the two numbers alone. An image's schedule is that of
-its FIT (spectral_ops/schedule.py), from which generated images draw theirs.
+If the times of an image come from its own schedule, some images are seen more often than others at each t. A network
+that is conditioned on (lambda_0, lambda_1) of the schedule learns the velocity given both numbers, and sampling along
+a drawn schedule passes in the two of that schedule. For the variant `logsnr` this is exact: the density of t depends on
+them alone. An image's schedule follows from its FIT (spectral_ops/schedule.py); generated images draw a FIT.
 
 Shapes: B images x (B, 3, H, W) in [-1, 1]; logsnr_range (B, 2), the two numbers; D width.
 """
@@ -65,7 +65,7 @@ class InstanceTimeSampler:
 class ScheduleEmbedder(nn.Module):
     """logsnr_range (B, 2) -> (B, D): a linear map, zero at first, of cosines and sines of both numbers.
 
-    The angles are lambda times 2^-6 to 2, so that the ranges of images, about -8 to 12, are told apart to less than 1.
+    The angles are lambda times 2^-6 to 2, so that differences below 1 are resolved over the range of images, -8 to 12.
     Construction draws no random number: the other weights of a network are the same with it and without.
     """
 

@@ -67,8 +67,10 @@ class SpectralResidual(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw W1 (Xavier) and set all else to zero."""
-        for name, parameter in self.named_parameters():
-            (nn.init.xavier_uniform_ if name == "fc1.weight" else nn.init.zeros_)(parameter)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        if self.mode != "static":
+            nn.init.xavier_uniform_(self.fc1.weight)
 
     def gates(self, t_emb: Tensor, y_emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (g_lo, g_hi) for t_emb, y_emb (B, D): (B,) each, or () for "static"; float32, between -s and s."""

@@ -105,11 +105,14 @@ class TightSchedule:
         nu_min, nu_max = noise_bounds(largest.double(), smallest.double(), delta, noise_scale)
         self.low, self.high = (-nu.log().reshape(-1, 1) for nu in (nu_max, nu_min))  # lambda_0, lambda_1 (B, 1)
         power = (power.double().clamp_min(QUANTISATION) / noise_scale**2).reshape(-1, len(counts))  # (B, K)
-        ones = (torch.arange(len(counts), device=power.device) > 0).double().expand_as(power)  # but for ring 0
-        weights = {"frequency": ones, "power": ones * counts * power}
-        used = weights.values() if variant == "mixed" else [weights[variant]] if variant in weights else []
-        self.inverses = [_InverseGain(power.log(), weight, self.low, self.high) for weight in used]
-        self.inverses = self.inverses or [partial(torch.lerp, self.low, self.high)]
+        rings_from_1 = (torch.arange(len(counts), device=power.device) > 0).double().expand_as(power)
+        self.inverses = []  # u (B, N) -> lambda (B, N): Lambda is their mean
+        if variant in ("frequency", "mixed"):
+            self.inverses.append(_InverseGain(power.log(), rings_from_1, self.low, self.high))
+        if variant in ("power", "mixed"):
+            self.inverses.append(_InverseGain(power.log(), rings_from_1 * counts * power, self.low, self.high))
+        if variant == "logsnr":
+            self.inverses.append(partial(torch.lerp, self.low, self.high))
 
     @classmethod
     def of_spectrum(cls, power: Tensor, centred: Tensor, img_size: int, **settings) -> "TightSchedule":

@@ -91,7 +91,7 @@ def spectrum_gap(real: Tensor | Sequence[float], generated: Tensor | Sequence[fl
 
 
 class SpectrumSums:
-    """Sums over real images, batch by batch and mergeable between ranks, from which all spectra of the set follow.
+    """Sums over real images, batch by batch, from which all spectra of the set follow.
 
     The centred spectrum is that of x_i - m with m the mean image. F is linear, so no second pass is needed:
 
@@ -99,8 +99,9 @@ class SpectrumSums:
     """
 
     def __init__(self, n: int):
-        self.n, k = n, num_rings(n)
-        self.total = torch.zeros(1 + 2 * k + 3 * n * n, dtype=torch.float64, device="cpu")
+        self.n = n
+        k = num_rings(n)
+        self.total = torch.zeros(1 + 2 * k + 3 * n * n, dtype=torch.float64, device="cpu")  # of a rank: they add up
         # Views: number of images, sum of S_k, sum of P_k, sum of the 8-bit images (integers, exact in any order).
         self._count, self.grey, self.power, self.image = self.total.split([1, k, k, 3 * n * n])
 
@@ -116,20 +117,6 @@ class SpectrumSums:
         self.power += power.sum(dim=0).cpu()
         self.image += images.sum(dim=0, dtype=torch.int64).cpu().flatten()
         return power
-
-    def merge(self, other: "SpectrumSums") -> None:
-        """Add the sums of a disjoint set of images."""
-        self.total += other.total
-
-    def pack(self) -> Tensor:
-        """Return all sums as one float64 vector, to be sent to another rank."""
-        return self.total.clone()
-
-    def unpack(self, vector: Tensor) -> "SpectrumSums":
-        """Return new sums with the content of a vector that `pack` returned."""
-        sums = SpectrumSums(self.n)
-        sums.total += vector
-        return sums
 
     def finish(self) -> dict[str, Tensor]:
         """Return grey_spectrum, rapsd and rapsd_centred, means over all images, float64 (K,) each."""

@@ -13,6 +13,7 @@ from spectral_forcing import SpectralForcing
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = dict(np.load(FOLDER / "golden.npz"))
+CIFAR10_SPECTRUM = json.loads((FOLDER / "cifar10_spectrum.json").read_text())
 SHAPES = json.loads((FOLDER / "state_dict_shapes.json").read_text())
 SMALL = {
     **{"input_size": 32, "patch_size": 8, "hidden_size": 64, "depth": 4, "num_heads": 4},

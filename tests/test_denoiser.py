@@ -111,7 +111,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("kwargs", "message"), MISTAKES)
-def test_settings_out_of_range(kwargs, message):
+def test_settings_out_of_range_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Denoiser(torch.nn.Identity(), **kwargs)
 
@@ -170,7 +170,7 @@ def test_times_are_logit_normal():
         assert_same(sampler.cdf(at), scipy.stats.norm.cdf(scipy.special.logit(at.double().numpy()), mean, std))
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
 def test_rate_of_dropped_labels(probability):
     position = torch.arange(20_000)
     y = sample_step(CounterRNG(3, 5, position), position % 10, SHAPE, LogitNormal(), probability, null_class=10).y
@@ -179,26 +179,21 @@ def test_rate_of_dropped_labels(probability):
     assert abs(dropped.double().mean() - probability) <= 4 * math.sqrt(probability * (1 - probability) / 20_000)
 
 
-def test_time_noise_label_drop_and_flip_are_independent():
+def test_each_image_is_mirrored_with_probability_one_half():
+    x, position = normals(0, 2000, 1, 3, 4), torch.arange(2000)
+    out = random_flip(x, CounterRNG(1, 2, position))
+    flipped = (out == x.flip(-1)).all((1, 2, 3))
+    assert out[~flipped].equal(x[~flipped]) and abs(flipped.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(2000)
+    assert random_flip(x.to(torch.uint8), CounterRNG(0, 0, position)).dtype == torch.uint8
+
+
+def test_the_random_parts_of_a_step_are_independent():
     position = torch.arange(20_000)
     rng = CounterRNG(0, 0, position)
     d = sample_step(rng, position.new_zeros(20_000), (1, 1, 2), LogitNormal(), 0.5, 10)
     flip = random_flip(torch.tensor([0.0, 1.0]).expand(20_000, 1, 1, 2), rng)[:, 0, 0, 0]
     columns = torch.stack([d.t, d.noise[:, 0, 0, 0], d.noise[:, 0, 0, 1], d.y.float(), flip])
-    assert scipy.stats.kstest(columns[1].numpy(), "norm").pvalue > 0.01
-    correlation = np.corrcoef(columns.numpy()) - np.eye(5)
-    assert np.abs(correlation).max() < 5 / math.sqrt(20_000)
-
-
-def test_flips():
-    x, position = normals(0, 2000, 1, 3, 4), torch.arange(2000)
-    out = random_flip(x, CounterRNG(1, 2, position))
-    flipped = (out == x.flip(-1)).all((1, 2, 3))
-    assert out[~flipped].equal(x[~flipped])
-    assert abs(flipped.double().mean() - 0.5) < 4 * 0.5 / math.sqrt(2000)
-    parts = [random_flip(x[s], CounterRNG(1, 2, position[s])) for s in (slice(0, 7), slice(7, 2000))]
-    assert torch.cat(parts).equal(out)
-    assert random_flip(x.to(torch.uint8), CounterRNG(0, 0, position)).dtype == torch.uint8
+    assert np.abs(np.corrcoef(columns.numpy()) - np.eye(5)).max() < 5 / math.sqrt(20_000)
 
 
 def test_a_network_with_schedules_gets_the_range_of_each_image_and_another_gets_none():
@@ -209,9 +204,9 @@ def test_a_network_with_schedules_gets_the_range_of_each_image_and_another_gets_
     assert logsnr_range.equal(schedules(x).logsnr_range) and logsnr_range.shape == (6, 2)
     conditioned.velocity(x, TIMES, LABELS, logsnr_range=2 * logsnr_range)
     assert conditioned.net.seen[3].equal(2 * logsnr_range)
-    with pytest.raises(ValueError, match="with schedules needs logsnr_range"):
+    with pytest.raises(ValueError, match="it needs logsnr_range"):
         conditioned.predict(x, TIMES, LABELS)
-    with pytest.raises(ValueError, match="takes no logsnr_range"):
+    with pytest.raises(ValueError, match="it takes no logsnr_range"):
         Denoiser(fixed(x)).predict(x, TIMES, LABELS, logsnr_range)
 
 

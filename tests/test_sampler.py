@@ -48,12 +48,14 @@ def test_order_of_convergence(method, expected, power):
     assert errors[-1] < (0.01 if method == "euler" else 2e-4)
 
 
-def test_uneven_grid():
-    """Heun is the trapezoidal rule where v depends on t alone, and the last step takes the left end."""
+def test_heun_is_the_trapezoidal_rule_and_the_last_step_takes_the_left_end():
+    """Where v depends on t alone, on an uneven grid."""
     grid = torch.tensor([0.0, 0.1, 0.4, 0.5, 1.0])
-    f, z = grid.double() ** 2, torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    h = grid.double().diff()
-    velocity = lambda z, t: t.double()[:, None, None, None] ** 2 + 0 * z  # noqa: E731
+    f, h, z = grid.double() ** 2, grid.double().diff(), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+
+    def velocity(z, t):
+        return t.double()[:, None, None, None] ** 2 + 0 * z
+
     assert_same(sample(velocity, z, grid, "euler"), (h * f[:-1]).sum())
     trapezoids = h * (f[:-1] + f[1:]) / 2
     assert_same(sample(velocity, z, grid, "heun"), trapezoids[:-1].sum() + h[-1] * f[-2])
@@ -93,7 +95,7 @@ def test_a_grid_for_each_sample(method):
 
 def test_solvers_are_a_registry(monkeypatch):
     z, seen = normals(0, 2, 1, 2, 2), []
-    with pytest.raises(ValueError, match="0 sampling steps"):
+    with pytest.raises(ValueError, match="0 sampling steps are too few"):
         uniform_grid(0)
     with pytest.raises(ValueError, match="'Heun'; it must be one of heun, euler"):
         sample(gaussian_velocity(1.0), z, uniform_grid(2), "Heun")
@@ -115,34 +117,23 @@ class Recorder(list):
         self.append((z, t, y))
         return by_label(z, t, y)
 
-    @property
-    def sizes(self):
-        return [len(z) for z, _, _ in self]
 
-
-@pytest.mark.parametrize("cfg", [0.0, 0.5, 2.9])
-def test_guided_velocity(cfg):
-    z, t, y = normals(0, 3, 2, 2, 2), torch.full((3,), 0.5), torch.tensor([0, 4, 9])
-    conditional, unconditional = by_label(z, t, y), by_label(z, t, torch.full((3,), NULL))
-    velocity = Recorder()
-    out = guided(velocity, y, NULL, cfg, (0.1, 1.0))(z, t)
-    ((z_both, t_both, y_both),) = velocity
-    assert (
-        z_both.equal(torch.cat([z, z]))
-        and t_both.equal(torch.cat([t, t]))
-        and y_both.tolist() == [0, 4, 9] + 3 * [NULL]
-    )
-    assert_same(out, unconditional + cfg * (conditional - unconditional), 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("cfg", "interval", "time"), [(1.0, (0.0, 1.0), 0.5), (3.0, (0.6, 1.0), 0.5), (3.0, (0.0, 0.5), 0.5)]
-)
-def test_one_branch_where_there_is_no_guidance(cfg, interval, time):
+@pytest.mark.parametrize("cfg", [0.0, 1.0, 2.9])
+@pytest.mark.parametrize("time", [0.05, 0.5])
+def test_guidance_is_one_batch_of_both_branches_and_one_branch_where_its_scale_is_1(cfg, time):
     z, t, y, velocity = normals(0, 3, 2, 2, 2), torch.full((3,), time), torch.tensor([0, 4, 9]), Recorder()
-    out = guided(velocity, y, NULL, cfg, interval)(z, t)
-    assert velocity.sizes == [3] and velocity[0][2].equal(y)
-    assert out.equal(by_label(z, t, y))
+    out = guided(velocity, y, NULL, cfg, (0.1, 1.0))(z, t)
+    ((z_seen, t_seen, y_seen),) = velocity
+    conditional, unconditional = by_label(z, t, y), by_label(z, t, torch.full((3,), NULL))
+    if cfg == 1 or time < 0.1:
+        assert out.equal(conditional) and y_seen.equal(y)
+    else:
+        assert (
+            z_seen.equal(z.repeat(2, 1, 1, 1))
+            and t_seen.equal(t.repeat(2))
+            and y_seen.tolist() == [0, 4, 9] + 3 * [NULL]
+        )
+        assert_same(out, unconditional + cfg * (conditional - unconditional), 1e-5)
 
 
 def test_interval_is_open_in_float32():
@@ -157,8 +148,8 @@ def test_interval_is_open_in_float32():
     assert_same(guidance_scale(torch.tensor([0.0, 1e-30, 1.0]), 2.0, 0.0, 1.0), [2, 2, 1])  # from 0 includes 0
 
 
-@pytest.mark.parametrize("steps", [10, 25, 50])
-@pytest.mark.parametrize(("first", "last"), [(0.1, 1.0), (0.2, 0.8), (0.3, 0.7), (0.0, 0.6)])
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize(("first", "last"), [(0.1, 1.0), (0.3, 0.7), (0.0, 0.6)])
 def test_interval_on_the_times_of_the_solver(steps, first, last):
     """At each of Heun's stages, with edges that fall on grid times: decided in float32, by numpy."""
     velocity = Recorder()
@@ -167,5 +158,5 @@ def test_interval_on_the_times_of_the_solver(steps, first, last):
     grid = torch.linspace(0, 1, steps + 1).numpy()
     stages = [t for i in range(steps - 1) for t in (grid[i], grid[i + 1])] + [grid[-2]]
     inside = [t < np.float32(last) and (first == 0 or t > np.float32(first)) for t in stages]
-    assert velocity.sizes == [4 if i else 2 for i in inside]
+    assert [len(z) for z, _, _ in velocity] == [4 if i else 2 for i in inside]
     assert [float(t[0]) for _, t, _ in velocity] == [float(t) for t in stages]

@@ -10,15 +10,13 @@ import math
 from collections.abc import Callable
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 #: What the numbers are for -> its part of the counter. No two uses share a stream; a number here never changes.
 STREAMS = {"time": 0, "noise": 1, "label_drop": 2, "flip": 3, "start_noise": 4, "validation": 5, "schedule": 6}
-PIECE = 2**15  # blocks that a CPU draws at a time, in memory that its cache holds
+CPU_BLOCKS = 2**15  # that a CPU draws at a time: its cache holds them
 _MASK = 0xFFFFFFFF
-_HALF = np.uint64(32)
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]  # of 32 bits, in int64
 
@@ -39,37 +37,25 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
     return c0, c1, c2, c3
 
 
-def philox_on_cpu(counter: Words, key: tuple[int, int]) -> Words:
-    """Compute `philox` by numpy, several times as fast, in words of uint32 and products of uint64."""
-    c0, c1, c2, c3 = (c.astype(np.uint32) for c in np.broadcast_arrays(*(c.numpy() for c in counter)))
-    k0, k1 = key
-    p0, p1 = np.empty(c0.shape, np.uint64), np.empty(c0.shape, np.uint64)
-    for _ in range(10):
-        np.multiply(c0, np.uint64(0xD2511F53), out=p0)
-        np.multiply(c2, np.uint64(0xCD9E8D57), out=p1)
-        c1 ^= np.uint32(k0)
-        c3 ^= np.uint32(k1)
-        c0, c1 = (p1 >> _HALF).astype(np.uint32) ^ c1, p1.astype(np.uint32)
-        c2, c3 = (p0 >> _HALF).astype(np.uint32) ^ c3, p0.astype(np.uint32)
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return tuple(torch.from_numpy(c) for c in (c0, c1, c2, c3))
-
-
-def to_uniform(words: Words, out: Tensor | None = None) -> Tensor:
+def to_uniform(words: Words) -> Tensor:
     """Map words (B, K) to float32 (B, K, 4), uniform in the open interval (0, 1)."""
-    return torch.mul((torch.stack(words, dim=-1).long() >> 9).float() + 0.5, 2.0**-23, out=out)
+    return ((torch.stack(words, dim=-1) >> 9).float() + 0.5) * 2.0**-23
 
 
-def to_normal(words: Words, out: Tensor | None = None) -> Tensor:
-    """Map words (B, K) to standard normal float32 (B, K, 4), by Box and Muller."""
-    radii = [(a.float().add_(0.5).mul_(2.0**-32).log_().mul_(-2)).sqrt_() for a in words[0::2]]
-    angles = [b.float().mul_(2 * math.pi * 2.0**-32) for b in words[1::2]]
-    numbers = [r * f(angle) for r, angle in zip(radii, angles, strict=True) for f in (torch.cos, torch.sin)]
-    return torch.stack(numbers, dim=-1, out=out)
+def to_normal(words: Words) -> Tensor:
+    """Map words (B, K) to standard normal float32 (B, K, 4), by Box and Muller: sqrt(-2 ln u) (cos, sin)(2 pi v)."""
+    numbers = []
+    for a, b in (words[:2], words[2:]):
+        radius = (-2 * ((a.float() + 0.5) * 2.0**-32).log()).sqrt()
+        angle = b.float() * (2 * math.pi * 2.0**-32)
+        numbers += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(numbers, dim=-1)
 
 
 @cache
 def _kernel(transform: Callable[[Words], Tensor], compiled: bool) -> Callable[[Words, tuple[int, int]], Tensor]:
+    """Return (counter, key) -> transform(philox(counter, key)), as one function for the compiler."""
+
     def kernel(counter: Words, key: tuple[int, int]) -> Tensor:
         return transform(philox(counter, key))
 
@@ -104,17 +90,16 @@ class CounterRNG:
         return self._draw(to_normal, STREAMS[stream], n)
 
     def _draw(self, transform: Callable[[Words], Tensor], stream: int, n: int) -> Tensor:
-        block = torch.arange(-(-n // 4), device=self.index.device)  # (K,)
-        if self.index.device.type != "cpu":
-            return _kernel(transform, _compiled)(self._counter(stream, self.index, block), self.key).flatten(1)[:, :n]
-        out = torch.empty(len(self.index), len(block), 4)
-        tall = max(1, PIECE // max(1, len(block)))  # samples at a time
-        for index, rows in zip(self.index.split(tall), out.split(tall), strict=True):
-            for columns, piece in zip(block.split(PIECE), rows.split(PIECE, dim=1), strict=True):
-                transform(philox_on_cpu(self._counter(stream, index, columns), self.key), piece)
-        return out.flatten(1)[:, :n]
+        on_cpu = self.index.device.type == "cpu"
+        kernel = _kernel(transform, _compiled and not on_cpu)
+        block = torch.arange(-(-n // 4), device=self.index.device)[None]  # (1, K)
 
-    def _counter(self, stream: int, index: Tensor, block: Tensor) -> Words:
-        index = index[:, None]
-        high = (index >> 32) & 0xFFFFFF | (stream << 24)
-        return block[None], index & _MASK, torch.full_like(index, self.step), high
+        def numbers(index: Tensor) -> Tensor:
+            index = index[:, None]
+            step, high = torch.full_like(index, self.step), (index >> 32) & 0xFFFFFF | (stream << 24)
+            return kernel((block, index & _MASK, step, high), self.key).flatten(1)[:, :n]
+
+        if not on_cpu:
+            return numbers(self.index)
+        samples = max(1, CPU_BLOCKS // max(1, block.shape[1]))
+        return torch.cat([numbers(index) for index in self.index.split(samples)])

@@ -34,25 +34,35 @@ def open_spectrum(config: Any) -> DataSpectrum:
 
 
 def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:
-    """Return a training run's configuration with what it records; `saved_args` if it resumes, and has that already."""
+    """Return the configuration of a training run with what it records; a run that resumes (`saved_args`) has that.
+
+    Raises UserError if a run that resumes is given another spectrum file than it was trained with.
+    """
     snr = config.sf_schedule == "snr" and config.input_operator == "spectral_forcing" and saved_args is None
     trained = config.t_sampler.startswith("spectral_")
-    spectrum = open_spectrum(config) if snr or trained or config.sampling_grid != "uniform" else None
-    if saved_args is None:
-        recorded = {"spectrum_sha256": spectrum.sha256} if trained else {}
-        recorded |= {"sf_power": spectrum.power.tolist()} if snr else {}
-        if config.t_sampler == "spectral_instance":
-            recorded |= {"schedule_delta": config.spectral_delta, "schedule_level": spectrum.level.tolist()}
-        return replace(config, **recorded)
-    if trained and spectrum.sha256 != config.spectrum_sha256:
-        known = f"the spectrum file that this run was trained with (sha256 {config.spectrum_sha256})"
-        raise UserError(f"{spectrum.path} is not {known}. Name that one with --spectrum_file.")
+    if not (snr or trained or config.sampling_grid != "uniform"):
+        return config
+    spectrum = open_spectrum(config)
+    if saved_args is not None:
+        if trained and spectrum.sha256 != config.spectrum_sha256:
+            known = f"the spectrum file that this run was trained with (sha256 {config.spectrum_sha256})"
+            raise UserError(f"{spectrum.path} is not {known}. Name that one with --spectrum_file.")
+        return config
+    if snr:
+        config = replace(config, sf_power=spectrum.power.tolist())
+    if trained:
+        config = replace(config, spectrum_sha256=spectrum.sha256)
+    if config.t_sampler == "spectral_instance":
+        config = replace(config, schedule_delta=config.spectral_delta, schedule_level=spectrum.level.tolist())
     return config
 
 
 def spectrum_warnings(config: Any) -> list[str]:
     """Warn if a network that is conditioned on schedules will be given those of another spectrum file."""
-    if config.schedule_delta is None or (spectrum := open_spectrum(config)).sha256 == config.spectrum_sha256:
+    if config.schedule_delta is None:
+        return []
+    spectrum = open_spectrum(config)
+    if spectrum.sha256 == config.spectrum_sha256:
         return []
     return [f"schedules come from {spectrum.path}, which is not the spectrum file of the network's training"]
 
@@ -103,18 +113,21 @@ class SampleSchedules:
         return grid, logsnr_range
 
     def t_eps(self, t_eps: float) -> float:
-        """Return the clamp of 1 - t: `t_eps`, or less if that would act on a spectral grid, which costs it its gain."""
+        """Return the clamp of 1 - t: `t_eps`, or less where that would act on the last time of a spectral grid."""
+        if self.config.sampling_grid == "uniform":
+            return t_eps
         if self.config.sampling_grid == "spectral_instance":
-            return min(t_eps, 1 - latest_time(self.config.noise_scale))
-        if self.config.sampling_grid == "spectral_global":
-            return min(t_eps, 1 - float(self.spectrum.schedule(**_settings(self.config)).sampling_grid(3)[-2]))
-        return t_eps
+            last = latest_time(self.config.noise_scale)
+        else:
+            last = float(self.spectrum.schedule(**_settings(self.config)).sampling_grid(3)[-2])
+        return min(t_eps, 1 - last)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings for reports; none without a spectrum."""
         if self.spectrum is None:
             return {}
-        config, described = self.config, {"grid": self.config.sampling_grid, "spectrum_sha256": self.spectrum.sha256}
+        config = self.config
+        described = {"grid": config.sampling_grid, "spectrum_sha256": self.spectrum.sha256}
         if config.sampling_grid != "uniform":
             described |= {"spectral_variant": config.spectral_variant, "spectral_delta": config.spectral_delta}
         return described
@@ -126,4 +139,6 @@ class SampleSchedules:
             return ""
         config = self.config
         grid = f"{config.sampling_grid}-{config.spectral_variant}-delta{config.spectral_delta:.10g}"
-        return f"-{'told' if config.sampling_grid == 'uniform' else grid}-{self.spectrum.sha256[:8]}"
+        if config.sampling_grid == "uniform":
+            grid = "told"  # conditioned on schedules; folders have this name since the first version
+        return f"-{grid}-{self.spectrum.sha256[:8]}"

@@ -68,14 +68,16 @@ def test_flags_are_read_from_the_source(release):
 
 
 def test_a_release_trains_with_its_own_modules_and_its_error_is_seen(release, capfd):
-    turn = reference.start(release, CONFIG, bf16=True, steps=2, device=torch.device("cpu"))
-    assert turn() == turn() == {"peak_gb": None}
+    turn = reference.Release(release, CONFIG, bf16=True, steps=2, device=torch.device("cpu"))
+    turn()
+    turn()
+    assert turn.peak_gb is None
     with pytest.raises(SystemExit, match="ended with exit code 1"):
         turn()
     said = capfd.readouterr().err
     assert "built with 1.0" in said and "RuntimeError: enough" in said
 
 
-def test_a_folder_that_is_no_checkout(tmp_path):
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"lacks main_jit.py, model_jit.py, denoiser.py. Name a checkout"):
-        reference.start(tmp_path, CONFIG, False, 1, torch.device("cpu"))
+        reference.Release(tmp_path, CONFIG, False, 1, torch.device("cpu"))

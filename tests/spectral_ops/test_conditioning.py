@@ -8,7 +8,7 @@ import torch
 from spectral_ops.conditioning import ImageSchedules, InstanceTimeSampler, ScheduleEmbedder
 from spectral_ops.schedule import GlobalTimeSampler, TightSchedule
 from spectral_ops.spectrum import image_fits, rapsd
-from tests.spectral_ops.fakes import FakeRNG, GivenRNG
+from util.rng import CounterRNG
 
 N, LEVEL = 16, [0.1, -0.2, 0.0]
 
@@ -44,13 +44,13 @@ def test_noise_scale_moves_all_ranges_alike_and_a_constant_image_has_one():
 
 
 def test_times_are_drawn_from_each_images_schedule():
-    x, rng = images(), FakeRNG(8)
+    x, rng = images(), CounterRNG(0, 0, torch.arange(8))
     sampler = InstanceTimeSampler(ImageSchedules(N, LEVEL, 0.1), "mixed", 0.0, torch.empty(0, 4))
     t, own = sampler.for_images(x).sample(rng), sampler.schedules(x)
     low, high = torch.sigmoid(own.logsnr_range / 2).unbind(1)
     assert ((t >= low - 1e-6) & (t <= high + 1e-6)).all()
-    for i, numbers in enumerate(rng.uniform("time", 2).split(1)):  # and not from another image's in the batch
-        alone = sampler.for_images(x[i : i + 1]).sample(GivenRNG(*numbers.unbind(1)))
+    for i in range(8):  # and not from another image's in the batch
+        alone = sampler.for_images(x[i : i + 1]).sample(CounterRNG(0, 0, torch.tensor([i])))
         torch.testing.assert_close(alone, t[i : i + 1], rtol=1e-6, atol=0)
     with pytest.raises(TypeError, match="for_images"):
         sampler.sample(rng)
@@ -59,7 +59,9 @@ def test_times_are_drawn_from_each_images_schedule():
 def test_cdf_is_the_share_of_times_of_all_images():
     examples, count = fits(images()), 2000
     sampler = InstanceTimeSampler(ImageSchedules(N, LEVEL, 0.1), "mixed", 0.1, examples)
-    t = GlobalTimeSampler(TightSchedule.of_fits(examples.repeat(count // 8, 1), N), 0.1).sample(FakeRNG(count))
+    t = GlobalTimeSampler(TightSchedule.of_fits(examples.repeat(count // 8, 1), N), 0.1).sample(
+        CounterRNG(0, 0, torch.arange(count))
+    )
     edges = torch.linspace(0.2, 0.8, 4)
     counted = torch.tensor([float((t < edge).double().mean()) for edge in edges], dtype=torch.float64)
     assert (sampler.cdf(edges) - counted).abs().max() < 5 * math.sqrt(0.25 / count)
