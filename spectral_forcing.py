@@ -186,7 +186,7 @@ class SpectralForcing(nn.Module):
         """Return c(t) in units of r, in the shape of `t`."""
         if self.schedule == "linear":
             f = t if self.fixed_scale is None else torch.full_like(t, self.fixed_scale)
-            return self.c_min + (self.c_max - self.c_min) * f
+            return self.c_min + (self.c_max - self.c_min) * f.clamp(0, 1)
         inside = t.clamp(T_MIN, T_MAX)
         odds = inside / (1 - inside)
         if self.schedule == "power":
@@ -197,31 +197,41 @@ class SpectralForcing(nn.Module):
 
     def _interpolate(self, log_snr: Tensor) -> Tensor:
         """Return the cutoff between its knots: 0 below the first, and c_max from the last on, where all rings show."""
-        x = log_snr.clamp(self.log_snr[0], self.log_snr[-1])
-        right = torch.searchsorted(self.log_snr, x, right=True).clamp(1, len(self.log_snr) - 1)
-        x0, x1 = self.log_snr[right - 1], self.log_snr[right]
-        c0, c1 = self.cutoffs[right - 1], self.cutoffs[right]
+        knots, cutoffs = self.log_snr.to(log_snr.dtype), self.cutoffs.to(log_snr.dtype)
+        x = log_snr.clamp(knots[0], knots[-1])
+        right = torch.searchsorted(knots, x, right=True).clamp(1, len(knots) - 1)
+        x0, x1 = knots[right - 1], knots[right]
+        c0, c1 = cutoffs[right - 1], cutoffs[right]
         between = c0 + (c1 - c0) * ((x - x0) / (x1 - x0).clamp_min(1e-30))
-        between = torch.where(log_snr < self.log_snr[0], 0.0, between)
-        return torch.where(log_snr < self.log_snr[-1], between, self.c_max)
+        between = torch.where(log_snr < knots[0], 0.0, between)
+        return torch.where(log_snr < knots[-1], between, self.c_max)
 
     def mask(self, t: Tensor) -> Tensor:
-        """Return M(t) = sigmoid(kappa (c(t) - r)): t (B,) -> (B, n, n)."""
-        return torch.sigmoid(self.kappa * (self.cutoff(t.float())[:, None, None] - self.radius))
+        """Return M(t) = sigmoid(kappa (c(t) - r)): t (B,) -> (B, n, n), in float64 if t is, else in float32."""
+        double = t.dtype == torch.float64
+        radius = radius_grid(self.window_size).to(t.device) if double else self.radius
+        cutoff = self.cutoff(t if double else t.float())
+        return torch.sigmoid(self.kappa * (cutoff[:, None, None] - radius))
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """Filter z (B, C, H, W) at times t (B,) in [0, 1]; the result is float32, under autocast too.
+        """Filter z (B, C, H, W) at times t (B,), or one t for all; times outside [0, 1] count as 0 and 1.
 
-        The relative error is 6e-7, with TF32 enabled 6e-4. Raises ValueError for an image of another size.
+        The result is float64 if z is, else float32, under autocast too: to a relative error of 6e-7, with TF32 6e-4.
+        Raises ValueError for an image of another size and for a number of times that is neither 1 nor B.
         """
         b, c, h, w = z.shape
         if (h, w) != (self.img_size, self.img_size):
             raise ValueError(f"Spectral Forcing was built for {self.img_size}x{self.img_size} images, not {h}x{w}.")
+        if t.numel() not in (1, b):
+            raise ValueError(f"t has the shape {tuple(t.shape)}; one time or one for each of {b} images was expected.")
+        double = z.dtype == torch.float64
+        z, t = (z, t.double()) if double else (z.float(), t.float())
+        dct = dct_matrix(self.window_size).to(z.device) if double else self.dct
         n, g = self.window_size, self.img_size // self.window_size
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float().reshape(b, c, g, n, g, n).transpose(3, 4)  # (B, C, G, G, n, n)
-            z = separable_transform(self.dct, z) * self.mask(t)[:, None, None, None]
-            return separable_transform(self.dct.T, z).transpose(3, 4).reshape(b, c, h, w)  # (B, C, H, W)
+            z = z.reshape(b, c, g, n, g, n).transpose(3, 4)  # (B, C, G, G, n, n)
+            z = separable_transform(dct, z) * self.mask(t.reshape(-1))[:, None, None, None]
+            return separable_transform(dct.T, z).transpose(3, 4).reshape(b, c, h, w)  # (B, C, H, W)
 
     def extra_repr(self) -> str:
         names = ("img_size", "window_size", "c_min", "c_max", "kappa", "fixed_scale", "schedule", "alpha", "snr_floor")

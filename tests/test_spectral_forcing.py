@@ -156,6 +156,51 @@ def test_forward_mode_and_vmap(settings):
     assert_same(torch.func.vmap(operator, (0, None))(z, t[0])[1], operator(z[1], t[0]))
 
 
+@pytest.mark.parametrize("settings", [{}, {"schedule": "power", "alpha": 2.5}, {"schedule": "snr", "power": BUMPY}])
+def test_gradcheck_in_float64(settings):
+    operator = SpectralForcing(32, 8, **settings)
+    z = noise(2, 1, 32, 32).double()[:, :, :8, :8].repeat(1, 1, 4, 4).requires_grad_()
+    t = torch.tensor([0.31, 0.77], dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda z, t: operator(z, t).square().sum((1, 2, 3)), (z, t), fast_mode=True)
+    torch.autograd.gradgradcheck(lambda t: operator(z.detach(), t).mean((1, 2, 3)), (t,))
+
+
+@pytest.mark.slow  # torch takes 20 s to load its rules
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_linear_operator_is_its_own_derivative_in_z(size):
+    """jvp(m, (z, t), (z, 0)) = m(z, t)."""
+    operator, z, t = SpectralForcing(size), noise(2, 1, size, size), torch.tensor([0.3, 0.8])
+    out, tangent = torch.func.jvp(operator, (z, t), (z, torch.zeros(2)))
+    assert_same(tangent, out)
+    _, in_t = torch.func.jvp(operator, (z, t), (torch.zeros_like(z), torch.ones(2)))
+    h = 1e-3
+    assert_same(in_t, (operator(z.double(), t + h) - operator(z.double(), t - h)) / (2 * h), 2e-3)
+
+
+# --- times
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 1, 1, 1)])
+def test_times_may_have_any_shape_of_b_elements(shape):
+    operator, z = SpectralForcing(12), noise(4, 2, 12, 12)
+    assert operator(z, TIMES.reshape(shape)).equal(operator(z, TIMES))
+    assert operator(z, TIMES[1]).equal(operator(z, TIMES[1].expand(4)))  # one for all
+    with pytest.raises(ValueError, match=r"t has the shape \(3,\); one time or one for each of 4 images"):
+        operator(z, TIMES[:3])
+
+
+def test_times_and_fixed_scales_outside_of_0_to_1_count_as_the_ends():
+    """As in the published code."""
+    z, outside = noise(4, 1, 12, 12), torch.tensor([-0.5, -0.01, 1.01, 3.0])
+    inside = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    assert SpectralForcing(12)(z, outside).equal(SpectralForcing(12)(z, inside))
+    for scale, counts_as in ((-2.0, 0.0), (1.5, 1.0)):
+        out = SpectralForcing(12, fixed_scale=scale)(z, TIMES)
+        assert out.equal(SpectralForcing(12, fixed_scale=counts_as)(z, TIMES))
+    power = SpectralForcing(12, schedule="power", alpha=2.0)
+    assert power(z, outside).equal(power(z, inside))
+
+
 # --- what the documentation states
 
 
@@ -283,6 +328,19 @@ def test_float32_under_autocast_and_for_bfloat16_input():
     out = operator(z.bfloat16(), TIMES.bfloat16())
     assert out.dtype == torch.float32
     assert_same(out, by_scipy(z.bfloat16(), TIMES.bfloat16(), 16))
+
+
+def test_float64_is_computed_in_float64():
+    z, t = noise(4, 2, 12, 12).double(), TIMES.double()
+    for window in (12, 4):
+        out = SpectralForcing(12, window)(z, t)
+        assert out.dtype == torch.float64
+        assert_same(out, by_scipy(z, t, window), 1e-13)
+    snr = {"schedule": "snr", "power": SPECTRUM}
+    assert_same(
+        SpectralForcing(32, **snr)(noise(4, 1, 32, 32).double(), t),
+        SpectralForcing(32, **snr)(noise(4, 1, 32, 32), TIMES),
+    )
 
 
 # --- errors
