@@ -2,8 +2,8 @@
 
     z = t x + (1 - t) e,    v = (x - z) / max(1 - t, t_eps)                               (arXiv 2511.13720)
 
-t = 0 is noise and t = 1 is data. The network predicts x (`pred_param="x"`) or v itself, and sees z through an input
-operator such as Spectral Forcing; z in the formulae is always the unfiltered one.
+t = 0 is noise and t = 1 is data. The network predicts x (`pred_param="x"`), v itself, or both, and sees z through an
+input operator such as Spectral Forcing; z in the formulae is always the unfiltered one.
 
 Shapes: x, z, e, v (B, C, H, W); t, y (B,), in sampling also t (1,) for all samples; logsnr_range (B, 2).
 """
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.special import ndtr
 
 from spectral_ops.conditioning import ImageSchedules, ScheduleEmbedder
+
+PREDICTIONS = ("x", "v", "hybrid")
+HYBRID_MODES = ("one_minus_t", "snr_inverse", "snr")
 
 
 class RandomNumbers(Protocol):
@@ -101,18 +104,52 @@ class NoisyImages(nn.Module):
         return z, v
 
 
+@dataclass(frozen=True)
+class HybridWeight:
+    """Weight of the data prediction beside the velocity prediction, of the release of arXiv 2606.15236.
+
+        w = max(1 - t, t_eps)     mode "one_minus_t"
+        w = 1 / (1 + snr)         mode "snr_inverse",   snr = (max(t, t_eps) / max(1 - t, t_eps))^2
+        w = snr / (1 + snr)       mode "snr"
+
+    raised to `power`, then clamped to minimum .. maximum.
+    """
+
+    mode: str = "one_minus_t"
+    power: float = 1.0
+    minimum: float = 0.0
+    maximum: float = 1.0
+
+    def __call__(self, t: Tensor, t_eps: float) -> Tensor:
+        """Return w (B, 1, 1, 1) at t (B,)."""
+        rest = one_minus(t, t_eps)
+        snr = (t.clamp_min(t_eps)[:, None, None, None] / rest).square()
+        w = {"one_minus_t": rest, "snr_inverse": 1 / (1 + snr), "snr": snr / (1 + snr)}[self.mode]
+        return w.pow(self.power).clamp(self.minimum, self.maximum)
+
+
 class VelocityLoss(nn.Module):
     """Mean of (v - v_pred)^2, where v_pred follows from the network's output at (z, t). It has no parameters."""
 
-    def __init__(self, pred_param: str, t_eps: float):
+    def __init__(self, pred_param: str, t_eps: float, hybrid: HybridWeight):
         super().__init__()
-        self.pred_param, self.t_eps = pred_param, t_eps
+        self.pred_param, self.t_eps, self.hybrid = pred_param, t_eps, hybrid
 
     def velocity(self, out: Tensor, z: Tensor, t: Tensor, t_eps: float | None = None) -> Tensor:
-        """Return v_pred: the output itself, or (out - z) / max(1 - t, t_eps) where the output is x."""
+        """Return v_pred (B, C, H, W) of an output that predicts
+
+        v         v_pred = out
+        x         v_pred = (out - z) / max(1 - t, t_eps)
+        hybrid    v_pred = w (x - z) / max(1 - t, t_eps) + (1 - w) v,   out (B, 2 C, H, W) = x and v
+        """
+        t_eps = self.t_eps if t_eps is None else t_eps
         if self.pred_param == "v":
             return out
-        return (out - z) / one_minus(t, self.t_eps if t_eps is None else t_eps)
+        if self.pred_param == "x":
+            return (out - z) / one_minus(t, t_eps)
+        x, v = out.chunk(2, dim=1)
+        w = self.hybrid(t, t_eps)
+        return w * (x - z) / one_minus(t, t_eps) + (1 - w) * v
 
     def forward(self, v: Tensor, out: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return (v - self.velocity(out, z, t)).square().mean()
@@ -122,13 +159,15 @@ class Denoiser(nn.Module):
     """The network behind its input operator, with the loss and the velocity that follow from its output.
 
     Args:
-        net: network(z (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W); with `schedules` it takes logsnr_range as well.
+        net: network(z (B, C, H, W), t (B,), y (B,)) -> (B, C, H, W), or (B, 2 C, H, W) for `pred_param="hybrid"`; with
+            `schedules` it takes logsnr_range as well.
         input_operator: operator(z, t) -> z as the network sees it; None for plain JiT.
-        pred_param: "x" if the network's output is the data, "v" if it is the velocity.
+        pred_param: "x" if the network's output is the data, "v" if it is the velocity, "hybrid" if it is both.
         t_eps: lower bound of 1 - t as a divisor; 0 is for `pred_param="v"`, whose target then is x - e exactly.
         noise_scale: standard deviation of e.
         autocast_dtype: type of the matrix products in the network; None for no autocast.
         schedules: of images, for a network that is conditioned on (lambda_0, lambda_1) of each sample's schedule.
+        hybrid: weight of the data prediction, for `pred_param="hybrid"`.
     """
 
     def __init__(
@@ -140,25 +179,26 @@ class Denoiser(nn.Module):
         noise_scale: float = 1.0,
         autocast_dtype: torch.dtype | None = None,
         schedules: ImageSchedules | None = None,
+        hybrid: HybridWeight | None = None,
     ):
         super().__init__()
-        if pred_param not in ("x", "v"):
-            raise ValueError(f"pred_param is {pred_param!r}; it must be 'x' or 'v'.")
-        if not 0 <= t_eps < 1 or (t_eps == 0 and pred_param == "x"):
+        if pred_param not in PREDICTIONS:
+            raise ValueError(f"pred_param is {pred_param!r}; it must be one of {', '.join(PREDICTIONS)}.")
+        if not 0 <= t_eps < 1 or (t_eps == 0 and pred_param != "v"):
             raise ValueError(f"t_eps is {t_eps}; it must be in (0, 1), or 0 together with pred_param v.")
         if not noise_scale > 0:
             raise ValueError(f"noise_scale is {noise_scale}; it must be positive.")
         self.net, self.input_operator, self.schedules = net, input_operator, schedules
         self.autocast_dtype = autocast_dtype
         self.noisy_images = NoisyImages(noise_scale, t_eps)
-        self.loss = VelocityLoss(pred_param, t_eps)
+        self.loss = VelocityLoss(pred_param, t_eps, hybrid or HybridWeight())
 
     @property
     def noise_scale(self) -> float:
         return self.noisy_images.noise_scale
 
     def predict(self, z: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None) -> Tensor:
-        """Return the network's output in float32: x or v, as `pred_param` says."""
+        """Return the network's output in float32: what `pred_param` says."""
         if self.schedules is None and logsnr_range is not None:
             raise ValueError("The network is not conditioned on schedules: it takes no logsnr_range.")
         if self.schedules is not None and logsnr_range is None:

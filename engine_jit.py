@@ -476,6 +476,7 @@ class Trainer:
             exit_code = 0  # for Weights & Biases the run has not failed
             raise
         finally:
+            self.loader.close()
             self.writer.close()
             self.log.close(exit_code)
         return self.products

@@ -68,7 +68,7 @@ def run_sample(given: Mapping[str, Any], ctx: DistContext) -> str:
     title = f"{config.model}  cfg {config.cfg:g}  {config.sampling_method} {config.num_sampling_steps}"
     with process_group(ctx, config.dist_timeout):
         assert_same_across_ranks("checkpoint", checkpoint.identity, ctx)
-        run_on_rank0(ctx, lambda: make_folder(folder))
+        run_on_rank0(ctx, lambda: make_folder(folder.parent))
         images = sample_grid(denoiser, config, labels, ctx, folder / "grid.png", f"{title}  seed {config.seed}")
     if ctx.is_main:
         for i, image in enumerate(images):
@@ -85,9 +85,10 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
     config, checkpoint = load_for_inference(given, "evaluate_gen")
     warn([*checkpoint.notes, *check(config, evaluates=True), *spectrum_warnings(config)], ctx)
     warn(check_compiler(config.compile, ctx.device), ctx)
-    plan, folder = plan_sweep(config), Path(config.output_dir)
+    points, folder = plan_sweep(config), Path(config.output_dir)
     with process_group(ctx, config.dist_timeout):
-        suites = [build_suite(config, ctx, n) for n in ([plan.images] if plan else []) + [config.num_images]]
+        counts = [points[0].num_images, config.num_images] if points else [config.num_images]
+        suites = [build_suite(config, ctx, count) for count in counts]
         warn(dict.fromkeys(warning for suite in suites for warning in suite.warnings), ctx)
         assert_same_across_ranks("checkpoint", checkpoint.identity, ctx)
         denoiser = raise_on_all_ranks(ctx, lambda: load_denoiser(config, checkpoint, ctx))
@@ -96,8 +97,8 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
             load_weights(denoiser, checkpoint.weights[WEIGHTS[settings.ema]], checkpoint.path)
             return EvalTarget(denoiser, settings, checkpoint.epoch, checkpoint.path, checkpoint.at)
 
-        if plan:
-            report, products = run_sweep(plan, config, target_of, suites, folder, ctx)
+        if points:
+            report, products = run_sweep(points, config, target_of, suites, folder, ctx)
         else:
             report, path = evaluate_and_write(target_of(config), suites[0], folder / "eval", ctx)
             products = [f"report: {path}"]

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 prepare_ref.py --dataset imagefolder --data_path ~/imagenet --img_size 256
 
 The images are read in index order, unaugmented, with the crop of training. Each rank takes a contiguous part of the
-batches, and rank 0 merges: one rank and many give the same numbers.
+batches and rank 0 merges them, so one rank and many give the same numbers.
 
 Shapes: B images of a batch, uint8 (B, 3, H, W); F features; see util/evaluation/reference.py for what is written.
 """
@@ -34,10 +34,10 @@ from util.evaluation.reference import Moments, default_reference, save_reference
 from util.io import provenance
 from util.log import progress
 
-SUBSET_SEED, FEATURES_SEED = 0, 1  # of the permutations that choose the images, and those whose features are stored
+SUBSET_SEED, FEATURES_SEED = 0, 1  # of the permutations that choose the images and the features to store
 TIMEOUT_MINUTES = 24 * 60.0  # a rank that has finished waits for the slowest
 EXTRACTORS = {metric.extractor.name: metric for metric in METRICS.values() if "sigma" in metric.needs}
-Statistics = tuple[Moments, SpectrumSums, Tensor]  # the last are stored features (m, F), float32, in index order
+Statistics = tuple[Moments, SpectrumSums, Tensor]  # with the features to store (m, F), float32, in index order
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,29 +61,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse, before the work, wrong flags and a file that could not be written or that would be lost."""
-    for flag, least in (("batch_size", 1), ("num_workers", 0), ("num_features", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag} must be at least {least}, not {value}.")
-    if 0 < args.num_features < (least := METRICS["precision_recall"].least):
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {args.batch_size}.")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise UserError(f"--num_workers must be at least 0, not {args.num_workers}.")
+    least = METRICS["precision_recall"].least
+    if args.num_features != 0 and args.num_features < least:
         raise UserError(f"--num_features must be 0 or at least {least}, not {args.num_features}.")
     if args.out is None and args.split != "train":
-        raise UserError("Evaluation looks for a file made from the split train. Give --out for another one.")
+        raise UserError(f"--split {args.split} needs --out: evaluation expects files of the split train in fid_stats/.")
     args.out = args.out or default_reference(args.dataset, args.img_size, args.extractor)
     if args.out.suffix != ".npz":
-        raise UserError(f"--out must end in .npz: {args.out}")
+        raise UserError(f"--out {args.out} must end in .npz.")
     if args.out.exists() and not args.overwrite:
-        raise UserError(f"{args.out} exists. Give --overwrite to replace it, or another --out.")
+        raise UserError(f"{args.out} exists. Give --overwrite to replace it, or name another --out.")
     folder = next(path for path in args.out.absolute().parents if path.exists())
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {args.out}: the folder {folder} cannot be written to.")
+        raise UserError(f"--out {args.out}: the folder {folder} cannot be written to. Name another one.")
 
 
 def choose_indices(total: int, num_images: int | None) -> list[int]:
     """Return the first `num_images` of a fixed permutation of range(total), sorted; all of them for None."""
     num_images = total if num_images is None else num_images
     if not 2 <= num_images <= total:
-        raise UserError(f"--num_images must be from 2 to {total}, the number of images in the data set.")
+        raise UserError(f"--num_images {num_images} must be from 2 to {total}, the number of images in the data set.")
     return sorted(np.random.RandomState(SUBSET_SEED).permutation(total)[:num_images].tolist())
 
 
@@ -97,14 +98,16 @@ def compute(
 ) -> Statistics:
     """Compute this rank's part of the statistics of the images `indices`, in that order.
 
-    `stored` are the positions in `indices` whose features are returned. Raises UserError for an unreadable image.
+    Features are returned of the positions `stored` in `indices`. Raises UserError for an unreadable image.
     """
     starts = [i * args.batch_size for i in local_range(-(-len(indices) // args.batch_size), ctx)]
     batches = [list(indices[start : start + args.batch_size]) for start in starts]
     loader = build_loader(images, batches, args.num_workers, pin_memory=extractor.device.type == "cuda")
     stream = EXTRACTORS[args.extractor].stream
-    moments, spectra = Moments(extractor.streams[stream]), SpectrumSums(images.img_size)
-    rows, keep = [torch.empty(0, extractor.streams[stream])], set(stored)
+    moments = Moments(extractor.streams[stream])
+    spectra = SpectrumSums(images.img_size)
+    rows = [torch.empty(0, extractor.streams[stream])]
+    keep = set(stored)
     for start, (x, _) in zip(starts, progress(loader, ctx, len(batches), stream, "batch"), strict=True):
         x = x.to(extractor.device, non_blocking=True)  # (B, 3, H, W)
         features = extractor(x)[stream]  # (B, F)
@@ -120,18 +123,19 @@ def merge(part: Statistics, ctx: DistContext) -> Statistics | None:
         return part
     moments, spectra, features = part
     parts = [None] * ctx.world_size if ctx.is_main else None
-    dist.gather_object((moments, spectra.pack(), features), parts, group=gloo_group(timedelta(minutes=TIMEOUT_MINUTES)))
+    dist.gather_object((moments, spectra.total, features), parts, group=gloo_group(timedelta(minutes=TIMEOUT_MINUTES)))
     if parts is None:
         return None
-    for other_moments, other_spectra, _ in parts[1:]:
+    for other_moments, other_total, _ in parts[1:]:
         moments.merge(other_moments)
-        spectra.merge(spectra.unpack(other_spectra))
+        spectra.total += other_total
     return moments, spectra, torch.cat([rows for _, _, rows in parts])  # (M, F)
 
 
 def run(args: argparse.Namespace) -> str | None:
-    """Make the file that `args` describe. Return its path and sha256 on rank 0. Raises UserError."""
-    info, kind = DATASETS[args.dataset], EXTRACTORS[args.extractor].extractor
+    """Make the file that `args` describe. Return a line with its path and sha256 on rank 0. Raises UserError."""
+    info = DATASETS[args.dataset]
+    kind = EXTRACTORS[args.extractor].extractor
     args.img_size = args.img_size or info.img_size
     ctx = find_context(args.device)
     with process_group(ctx, TIMEOUT_MINUTES):

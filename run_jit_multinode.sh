@@ -28,7 +28,7 @@ variable                    default                 meaning
 DATA_PATH, DATA_ROOT,       needed for ImageFolder  dataset root holding train/, train/ itself, or a cache;
   IMAGENET_ROOT             data                    the first one set wins (the last: ImageFolder only)
 MODEL, IMG_SIZE             JiT-B/16, 256
-NOISE_SCALE, PRED_PARAM     1.0, x                  PRED_PARAM: x or v
+NOISE_SCALE, PRED_PARAM     1.0, x                  PRED_PARAM: x, v or hybrid
 BATCH_SIZE, BLR             128, 5e-5               batch per GPU, base learning rate
 EPOCHS, WARMUP_EPOCHS       600, 5
 GEN_BSZ, NUM_IMAGES, CFG    128, 50000, 2.9         images per batch, images in all, guidance

@@ -11,8 +11,9 @@ import scipy.fft
 import scipy.special
 import scipy.stats
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from denoiser import Denoiser, LogitNormal, random_flip, sample_step
+from denoiser import Denoiser, HybridWeight, LogitNormal, random_flip, sample_step
 from spectral_forcing import SpectralForcing
 from spectral_ops.conditioning import ImageSchedules
 from tests.golden_inputs import normals, small_denoiser
@@ -79,6 +80,28 @@ def test_loss_and_velocity_by_numpy(pred_param, t_eps, noise_scale, operator):
     assert_same(denoiser.residual(x, LABELS, TIMES, n).square().mean(), loss)
 
 
+HYBRIDS = {  # mode -> w of t, by hand, with t_eps 0.05
+    "one_minus_t": lambda t: max(1 - t, 0.05),
+    "snr_inverse": lambda t: 1 / (1 + (max(t, 0.05) / max(1 - t, 0.05)) ** 2),
+    "snr": lambda t: 1 - 1 / (1 + (max(t, 0.05) / max(1 - t, 0.05)) ** 2),
+}
+
+
+@pytest.mark.parametrize("mode", HYBRIDS)
+@pytest.mark.parametrize(("power", "low", "high"), [(1.0, 0.0, 1.0), (2.5, 0.1, 0.6)])
+def test_hybrid_prediction_by_numpy(mode, power, low, high):
+    """The first C channels are the data, the rest the velocity."""
+    x, n, data, v = (normals(seed, 6, *SHAPE) for seed in range(1, 5))
+    hybrid = HybridWeight(mode, power, low, high)
+    denoiser = Denoiser(fixed(torch.cat([data, v], 1)), pred_param="hybrid", hybrid=hybrid)
+    z, from_data, _ = by_numpy(x, n, TIMES, data, "x", 0.05, 1.0)
+    w = np.array([min(max(HYBRIDS[mode](float(t)) ** power, low), high) for t in TIMES])[:, None, None, None]
+    expected = w * from_data + (1 - w) * v.double().numpy()
+    assert_same(denoiser.velocity(torch.from_numpy(z).float(), TIMES, LABELS), expected)
+    target = (x.double().numpy() - z) / np.maximum(1 - TIMES.double().numpy(), 0.05)[:, None, None, None]
+    assert_same(denoiser(x, LABELS, TIMES, n), np.mean((target - expected) ** 2), 1e-4)
+
+
 def test_defaults_are_the_published_ones():
     denoiser = Denoiser(torch.nn.Identity())
     settings = (denoiser.loss.pred_param, denoiser.loss.t_eps, denoiser.noise_scale, denoiser.input_operator)
@@ -101,6 +124,24 @@ def test_predictions_are_float32_under_autocast():
         denoiser = Denoiser(net, SpectralForcing(8), autocast_dtype=dtype)
         assert denoiser.predict(z, TIMES[:2], LABELS[:2]).dtype == torch.float32
     assert [product.dtype for product in seen] == [torch.float32, torch.bfloat16]
+
+
+def test_forward_mode_and_second_derivatives_of_a_network():
+    """As docs/export.md says: torch's fused attention has none on a CPU, its plain one has all."""
+    denoiser, z, w = small_denoiser(), normals(1, 2, 3, 32, 32), normals(2, 2, 3, 32, 32)
+    t, one, h = torch.tensor([0.3, 0.6]), torch.ones(2), 1e-2
+
+    def velocity(z, t):
+        return denoiser.velocity(z, t, LABELS[:2])
+
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(velocity, (z, t), (w, one))
+        difference = (velocity(z + h * w, t + h) - velocity(z - h * w, t - h)) / (2 * h)
+        assert (tangent - difference).norm() / difference.norm() < 1e-2
+        z.requires_grad_()
+        (gradient,) = torch.autograd.grad(velocity(z, t).square().sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad((gradient * w).sum(), z)
+        assert second.isfinite().all() and second.norm() > 0
 
 
 MISTAKES = [

@@ -1,10 +1,6 @@
 """prepare_ref.py: what it writes, with one rank and with several, and every refusal."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +13,10 @@ from PIL import Image
 import prepare_ref
 from spectral_ops.spectrum import grey_spectrum, rapsd
 from tests.util.evaluation.colours import Colours
+from tests.util.evaluation.toy import fork_ranks
 from util.data.datasets import build_dataset
 from util.dist.context import DistContext
 from util.evaluation.reference import load_reference
-
-ROOT = Path(prepare_ref.__file__).parent
-PROGRAM = """
-import sys
-from dataclasses import replace
-import prepare_ref
-from tests.util.evaluation.colours import Colours
-prepare_ref.EXTRACTORS["inception"] = replace(prepare_ref.EXTRACTORS["inception"], extractor=Colours)
-sys.exit(prepare_ref.main())
-"""
 
 
 @pytest.fixture
@@ -75,9 +62,9 @@ def test_prepare_ref_writes_what_numpy_computes(tmp_path, colours, capsys):
 
 
 def test_the_images_whose_features_are_stored_are_a_fixed_random_subset():
-    """A smaller one is a part of it; all images if there are fewer."""
+    """A smaller one is a part of it; it has all images if there are fewer."""
     stored = prepare_ref.choose_features(1000, 50)
-    assert stored == sorted(set(stored)) and len(stored) == 50 and stored[0] >= 0 and stored[-1] < 1000
+    assert stored == sorted(set(stored)) and len(stored) == 50 and 0 <= stored[0] < stored[-1] < 1000
     assert abs(np.mean(stored) - 500) < 150 and set(prepare_ref.choose_features(1000, 20)) < set(stored)
     assert prepare_ref.choose_features(30, 10_000) == list(range(30)) and prepare_ref.choose_features(30, 0) == []
 
@@ -92,7 +79,7 @@ def test_the_parts_of_more_ranks_than_batches_are_the_whole(ranks=5, count=60):
     moments, spectra, _ = parts[0]
     for other_moments, other_spectra, _ in parts[1:]:
         moments.merge(other_moments)
-        spectra.merge(other_spectra)
+        spectra.total += other_spectra.total
     assert moments.n == spectra.count == count
     for ours, theirs in ((moments.finish(), whole[0].finish()), (spectra.finish(), whole[1].finish())):
         for name, values in ours.items():
@@ -100,63 +87,43 @@ def test_the_parts_of_more_ranks_than_batches_are_the_whole(ranks=5, count=60):
     assert torch.equal(torch.cat([features for _, _, features in parts]), whole[2]) and len(whole[2]) == 25
 
 
-def run_two(folder, arguments) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of two ranks, started as torchrun would, with the stand-in extractor."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    pipes = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    ranks = [subprocess.Popen(command, env=common | {"RANK": r, "LOCAL_RANK": r}, **pipes) for r in "01"]
-    try:
-        outputs = [rank.communicate(timeout=240) for rank in ranks]
-        return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
-    finally:
-        for rank in ranks:
-            rank.kill()
-
-
 def test_two_ranks_write_what_one_writes(tmp_path, colours):
     arguments = ["--dataset", "digits", "--num_images", "100", "--num_features", "40", "--batch_size", "16"]
     arguments += ["--device", "cpu", "--out"]
-    (code, out, err), (other_code, nothing, _) = run_two(tmp_path, [*arguments, "two.npz"])
-    assert (code, other_code) == (0, 0), err
-    assert "two.npz" in out and nothing == ""
-    assert prepare_ref.main([*arguments, str(tmp_path / "one.npz")]) == 0
-    one, two = (load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    two, one = tmp_path / "two.npz", tmp_path / "one.npz"
+    done = fork_ranks(2, tmp_path, lambda: prepare_ref.main([*arguments, str(two)]))
+    assert [code for code, _ in done] == [0, 0] and str(two) in done[0][1] and done[1][1] == "", done
+    assert prepare_ref.main([*arguments, str(one)]) == 0
+    one, two = load(one), load(two)
     assert (one.meta["processes"], two.meta["processes"]) == (1, 2)
     assert torch.equal(two.arrays["features"], one.arrays["features"])
     for name, values in one.arrays.items():
         np.testing.assert_allclose(two.arrays[name], values, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("broken", [0, 11])
-def test_an_error_on_any_rank_ends_all_with_one_sentence(tmp_path, broken):
+def test_an_error_on_any_rank_ends_all_with_one_sentence(here, colours, broken):
     """An image that one of two ranks cannot read."""
-    folder = tmp_path / "data" / "train" / "class0"
+    folder = here / "data" / "train" / "class0"
     folder.mkdir(parents=True)
     for i in range(12):
         Image.fromarray(np.full((32, 32, 3), 20 * i, np.uint8)).save(folder / f"{i:02d}.png")
     (folder / f"{broken:02d}.png").write_bytes(b"no image")
     arguments = ["--dataset", "imagefolder", "--data_path", "data", "--img_size", "32", "--num_workers", "0"]
     arguments += ["--batch_size", "2", "--device", "cpu", "--out", "r.npz"]
-    (code, _, err), (other_code, _, other_err) = run_two(tmp_path, arguments)
-    assert (code, other_code) == (2, 2) and not (tmp_path / "r.npz").exists()
-    sentences = [line for line in (err + other_err).splitlines() if line.startswith("prepare_ref.py: ")]
-    assert len(sentences) == 1 and f"{broken:02d}.png" in sentences[0], err
-    assert "Traceback" not in err + other_err
+    done = fork_ranks(2, here, lambda: prepare_ref.main(arguments))
+    assert [code for code, _ in done] == [2, 2] and not (here / "r.npz").exists()
+    (sentence,) = (done[0][1] + done[1][1]).splitlines()
+    assert sentence.startswith("prepare_ref.py: ") and f"{broken:02d}.png" in sentence
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "digits", "--num_images", "1798"], "from 2 to 1797"),
-        (["--dataset", "digits", "--num_images", "1"], "from 2 to 1797"),
+        (["--dataset", "digits", "--num_images", "1798"], "1798 must be from 2 to 1797"),
+        (["--dataset", "digits", "--num_images", "1"], "1 must be from 2 to 1797"),
         (["--dataset", "digits", "--batch_size", "0"], "--batch_size must be"),
-        (["--dataset", "digits", "--num_features", "-1"], "--num_features must be at least 0"),
+        (["--dataset", "digits", "--num_workers", "-1"], "--num_workers must be"),
         (["--dataset", "digits", "--num_features", "2"], "--num_features must be 0 or at least 4"),
         (["--dataset", "digits", "--device", "abacus"], "--device abacus"),
         (["--dataset", "digits", "--split", "test"], "no split"),
@@ -178,7 +145,7 @@ def test_errors_are_one_sentence(here, colours, capsys, monkeypatch, arguments, 
 
 def test_another_split_needs_a_name_and_missing_weights_are_one_sentence(no_network, capsys, monkeypatch, tmp_path):
     assert prepare_ref.main(["--dataset", "cifar10", "--split", "val", "--device", "cpu"]) == 2
-    assert "Give --out" in capsys.readouterr().err
+    assert "--split val needs --out" in capsys.readouterr().err
     monkeypatch.setenv("INCEPTION_WEIGHTS", str(tmp_path / "none.pth"))
     assert prepare_ref.main(["--dataset", "digits", "--device", "cpu", "--out", str(tmp_path / "r.npz")]) == 2
     error = capsys.readouterr().err.strip().splitlines()

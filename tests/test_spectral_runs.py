@@ -53,6 +53,7 @@ FACTORS = {  # option -> {choice: its flags}
     "prediction": {
         "x": {"sampling_method": "heun"},
         "v": {"pred_param": "v", "t_eps": 0.0, "sampling_method": "euler"},
+        "hybrid": {"pred_param": "hybrid", "hybrid_x_weight_mode": "snr_inverse", "sampling_method": "heun"},
     },
 }
 
@@ -125,13 +126,13 @@ def test_a_run(combination, settings, tmp_path):
     inference(folder, evaluate_gen=True, num_images=20)
     report = report_of(folder)
     assert 0 <= report["metrics"]["class_agreement"] <= 1
-    spectral_x = combination["grid"] != "uniform" and combination["prediction"] == "x"
+    spectral_x = combination["grid"] != "uniform" and combination["prediction"] != "v"
     assert ("sample_t_eps" in report) == spectral_x and (not spectral_x or 0 < report["sample_t_eps"] < 0.05)
-    told = combination["times"] == "spectral_instance"
-    assert ("net.schedule_embedder.weight" in raw(folder)["model"]) == told
-    assert ("spectrum_sha256" in report) == (told or combination["grid"] != "uniform")
+    conditioned = combination["times"] == "spectral_instance"
+    assert ("net.schedule_embedder.weight" in raw(folder)["model"]) == conditioned
+    assert ("spectrum_sha256" in report) == (conditioned or combination["grid"] != "uniform")
     on = "" if combination["grid"] == "uniform" else f" {combination['grid']} mixed 0.1"
-    assert row_of(report)["solver"] == f"{'heun' if combination['prediction'] == 'x' else 'euler'}3{on}"
+    assert row_of(report)["solver"] == f"{'euler' if combination['prediction'] == 'v' else 'heun'}3{on}"
 
 
 # --- two processes --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Draw what the gates of the spectral residual have learned: g_lo and g_hi of every block over time.
+"""Draw the gates that the spectral residual has learned: g_lo and g_hi of every block over time.
 
 python -m tools.gates output/ti1-residual --ema ema1
 
@@ -19,12 +19,8 @@ from util.evaluation import gates
 from util.log import RunLog
 
 
-def draw(folder: Path, ema: str, name: str | None = None) -> str:
-    """Draw the gates of the weights `ema` in a checkpoint of a run. Return a line that names what was written.
-
-    Raises:
-        UserError: no checkpoint, or one without a spectral residual.
-    """
+def draw(folder: Path, ema: str, name: str | None) -> str:
+    """Draw the gates of a run's checkpoint. Return a line that names the files written. Raises UserError."""
     checkpoint, ctx = load(folder, name), DistContext()
     config = dataclasses.replace(resolve({}, checkpoint.args, training=False), ema=ema)
     if config.spectral_residual == "off":

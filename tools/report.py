@@ -9,7 +9,6 @@ printed once. A column whose name ends in " !" makes rows incomparable, and a wa
 import argparse
 import csv
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,70 +26,71 @@ WHY = {  # first word of a column -> why rows that differ in it are not comparab
 }
 
 
-def read(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+def read(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Return one row per report, the names of their metrics, and warnings. Raises UserError if there is no report."""
-    rows, metrics, warnings, seen = [], {}, [], set()
-    names = [Path(argument).resolve().name for argument in arguments]
-    for path in map(Path, arguments):
-        files = [*sorted(path.glob("eval/*.json")), *sorted(path.glob("sweep/**/*.json"))] if path.is_dir() else [path]
-        for file in (file for file in files if file.resolve() not in seen):
-            seen.add(file.resolve())
-            folder = next((p.parent for p in file.absolute().parents if p.name in ("eval", "sweep")), file)
-            try:
-                report = json.loads(file.read_text(encoding="utf-8"))
-                if isinstance(report, dict) and isinstance(report.get("metrics"), dict) and "num_images" in report:
-                    run = str(folder) if names.count(folder.name) > 1 else folder.name
-                    rows.append({"run": run, **row_of(report)})
-                    metrics |= report["metrics"]
-                elif file == path:
-                    warnings.append(f"{file} is skipped: it is not the report of an evaluation")
-            except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-                warnings.append(f"{file} is skipped: {error}")
+    rows, metrics, warnings = [], {}, []
+    files = {}  # resolved path -> path: a file that was found twice is one row
+    for path in paths:
+        found = [*sorted(path.glob("eval/*.json")), *sorted(path.glob("sweep/**/*.json"))] if path.is_dir() else [path]
+        files |= {file.resolve(): file for file in found}
+    names = [path.resolve().name for path in paths]
+    for file in files.values():
+        folder = next((p.parent for p in file.absolute().parents if p.name in ("eval", "sweep")), file)
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(report, dict) and "measured_with" in report:
+                run = str(folder) if names.count(folder.name) > 1 else folder.name
+                rows.append({"run": run, **row_of(report)})
+                metrics |= report["metrics"]
+            elif file in paths:
+                warnings.append(f"{file} is skipped: it is not the report of an evaluation")
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+            warnings.append(f"{file} is skipped: {type(error).__name__}: {error}")
     if not rows:
+        given = ", ".join(map(str, paths))
         expected = "expected eval/*.json or sweep/**/*.json, which main_jit.py --evaluate_gen --resume DIR writes"
-        raise UserError(f"No report of an evaluation in {', '.join(arguments)}: {expected}. {'; '.join(warnings)}")
+        raise UserError(f"No report of an evaluation in {given}: {expected}. {'; '.join(warnings)}")
     return rows, list(metrics), warnings
 
 
 def row_of(report: dict[str, Any]) -> dict[str, Any]:
     """Return the columns of one report: settings, what decides whether it is comparable, and the metrics."""
-    measured = report.get("measured_with") or {}
-    interval, solver = report.get("interval"), report.get("solver")
-    if solver is not None:
-        solver += str(report.get("steps", ""))
+    solver = f"{report['solver']}{report['steps']}"
     if report.get("grid", "uniform") != "uniform":
         solver += " {grid} {spectral_variant} {spectral_delta}".format(**report)
     row = {
-        "epoch": report["epoch"] + 1 if "epoch" in report else None,  # counted from 1, as in file names
-        "ema": report.get("ema"),
-        "cfg": report.get("cfg"),
-        "interval": None if interval is None else "-".join(f"{end:g}" for end in interval),
+        "epoch": report["epoch"] + 1,  # counted from 1, as in file names
+        "ema": report["ema"],
+        "cfg": report["cfg"],
+        "interval": "-".join(f"{end:g}" for end in report["interval"]),
         "solver": solver,
-        "seed": report.get("seed"),
+        "seed": report["seed"],
         "N": report["num_images"],
     }
-    for metric, file in (measured.get("references") or {}).items():
-        row[f"reference {metric}"] = f"{Path(file.get('file') or '?').stem} {(file.get('sha256') or 'unknown')[:9]}"
-    for extractor in measured.get("extractors") or []:
-        if sha256 := extractor.get("weights_sha256"):  # None: it has no weights
+    for metric, file in report["measured_with"]["references"].items():
+        row[f"reference {metric}"] = f"{Path(file['file']).stem} {file['sha256'][:9]}"
+    for extractor in report["measured_with"]["extractors"]:
+        if sha256 := extractor["weights_sha256"]:  # None: it has no weights
             name = "" if extractor.get("weights", PUBLISHED) == PUBLISHED else "not published "
             row[f"extractor {extractor['extractor']}"] = name + sha256[:9]
-    return row | {"quantisation": report.get("quantisation")} | report["metrics"]
+    return row | {"quantisation": report["quantisation"]} | report["metrics"]
 
 
 def sort(rows: list[dict[str, Any]], metrics: list[str], metric: str) -> list[dict[str, Any]]:
-    """Return the rows best first; rows without the metric, or with one that is not a number, last."""
+    """Return the rows best first; rows without the metric come last."""
     if metric not in metrics:
         raise UserError(f"--sort {metric}: no report has that metric; there are {', '.join(metrics) or 'none'}.")
-    sign = -1 if any(metric in m.values and not m.lower_is_better for m in METRICS.values()) else 1
-    values = [sign * row[metric] if row.get(metric) is not None else math.nan for row in rows]
-    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: (math.isnan(values[i]), values[i]))]
+    higher_is_better = any(metric in m.values and not m.lower_is_better for m in METRICS.values())
+    with_metric = sorted((row for row in rows if metric in row), key=lambda row: row[metric], reverse=higher_is_better)
+    return with_metric + [row for row in rows if metric not in row]
 
 
 def differs(rows: list[dict[str, Any]], name: str) -> bool:
-    """Whether rows differ in a column. Files differ by sha256, not by name; unknown is no difference for WHY."""
-    values = {row.get(name) for row in rows} - ({None} if name.split()[0] in WHY else set())
-    return len({value.split()[-1] for value in values} if " " in name else values) > 1
+    """Whether rows differ in a column. Files differ if their sha256, the last word, does; no file is no difference."""
+    values = {row.get(name) for row in rows}
+    if name.startswith(("reference ", "extractor ")):
+        values = {value.split()[-1] for value in values if value is not None}
+    return len(values) > 1
 
 
 def text(value: Any) -> str:
@@ -101,15 +101,18 @@ def table(rows: list[dict[str, Any]], metrics: list[str]) -> str:
     """Return what the rows share, the aligned table, and warnings where rows are not comparable."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in metrics]
     shown = [name for name in names if name == "run" or differs(rows, name)]
-    shared = {name: next((text(row[name]) for row in rows if row.get(name) is not None), None) for name in names}
-    above = [f"{name} {value}" for name, value in shared.items() if name not in shown and value is not None]
     bad = [name for name in shown if name.split()[0] in WHY]
-    lines = [[name + " !" * (name in bad) for name in shown] + metrics]
+    out = []
+    if len(shown) < len(names):
+        first = {name: next(row[name] for row in rows if name in row) for name in names}
+        out.append("all: " + ", ".join(f"{name} {text(first[name])}" for name in names if name not in shown))
+    lines = [[f"{name} !" if name in bad else name for name in shown] + metrics]
     lines += [[text(row.get(name)) for name in shown + metrics] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    out = ["all: " + ", ".join(above)] if above else []
-    out += ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    for run, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        out.append("  ".join([run.ljust(widths[0]), *aligned]).rstrip())
     for name in bad:
         values = ", ".join(dict.fromkeys(text(row.get(name)) for row in rows))
         out.append(f"warning: rows are not comparable across {name} ({values}): {WHY[name.split()[0]]}")
@@ -119,7 +122,9 @@ def table(rows: list[dict[str, Any]], metrics: list[str]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, or 2 after an error that one sentence explains."""
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="+", metavar="DIR", help="folders of runs, or JSON files of evaluations")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="DIR", help="folders of runs, or JSON files of evaluations"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write all columns of all rows there")
     parser.add_argument("--sort", metavar="METRIC", help="best first by this metric")
     args = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from denoiser import Denoiser
+from denoiser import Denoiser, HybridWeight
 from model_jit import JiT_models
 from spectral_ops.conditioning import ImageSchedules
 from util.config import ModelConfig, PathConfig, all_flags
@@ -30,6 +30,7 @@ def build_denoiser(config: Any, dtype: torch.dtype | None = None) -> Denoiser:
         net = JiT_models[config.model](
             input_size=config.img_size,
             num_classes=config.class_num,
+            out_channels=6 if config.pred_param == "hybrid" else 3,  # data and velocity
             attn_drop=config.attn_dropout,
             proj_drop=config.proj_dropout,
             attn_fp32=config.attn_fp32,
@@ -43,7 +44,13 @@ def build_denoiser(config: Any, dtype: torch.dtype | None = None) -> Denoiser:
             )
         entry = INPUT_OPERATORS.get(config.input_operator)
         operator = None if entry is None else entry.build(config)
-        return Denoiser(net, operator, config.pred_param, config.t_eps, config.noise_scale, dtype, schedules)
+        hybrid = HybridWeight(
+            config.hybrid_x_weight_mode,
+            config.hybrid_x_weight_power,
+            config.hybrid_x_weight_min,
+            config.hybrid_x_weight_max,
+        )
+        return Denoiser(net, operator, config.pred_param, config.t_eps, config.noise_scale, dtype, schedules, hybrid)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from denoiser import HYBRID_MODES, PREDICTIONS
 from model_jit import JiT_models
 from sampler import SOLVERS
 from spectral_ops.schedule import GRIDS, T_SAMPLERS, VARIANTS
@@ -85,7 +86,13 @@ class ModelConfig:
 class PathConfig:
     """Path between noise and data"""
 
-    pred_param: str = flag("x", LOCKED, "what the network predicts", ("x", "v"))
+    pred_param: str = flag("x", LOCKED, "what the network predicts: data, velocity or both", PREDICTIONS)
+    hybrid_x_weight_mode: str = flag(
+        "one_minus_t", LOCKED, "weight of the predicted data, for hybrid", HYBRID_MODES, added=True
+    )
+    hybrid_x_weight_power: float = flag(1.0, LOCKED, "exponent of that weight", added=True, gt=0)
+    hybrid_x_weight_min: float = flag(0.0, LOCKED, "lower bound of that weight", added=True, ge=0, le=1)
+    hybrid_x_weight_max: float = flag(1.0, LOCKED, "upper bound of that weight", added=True, ge=0, le=1)
     noise_scale: float = flag(1.0, LOCKED, "standard deviation of the noise", gt=0)
     t_eps: float = flag(0.05, LOCKED, "lower bound of 1 - t")
     P_mean: float = flag(-0.8, LOCKED, "mean of logit(t) in training")
@@ -389,7 +396,11 @@ NEEDS = {
     ),
     "P_mean": (lambda c: c.t_sampler == "logit_normal", "--t_sampler logit_normal"),
     "P_std": (lambda c: c.t_sampler == "logit_normal", "--t_sampler logit_normal"),
-    "sample_t_eps": (lambda c: c.pred_param == "x", "--pred_param x"),
+    "sample_t_eps": (lambda c: c.pred_param != "v", "--pred_param x or hybrid"),
+    **{
+        f"hybrid_x_weight_{name}": (lambda c: c.pred_param == "hybrid", "--pred_param hybrid")
+        for name in ("mode", "power", "min", "max")
+    },
     "sf_alpha": (lambda c: c.sf_schedule == "power", "--sf_schedule power"),
     "sf_snr_floor": (lambda c: c.sf_schedule != "linear", "--sf_schedule power or snr"),
     "dct_fixed_scale": (lambda c: c.disable_dct_scale_schedule, "--disable_dct_scale_schedule"),
@@ -430,6 +441,11 @@ def check(config: Any, evaluates: bool) -> list[str]:
         raise UserError(
             f"--interval_min {config.interval_min} is above --interval_max {config.interval_max}; "
             "the guidance interval must satisfy 0 <= min <= max <= 1."
+        )
+    if config.hybrid_x_weight_min > config.hybrid_x_weight_max:
+        raise UserError(
+            f"--hybrid_x_weight_min {config.hybrid_x_weight_min} must not exceed --hybrid_x_weight_max "
+            f"{config.hybrid_x_weight_max}."
         )
     if evaluates and config.num_images % config.class_num:
         enough = -(-config.num_images // config.class_num) * config.class_num

@@ -32,10 +32,6 @@ def test_gates_are_those_of_the_blocks(mode):
     assert ("low_spread" in found) == (mode == "time_label")
 
 
-def test_network_without_a_residual_has_no_gates():
-    assert compute_gates(TINY_MODEL(input_size=16, num_classes=3)) is None
-
-
 def test_training_and_the_command_draw_the_same_gates(tmp_path, capsys):
     folder = train(tmp_path / "run", epochs=1, spectral_residual="time_label")
     (line,) = read_log(folder, "gates")
@@ -44,6 +40,7 @@ def test_training_and_the_command_draw_the_same_gates(tmp_path, capsys):
     assert read_log(folder, "gates")[1] == line
 
 
-def test_runs_without_gates_are_refused(trained, capsys):
+def test_without_a_residual_there_are_no_gates(trained, capsys):
+    assert compute_gates(TINY_MODEL(input_size=16, num_classes=3)) is None
     assert tool.main([str(trained)]) == 2
     assert "was trained without --spectral_residual" in capsys.readouterr().err

@@ -27,7 +27,7 @@ def made_up(reference="a", extractor="a", **changes):
         },
         "ema": "ema1",
         "epoch": 199,
-        "date": "2026-01-01",
+        "quantisation": "round",
     }
     return {**content, **changes}
 
@@ -62,7 +62,7 @@ def test_runs_side_by_side(tmp_path, show):
     assert (code, err) == (0, "")
     assert lines[0] == (
         "all: ema ema1, interval 0.1-1, solver heun50, seed 0, N 5000, reference fid stats_a aaaaaaaaa, "
-        "extractor inception aaaaaaaaa"
+        "extractor inception aaaaaaaaa, quantisation round"
     )
     assert cells(lines[1]) == ["run", "epoch", "cfg", "fid", "is_mean", "precision"]
     assert cells(lines[3]) == ["one", "200", "2.9", "12.346", "100", "-"]
@@ -72,8 +72,11 @@ def test_runs_side_by_side(tmp_path, show):
 
 
 def test_a_single_row_has_its_settings_above(tmp_path, show):
-    code, lines, _ = show(write(tmp_path, "run/eval/x.json", made_up()))
+    content = made_up()
+    content["measured_with"]["extractors"][0]["weights"] = "not the published file"
+    code, lines, _ = show(write(tmp_path, "run/eval/x.json", content))
     assert code == 0 and "epoch 200" in lines[0] and "cfg 2.9" in lines[0] and "N 5000" in lines[0]
+    assert "extractor inception not published aaaaaaaaa" in lines[0]
     assert cells(lines[1]) == ["run", "fid", "is_mean"] and cells(lines[3]) == ["run", "12.346", "100"]
 
 
@@ -82,12 +85,12 @@ def test_which_files_are_reports(tmp_path, show):
     x = write(tmp_path, "run/eval/x.json", made_up())
     write(tmp_path, "run/eval/x.png", "no JSON")
     write(tmp_path, "run/eval/x.features/part.json", made_up(seed=7))
-    write(tmp_path, "run/sweep/table.json", {"rows": [made_up()], "best": 1})
+    table = write(tmp_path, "run/sweep/table.json", {"points": [made_up()], "epoch": 1})
     write(tmp_path, "run/sweep/numbers.json", [1, 2])
     write(tmp_path, "run/config.json", made_up(seed=8))
     code, lines, err = show(tmp_path / "run", x, tmp_path / "run")
     assert (code, err) == (0, "") and len(lines) == 4
-    code, _, err = show(x, tmp_path / "run" / "sweep" / "table.json")
+    code, _, err = show(x, table)
     assert code == 0 and "table.json is skipped" in err and "not the report" in err
 
 
@@ -109,8 +112,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path, show):
     ids=["N", "reference", "extractor", "quantisation"],
 )
 def test_rows_that_are_not_comparable_are_warned_about(tmp_path, show, changes, column, shown):
-    write(tmp_path, "run/eval/a.json", made_up(quantisation="round"))
-    write(tmp_path, "run/eval/b.json", made_up(**{"quantisation": "round", **changes}))
+    write(tmp_path, "run/eval/a.json", made_up())
+    write(tmp_path, "run/eval/b.json", made_up(**changes))
     code, lines, _ = show(tmp_path / "run")
     warnings = [line for line in lines if line.startswith("warning")]
     assert code == 0 and len(warnings) == 1 and lines[-1] == warnings[0]
@@ -119,36 +122,27 @@ def test_rows_that_are_not_comparable_are_warned_about(tmp_path, show, changes, 
 
 
 def test_other_differences_are_no_warning(tmp_path, show):
-    """The same statistics under another name, a metric without reference, quantisation that one report does not say."""
+    """The same statistics under another name, and a metric without reference and extractor."""
     write(tmp_path, "run/eval/a.json", made_up())
-    moved = made_up(seed=1, cfg=1.0, steps=20, ema="ema2", quantisation="round")
+    moved = made_up(seed=1, cfg=1.0, steps=20, ema="ema2")
     moved["measured_with"]["references"]["fid"]["file"] = "/elsewhere/other.npz"
     write(tmp_path, "run/eval/b.json", moved)
-    write(tmp_path, "run/eval/c.json", made_up(metrics={"class_agreement": 0.5}, measured_with={"references": {}}))
+    other = {"references": {}, "extractors": [{"extractor": "digit_pixels", "weights_sha256": None}]}
+    write(tmp_path, "run/eval/c.json", made_up(metrics={"class_agreement": 0.5}, measured_with=other))
     code, lines, _ = show(tmp_path / "run")
     assert code == 0 and not any("warning" in line or "!" in line for line in lines)
     assert cells(lines[1])[:5] == ["run", "ema", "cfg", "solver", "seed"]
 
 
-def test_weights_that_are_not_the_published_ones_are_named(tmp_path, show):
-    content = made_up()
-    content["measured_with"]["extractors"][0]["weights"] = "not the published file"
-    _, lines, _ = show(write(tmp_path, "run/eval/a.json", content))
-    assert "extractor inception not published aaaaaaaaa" in lines[0]
-
-
-@pytest.mark.parametrize(("metric", "order"), [("fid", "cab"), ("is_mean", "acb")])
+@pytest.mark.parametrize(("metric", "order"), [("fid", "bca"), ("is_mean", "acb")])
 def test_sort_is_best_first(tmp_path, show, metric, order):
-    for name, fid, score in (("a", 20.0, 300.0), ("b", float("nan"), None), ("c", 4.0, 20.0)):
-        write(tmp_path, f"{name}/eval/x.json", made_up(metrics={"fid": fid, "is_mean": score}))
+    found = {"a": {"is_mean": 300.0}, "b": {"fid": 4.0, "is_mean": 20.0}, "c": {"fid": 20.0, "is_mean": 100.0}}
+    for name, metrics in found.items():
+        write(tmp_path, f"{name}/eval/x.json", made_up(metrics=metrics))
     code, lines, _ = show(*(tmp_path / name for name in "abc"), "--sort", metric)
     assert code == 0 and "".join(cells(line)[0] for line in lines[3:6]) == order
-
-
-def test_sort_by_a_metric_that_no_report_has(tmp_path, show):
-    write(tmp_path, "run/eval/a.json", made_up())
-    code, lines, err = show(tmp_path / "run", "--sort", "recall")
-    assert (code, lines) == (2, []) and "--sort recall" in err and "fid, is_mean" in err
+    code, lines, err = show(tmp_path / "a", "--sort", "recall")
+    assert (code, lines) == (2, []) and "--sort recall" in err and "there are is_mean" in err
 
 
 def test_csv_has_everything_in_full(tmp_path, show):
@@ -171,16 +165,12 @@ def test_files_that_cannot_be_read_are_named_and_skipped(tmp_path, show):
     code, lines, err = show(tmp_path / "run")
     assert code == 0 and len(lines) == 4
     assert [line.startswith("warning: ") for line in err.splitlines()] == [True] * 3
-    for name in ("cut.json", "odd.json", "bytes.json"):
-        assert f"{name} is skipped" in err
+    assert all(f"{name}.json is skipped" in err for name in ("cut", "odd", "bytes"))
 
 
 def test_no_reports_is_an_error(tmp_path, show):
-    (tmp_path / "run").mkdir()
-    code, lines, err = show(tmp_path / "run")
-    assert (code, lines) == (2, []) and str(tmp_path / "run") in err and "eval/*.json" in err
     bad = write(tmp_path, "run/eval/bad.json", "{")
-    code, _, err = show(tmp_path / "run")
-    assert code == 2 and str(bad) in err
+    code, lines, err = show(tmp_path / "run")
+    assert (code, lines) == (2, []) and str(bad) in err and "expected eval/*.json" in err
     code, _, err = show(tmp_path / "nowhere")
     assert code == 2 and f"No such file or directory: '{tmp_path / 'nowhere'}'" in err

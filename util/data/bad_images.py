@@ -1,11 +1,11 @@
 """Bad images in a run of weeks: which image takes the place of a bad one, and how the run's log learns of it.
 
 Only with --on_bad_image skip, which sets `Images.bad_image_log`. The replacement depends on the files alone: not on
-the number of workers or ranks, nor on the step at which a run started.
+the number of workers or ranks, nor on the step at which a run started. A replacement is what the log shows of it:
+{"file": of the bad image, "reason": why it is bad, "replaced_by": file of the other image}.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 
 import numpy as np
 import torch.distributed as dist
@@ -20,46 +20,30 @@ MAX_FRACTION = 0.01  # of the images of a data set may be bad: with more, the co
 MAX_COUNT = 50  # ... but that many may be bad in one of any size
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """One bad image, and the file of the image that takes its place."""
-
-    file: str
-    reason: str
-    replaced_by: str
-
-
-def same_class(images: Images, i: int) -> Iterator[int]:
-    """Yield the other images of the class of image i: those after it in the data set, then those from the start."""
-    same = np.flatnonzero(images.labels == images.labels[i])
-    yield from np.roll(same, -1 - int(np.searchsorted(same, i)))[:-1].tolist()
-
-
 class Replacing(Dataset):
-    """`images` with the next readable image of the same class in the place of a bad one.
+    """`images`, and for a bad one the next readable image of its class: in the order of the data set, then from its start.
 
-    Item i is (image uint8 (3, H, W), label int, its Replacement or None). DataError for a class without any.
+    Item i is (image uint8 (3, H, W), label int, its replacement or None). DataError for a class without any.
     """
 
     def __init__(self, images: Images):
         self.images = images
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int, Replacement | None]:
+    def __getitem__(self, i: int) -> tuple[Tensor, int, dict | None]:
+        images = self.images
         try:
-            return *self.images[i], None
+            return *images[i], None
         except BadImage as error:
             reason = error.reason
-        for j in same_class(self.images, i):
-            try:
-                x, y = self.images[j]
-            except BadImage:
-                continue
-            return x, y, Replacement(self.images.path(i), reason, self.images.path(j))
-        name = self.images.class_names[self.images.labels[i]]
-        raise DataError(f"no image of class {name} can be read: {self.images.path(i)}: {reason}. Restore the files.")
+        same_class = np.flatnonzero(images.labels == images.labels[i])
+        for j in np.roll(same_class, -np.searchsorted(same_class, i))[1:].tolist():
+            with suppress(BadImage):
+                return *images[j], {"file": images.path(i), "reason": reason, "replaced_by": images.path(j)}
+        name = images.class_names[images.labels[i]]
+        raise DataError(f"no image of class {name} can be read: {images.path(i)}: {reason}. Restore the files.")
 
 
-def collate(items: list[tuple[Tensor, int, Replacement | None]]) -> tuple[Tensor, Tensor, list[Replacement]]:
+def collate(items: list[tuple[Tensor, int, dict | None]]) -> tuple[Tensor, Tensor, list[dict]]:
     """Return images (B, 3, H, W), labels (B,) int64, and the replacements among them."""
     x, y = default_collate([(image, label) for image, label, _ in items])
     return x, y, [replacement for *_, replacement in items if replacement]
@@ -81,11 +65,11 @@ class BadImageLog:
 
     def __init__(self, images: Images):
         self.total = len(images)
-        self.met: dict[str, Replacement] = {}  # by file, on this rank
+        self.new: dict[str, dict] = {}  # replacements by file, met on this rank since the last report
         self.reported: set[str] = set()  # files of all ranks
 
-    def add(self, replacements: Iterable[Replacement]) -> None:
-        self.met.update((replacement.file, replacement) for replacement in replacements)
+    def add(self, replacements: list[dict]) -> None:
+        self.new.update((r["file"], r) for r in replacements if r["file"] not in self.reported)
 
     def report(self, ctx: DistContext, log: RunLog, step: int) -> None:
         """Log an event `bad_image` for each image that any rank has replaced since the last report.
@@ -93,15 +77,19 @@ class BadImageLog:
         All ranks call it after the same step: before each checkpoint and at the end, so that the log misses no image
         however often the run is interrupted. DataError on all ranks when too many images are bad (`check_bad_count`).
         """
-        parts = [met := [r for file, r in self.met.items() if file not in self.reported]]
+        parts = [self.new]
         if ctx.world_size > 1:
             parts = [None] * ctx.world_size
-            dist.all_gather_object(parts, met)
-        new = {r.file: r for part in parts for r in part}
+            dist.all_gather_object(parts, self.new)
+        new = {file: replacement for part in parts for file, replacement in part.items()}
         for file in sorted(new):
-            log.log("bad_image", step, asdict(new[file]))
+            log.log("bad_image", step, new[file])
         self.reported |= new.keys()
+        self.new = {}
         if new:
             first = new[min(new)]
-            log.info(f"replaced {len(new)} bad images ({len(self.reported)} so far), like {first.file}: {first.reason}")
+            log.info(
+                f"replaced {len(new)} bad images ({len(self.reported)} so far), "
+                f"for example {first['file']}: {first['reason']}"
+            )
         check_bad_count(len(self.reported), self.total, min(self.reported, default=""))

@@ -1,11 +1,10 @@
-"""The base class of all data sets, and the errors that data can raise.
+"""The base classes of all data sets, and the errors that data can raise.
 
 Shapes: an image is uint8 (3, H, W) in 0..255 (red, green, blue), H = W = img_size; its label is an int in
 0..num_classes-1. N images in a data set.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import os
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -48,7 +47,6 @@ class Images(Dataset):
 
     name, in_memory = "", False  # build_dataset takes them from DATASETS
     max_workers = 12  # more loader processes gain nothing
-    bad: Mapping[int, str] = MappingProxyType({})  # images that are known to be bad before they are read: the reasons
     bad_image_log = None  # or a BadImageLog
 
     def __init__(self, img_size: int, class_names: list[str], labels: np.ndarray):
@@ -56,6 +54,20 @@ class Images(Dataset):
             raise DataError(f"img_size is {img_size}; expected a positive number of pixels.")
         self.img_size, self.class_names, self.labels = img_size, list(class_names), labels  # labels (N,) int64
         self.num_classes = len(self.class_names)
+        self.bad: dict[int, str] = {}  # images that are known to be bad before they are read, and why
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class FileImages(Images):
+    """Images of files: `files` below `folder`, one for each label."""
+
+    def __init__(self, img_size: int, class_names: list[str], labels: np.ndarray, folder: str, files: list[str]):
+        super().__init__(img_size, class_names, labels)
+        self.folder = folder
+        # One array of bytes, not a list of strings: workers that only read it do not copy its pages.
+        self._files = np.array([os.fsencode(file) for file in files])
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self._files[i]))

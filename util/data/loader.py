@@ -6,7 +6,6 @@ and microbatches share it.
 Shapes: B images of a microbatch; a batch is (B, 3, H, W) uint8 with labels (B,) int64.
 """
 
-import atexit
 import os
 import signal
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from util.data.bad_images import BadImageLog, Replacing, collate
@@ -40,11 +40,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int, accum_iter: int, seed: int):
-        if min(batch_size, world_size, accum_iter) < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"bad {batch_size=}, {rank=}, {world_size=}, {accum_iter=}")
         self.num_images, self.batch_size, self.accum_iter, self.seed = num_images, batch_size, accum_iter, seed
         self.rank, self.world_size = rank, world_size
         self.global_batch = batch_size * world_size * accum_iter
+        self.steps_per_epoch = num_images // self.global_batch
         if num_images < self.global_batch:
             raise DataError(
                 f"the dataset has {num_images} images, fewer than one global batch of {self.global_batch} "
@@ -53,14 +52,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
             )
         self.set_epoch(0)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_images // self.global_batch
-
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose the epoch, and the step in it at which the next iteration starts (0..steps_per_epoch)."""
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step {start_step} is not in 0..{self.steps_per_epoch}")
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
@@ -115,30 +108,29 @@ def _init_worker(worker_id: int) -> None:
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader whose workers end with it: after an error, at `close`, when it is collected and at exit.
+    """A DataLoader whose workers, which ignore SIGTERM, end with it: after an error, at `close`, when it is collected.
 
-    torch and multiprocessing end workers by SIGTERM, which these ignore, and would then wait for them forever. Where
-    `images.bad_image_log` is set, bad images are replaced, and noted there when their batch is handed out.
+    Where `images.bad_image_log` is set, bad images are replaced, and noted there when their batch is handed out.
     """
 
     def __init__(self, images: Images, **options):
         self.bad_image_log = images.bad_image_log
-        self._end: weakref.finalize | None = None
+        self._end_workers = None
         if self.bad_image_log is None:
             super().__init__(images, **options)
         else:
             super().__init__(Replacing(images), collate_fn=collate, **options)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:
             batches = super().__iter__()
-            if self.num_workers > 0 and self._end is None:
-                self._end = weakref.finalize(self, _end_workers, batches, os.getpid())
-                self._end.atexit = False  # multiprocessing's own hook would come before it
-                atexit.register(self._end)
+            if self.num_workers > 0 and self._end_workers is None:
+                self._end_workers = weakref.finalize(self, batches._shutdown_workers)
+                for worker in batches._workers:  # torch and multiprocessing call `terminate`, and wait without a limit
+                    worker._popen.terminate = worker._popen.kill
             for x, y, *replacements in batches:
-                for replacement in replacements:
-                    self.bad_image_log.add(replacement)
+                if replacements:
+                    self.bad_image_log.add(replacements[0])
                 yield x, y
         except Exception:
             self.close()
@@ -146,16 +138,9 @@ class ImageLoader(DataLoader):
 
     def close(self) -> None:
         """End the workers now; iterating again starts new ones."""
-        if self._end is not None:
-            self._end()
-        self._end = self._iterator = None
-
-
-def _end_workers(batches: Iterator, pid: int) -> None:
-    if os.getpid() == pid:  # else in a forked worker, which has a copy of every loader
-        batches._shutdown_workers()  # torch has no public name for it
-        for worker in batches._workers:
-            worker.kill()
+        if self._end_workers is not None:
+            self._end_workers()
+        self._end_workers = self._iterator = None
 
 
 def build_loader(

@@ -1,4 +1,4 @@
-"""From a denoiser to a report: images, their features, which are stored batch by batch, and the metrics of all of them.
+"""From a denoiser to a report: generate images, store their features batch by batch, compute the metrics of all.
 
     <folder>/<setting>-seed<s>-n<N>.json                          the report
     <folder>/<setting>-seed<s>-n<N>-<hash>.features/000128.npz    features of the batch whose first image is 128
@@ -32,12 +32,13 @@ from util.evaluation.features import InceptionV3, ensure_inception_weights
 from util.evaluation.generate import generate, sampling_settings, setting_name
 from util.evaluation.images import QUANTISATION, write_numbered
 from util.evaluation.metrics import METRICS, MetricSuite, parse_metrics
+from util.evaluation.plots import plot_spectra
 from util.log import ImageProgress
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """What is evaluated: a denoiser with the weights `config.ema` of a checkpoint after `epoch`, counted from 0."""
+    """A denoiser to evaluate, with the weights `config.ema` of a checkpoint after `epoch`, counted from 0."""
 
     denoiser: Denoiser
     config: Any
@@ -51,30 +52,36 @@ def build_suite(config: Any, ctx: DistContext, num_images: int) -> MetricSuite:
     names = parse_metrics(config.metrics)
     if not names:
         raise UserError("--metrics names no metric. Name one, or train with --no-online_eval.")
-    if InceptionV3 in {METRICS[name].extractor for name in names}:
+    if any(METRICS[name].extractor is InceptionV3 for name in names):
         raise_on_all_ranks(ctx, lambda: ctx.local_rank or ensure_inception_weights(config.inception_weights))
-    files, data = (config.fid_stats, config.inception_weights), (config.dataset, config.img_size)
-    return raise_on_all_ranks(ctx, lambda: MetricSuite(names, *data, num_images, ctx.device, *files))
+
+    def build() -> MetricSuite:
+        files = config.fid_stats, config.inception_weights
+        return MetricSuite(names, config.dataset, config.img_size, num_images, ctx.device, *files)
+
+    return raise_on_all_ranks(ctx, build)
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Features of the images 0 .. N - 1 in a folder, whose name identifies what decides them; one file per batch."""
+    """Features of the images 0 .. N - 1, one file per batch. The folder's name identifies what decides them."""
 
     folder: Path
     num_images: int
-    streams: Mapping[str, int]  # {stream: F}
+    streams: Sequence[str]
     png_folder: Path | None = None  # for PNGs of the images
 
     def prepare(self) -> list[int]:
-        """Create the folders, remove damaged files and return the images that are missing, on one rank.
+        """Create the folders, remove damaged files and return the missing images. Call it on one rank.
 
-        Raises UserError if a folder cannot be written or has PNGs of another evaluation."""
+        Raises UserError if a folder cannot be written or has PNGs of another evaluation.
+        """
+        if self.png_folder and not self.folder.exists() and any(self.png_folder.glob("*.png")):
+            raise UserError(f"--save_images {self.png_folder} has PNGs already. Name another folder.")
         try:
-            if self.png_folder and not self.folder.exists() and any(self.png_folder.glob("*.png")):
-                raise UserError(f"--save_images {self.png_folder} has PNGs already. Name another folder.")
-            for folder in filter(None, (self.png_folder, self.folder)):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.png_folder:
+                self.png_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"The evaluation cannot be written: {error}.") from error
         missing = set(range(self.num_images))
@@ -82,7 +89,7 @@ class FeatureCache:
             try:
                 missing -= set(self.read(path)["image_index"].tolist())
             except Exception as error:  # damaged bytes raise many types
-                print(f"{path} is damaged ({error}); its images are generated again", file=sys.stderr, flush=True)
+                print(f"{path} is damaged ({error}); generating its images again", file=sys.stderr, flush=True)
                 path.unlink()
         if done := self.num_images - len(missing):
             print(f"continuing: {done} of {self.num_images} images have features", file=sys.stderr, flush=True)
@@ -107,34 +114,17 @@ class FeatureCache:
 
     def read_all(self) -> dict[str, Tensor]:
         """Return {stream: (N, F)}; row i is of image i. Waits for files that a network file system shows late."""
-        for _ in range(int(io.SHARED_FILE_SECONDS) + 1):
+        deadline = time.monotonic() + io.SHARED_FILE_SECONDS
+        while True:
             files = [self.read(path) for path in self.folder.glob("*.npz")]
             count = sum(len(file["image_index"]) for file in files)
             if count == self.num_images:
                 break
+            if time.monotonic() >= deadline:
+                raise UserError(f"{self.folder} has {count} of {self.num_images} images. Start the evaluation again.")
             time.sleep(1)
-        else:
-            raise UserError(f"{self.folder} has {count} of {self.num_images} images. Start the evaluation again.")
         order = np.argsort(np.concatenate([file["image_index"] for file in files]))
         return {s: torch.from_numpy(np.concatenate([file[s] for file in files])[order]) for s in self.streams}
-
-
-def _compute_features(
-    target: EvalTarget, suite: MetricSuite, cache: FeatureCache, missing: list[int], labels: list[int], ctx: DistContext
-) -> dict[str, float]:
-    """Store the features of this rank's part of the missing images; return the seconds that it took, by task."""
-    index = [missing[i] for i in local_range(len(missing), ctx)]
-    before, done, seconds = len(labels) - len(missing), 0, {"sampling": 0.0, "features": 0.0}
-    progress, start = ImageProgress("evaluating", len(labels), before, ctx), time.perf_counter()
-    with closing(progress), closing(generate(target.denoiser, target.config, index, labels, ctx)) as batches:
-        for batch, images in batches:
-            sampled = time.perf_counter()
-            cache.write(batch, suite.extract(images), images)
-            seconds["sampling"] += sampled - start
-            start, done = time.perf_counter(), done + len(batch)
-            seconds["features"] += start - sampled
-            progress.update(before + len(missing) * done // len(index))
-    return seconds
 
 
 def weights_hash(checkpoint: Path) -> str:
@@ -147,8 +137,9 @@ def weights_hash(checkpoint: Path) -> str:
 
 
 def identify(target: EvalTarget, suite: MetricSuite, device: torch.device) -> dict[str, Any]:
-    """Return all that decides the numbers of a report: of the images, their features and the metrics."""
-    described, config = suite.describe(), target.config
+    """Return everything that decides the numbers of a report: of the images, their features and the metrics."""
+    config = target.config
+    described = suite.describe()
     return {
         "images": {
             "num_images": config.num_images,
@@ -178,8 +169,9 @@ def report_exists(folder: Path, config: Any, epoch: int) -> bool:
 
 
 def find_report(folder: Path, target: EvalTarget, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, Path]:
-    """Return a finished report and its path, or None and where it goes: beside one of that name and another hash."""
-    name, config_hash = report_name(target.config, target.epoch, target.at), io.json_hash(identity)
+    """Return a finished report and its path, or None and the path for it. Reports of one name differ in their hash."""
+    name = report_name(target.config, target.epoch, target.at)
+    config_hash = io.json_hash(identity)
     plain, hashed = folder / f"{name}.json", folder / f"{name}-{config_hash}.json"
     for path in (plain, hashed):
         report = io.read_json(path)
@@ -203,10 +195,10 @@ def evaluate_and_write(
     config = target.config
     labels = [i // (config.num_images // config.class_num) for i in range(config.num_images)]
     identity = run_on_rank0(ctx, lambda: identify(target, suite, ctx.device))
-    name = report_name(config, target.epoch, target.at)
-    name += f"-{io.json_hash([identity['images'], identity['features'], config.save_images])}.features"
+    features_hash = io.json_hash([identity["images"], identity["features"], config.save_images])
+    name = f"{report_name(config, target.epoch, target.at)}-{features_hash}.features"
     pngs = Path(config.save_images) if config.save_images else None
-    cache = FeatureCache(folder / name, config.num_images, suite.streams, pngs)
+    cache = FeatureCache(folder / name, config.num_images, tuple(suite.streams), pngs)
     missing = run_on_rank0(ctx, cache.prepare)
     start = time.perf_counter()
     seconds = _compute_features(target, suite, cache, missing, labels, ctx)
@@ -215,15 +207,13 @@ def evaluate_and_write(
     elapsed = time.perf_counter() - start
 
     def finish() -> tuple[dict[str, Any], Path]:
-        start, threads = time.perf_counter(), torch.get_num_threads()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # torchrun gives a rank one thread, and the others wait
-        with threadpool_limits(torch.get_num_threads()):
-            metrics = suite.compute(cache.read_all(), torch.tensor(labels))
-        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        with threadpool_limits(len(os.sched_getaffinity(0))):  # torchrun gives a rank one thread, and the others wait
+            metrics, details = suite.compute(cache.read_all(), torch.tensor(labels))
         seconds["metrics"] = time.perf_counter() - start
         report = {
             "metrics": metrics,
-            **({"details": suite.details} if suite.details else {}),
+            **({"details": details} if details else {}),
             **identity["images"],
             "checkpoint": str(target.checkpoint),
             "measured_with": suite.describe(),
@@ -240,7 +230,8 @@ def evaluate_and_write(
         path = find_report(folder, target, identity)[1]
         try:
             io.write_json(path, report)
-            suite.plot(path.with_suffix(".png"))
+            if "spectrum_gap" in metrics:
+                plot_spectra(details["grey_spectrum_real"], details["grey_spectrum"], path.with_suffix(".png"))
         except OSError as error:
             raise UserError(f"The report {path} cannot be written: {error}.") from error
         if not config.keep_features:
@@ -248,6 +239,25 @@ def evaluate_and_write(
         return report, path
 
     return run_on_rank0(ctx, finish)
+
+
+def _compute_features(
+    target: EvalTarget, suite: MetricSuite, cache: FeatureCache, missing: list[int], labels: list[int], ctx: DistContext
+) -> dict[str, float]:
+    """Store the features of this rank's part of the missing images; return the seconds that it took, by task."""
+    index = [missing[i] for i in local_range(len(missing), ctx)]
+    found = len(labels) - len(missing)
+    done, features_seconds = 0, 0.0
+    start = time.perf_counter()
+    progress = ImageProgress("evaluating", len(labels), found, ctx)
+    with closing(progress), closing(generate(target.denoiser, target.config, index, labels, ctx)) as batches:
+        for batch, images in batches:
+            sampled = time.perf_counter()
+            cache.write(batch, suite.extract(images), images)
+            features_seconds += time.perf_counter() - sampled
+            done += len(batch)
+            progress.update(found + len(missing) * done // len(index))
+    return {"sampling": time.perf_counter() - start - features_seconds, "features": features_seconds}
 
 
 def loggable(report: Mapping[str, Any]) -> dict[str, Any]:

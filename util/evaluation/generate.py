@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from denoiser import Denoiser
-from sampler import Velocity, guided, sample
+from sampler import guided, sample
 from util.compile import no_recompile
 from util.config import SampleConfig
 from util.data.datasets import DATASETS
@@ -27,17 +27,15 @@ from util.log import progress
 from util.rng import CounterRNG
 from util.schedules import SampleSchedules
 
-# -------------------------------------------------------------------------------------------------------- settings
-
 
 def own_t_eps(config: Any, schedules: SampleSchedules) -> float | None:
-    """Return the lower bound of 1 - t in sampling; None where it is the denoiser's own."""
+    """Return the lower bound of 1 - t in sampling, or None if it is the denoiser's own."""
     t_eps = schedules.t_eps(config.t_eps) if config.sample_t_eps is None else config.sample_t_eps
-    return t_eps if config.pred_param == "x" and t_eps != config.t_eps else None
+    return t_eps if config.pred_param != "v" and t_eps != config.t_eps else None
 
 
 def sampling_settings(config: Any) -> dict[str, Any]:
-    """Return all that decides the images beside weights and labels, ready for JSON."""
+    """Return everything that decides the images besides weights and labels, ready for JSON."""
     schedules = SampleSchedules.from_config(config)
     t_eps = own_t_eps(config, schedules)
     return {
@@ -52,18 +50,16 @@ def sampling_settings(config: Any) -> dict[str, Any]:
 
 
 def setting_name(config: Any, epoch: int) -> str:
-    """Return the part of a file name that tells images of a run apart, except for their seed and labels."""
+    """Return the part of a file name that tells the images of a run apart, except for their seed and labels."""
     schedules = SampleSchedules.from_config(config)
-    guidance, interval = f"cfg{config.cfg:.10g}", (config.interval_min, config.interval_max)
+    guidance = f"cfg{config.cfg:.10g}"
+    interval = (config.interval_min, config.interval_max)
     if config.cfg != 1 and interval != (SampleConfig.interval_min, SampleConfig.interval_max):
-        guidance += "-t{:.10g}to{:.10g}".format(*interval)
+        guidance += f"-t{config.interval_min:.10g}to{config.interval_max:.10g}"
     t_eps = own_t_eps(config, schedules)
     clamp = "" if t_eps is None else f"-teps{t_eps:.10g}"
     solver = f"{config.sampling_method}{config.num_sampling_steps}"
     return f"epoch{epoch + 1:04d}-{config.ema}-{solver}-{guidance}{schedules.name}{clamp}"
-
-
-# -------------------------------------------------------------------------------------------------------- sampling
 
 
 @contextmanager
@@ -92,14 +88,13 @@ def generate(
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Yield (indices, images uint8 (B, 3, H, W) on the device) of the images `index`, in batches of --gen_bsz.
 
-    It ends early, between two batches, once a rank was asked to stop. The denoiser is in `sampling_mode` until it ends,
-    so exhaust or close it before the weights change. `labels` holds those of all images: image i has labels[i].
+    Image i has labels[i]. It ends early, between two batches, once a rank was asked to stop. The denoiser is in
+    `sampling_mode` until the end: exhaust or close the generator before the weights change.
 
     Raises:
         UserError: an image with non-finite values.
     """
     schedules = SampleSchedules.from_config(config)
-    t_eps = own_t_eps(config, schedules)
     batches = [index[i : i + config.gen_bsz] for i in range(0, len(index), config.gen_bsz)]
     with sampling_mode(denoiser), ThreadPoolExecutor(1) as thread:  # draws the next noise while a GPU is busy
         pending = [thread.submit(start_noise, config, batch) for batch in batches[:1]]
@@ -110,51 +105,32 @@ def generate(
             pending += [thread.submit(start_noise, config, following) for following in batches[i + 1 : i + 2]]
             y = torch.tensor([labels[k] for k in batch], device=ctx.device)
             with no_recompile(len(batch) < config.gen_bsz):
-                images = _sample_batch(denoiser, config, batch, schedules, t_eps, y, noise.to(ctx.device))
+                images = _sample_batch(denoiser, config, batch, schedules, y, noise.to(ctx.device))
             yield batch, images
 
 
 def _sample_batch(
-    denoiser: Denoiser,
-    config: Any,
-    index: Sequence[int],
-    schedules: SampleSchedules,
-    t_eps: float | None,
-    y: Tensor,
-    noise: Tensor,
+    denoiser: Denoiser, config: Any, index: Sequence[int], schedules: SampleSchedules, y: Tensor, noise: Tensor
 ) -> Tensor:
     """Return the images `index` (B,) with labels y (B,) from unit noise (B, 3, H, W) as uint8 (B, 3, H, W)."""
     grid, logsnr_range = schedules.times(config.num_sampling_steps, CounterRNG(config.seed, 0, torch.tensor(index)), y)
-    logsnr_range = None if logsnr_range is None else logsnr_range.to(y.device)
+    if logsnr_range is not None:
+        logsnr_range = logsnr_range.to(y.device)
+    t_eps = own_t_eps(config, schedules)
 
     def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         both = None if logsnr_range is None else logsnr_range.repeat(len(z) // len(index), 1)  # guided: the batch twice
         return denoiser.velocity(z, t, y, t_eps, both)
 
-    interval = config.interval_min, config.interval_max
-    v = guided(velocity, y, config.null_class, config.cfg, interval)
-    z = denoiser.noise_scale * noise
-    x = sample(v, z, grid, config.sampling_method)
+    v = guided(velocity, y, config.null_class, config.cfg, (config.interval_min, config.interval_max))
+    x = sample(v, denoiser.noise_scale * noise, grid, config.sampling_method)
     if bad := (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
         which = ", ".join(f"image {index[b]} (label {int(y[b])})" for b in bad[:5])
         raise UserError(
-            f"Sampling with seed {config.seed} gave non-finite values: {which}, {len(bad)} in this batch, "
-            f"{non_finite_since(v, z, grid, config.sampling_method)}."
+            f"Sampling with seed {config.seed} gave non-finite values: {which}, {len(bad)} in this batch. Use another "
+            "checkpoint, or --precision fp32."
         )
     return quantise(x)
-
-
-def non_finite_since(velocity: Velocity, z: Tensor, grid: Tensor, method: str) -> str:
-    """Integrate once more and say from which time on the velocity is non-finite."""
-    times = []
-
-    def watched(z: Tensor, t: Tensor) -> Tensor:
-        v = velocity(z, t)
-        times.extend([float(t.min())] if not bool(v.isfinite().all()) else [])
-        return v
-
-    sample(watched, z, grid, method)
-    return f"the velocity from t = {times[0]:.4g} on" if times else "from finite velocities"
 
 
 def generate_all(denoiser: Denoiser, config: Any, labels: Sequence[int], ctx: DistContext) -> Tensor | None:

@@ -178,7 +178,7 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     if names == ["none"]:
         return ()
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--metrics {', '.join(unknown)} is unknown; known are {', '.join(known)}, or none by itself.")
+        raise UserError(f"--metrics {', '.join(unknown)} is unknown. Choose from {', '.join(known)}, or none alone.")
     return tuple(dict.fromkeys(names))
 
 
@@ -221,9 +221,11 @@ class MetricSuite:
         file_of: dict[type[Extractor], Reference] = {}
         for name, metric in self.metrics.items():
             if metric.dataset not in (None, dataset):
-                raise UserError(f"{name} is defined for the data set {metric.dataset}, not for {dataset}.")
+                raise UserError(
+                    f"{name} is defined for the data set {metric.dataset}, not for {dataset}. Drop it from --metrics."
+                )
             if num_images < metric.least:
-                raise UserError(f"{name} needs at least {metric.least} images, not {num_images}.")
+                raise UserError(f"{name} needs at least {metric.least} images, not {num_images}. Raise --num_images.")
             extractor = build(metric.extractor)
             if metric.arrays:
                 if metric.extractor not in file_of:
@@ -243,7 +245,7 @@ class MetricSuite:
                 )
         self.references = {self.metrics[name].values[0]: file for name, file in self.files.items()}  # for reports
 
-        # The spectrum gap needs no network: without a file so far, any other one that holds a spectrum will do.
+        # The spectrum gap needs no network: if there is no file so far, any one that holds a spectrum will do.
         if not self.references:
             usual = [default_reference(dataset, img_size, e.name) for e in (InceptionV3, EffNetLite0)]
             paths = [fid_stats] if fid_stats else [path for path in usual if path.exists()]
@@ -294,7 +296,7 @@ class MetricSuite:
                 if math.isfinite(number):
                     numbers[value] = float(number)
                 elif metric.beside is None:
-                    raise UserError(f"{value} is {number}: the features or the reference are too large.")
+                    raise UserError(f"{value} is {number}: the features or those of the reference file are too large.")
                 else:
                     details[value] = f"not defined for these images (it is {number})"
         if "spectrum_gap" in self.metrics:

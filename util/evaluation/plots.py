@@ -7,30 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from spectral_ops.spectrum import ring_ratio, spectrum_gap
 
 LINES = ("-", "--", ":", "-.")
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     """Return an empty figure that needs no display and is not kept by pyplot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def plot_spectra(real: Tensor | Sequence[float], generated: Tensor | Sequence[float], path: Path) -> None:
+def plot_spectra(real: Sequence[float], generated: Sequence[float], path: Path) -> None:
     """Draw both spectra over the rings, and below them the ratio generated / real, into a PNG."""
-    figure = _figure(6, 5)
+    figure = new_figure(6, 5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    above.plot(torch.as_tensor(real), label="real", linewidth=1.5)
-    above.plot(torch.as_tensor(generated), label="generated", linewidth=1.5, linestyle="--")
+    above.plot(real, label="real", linewidth=1.5)
+    above.plot(generated, label="generated", linewidth=1.5, linestyle="--")
     above.set(yscale="log", ylabel="power", title=f"spectrum gap {spectrum_gap(real, generated):.3f}")
     above.legend(frameon=False)
     below.plot(ring_ratio(real, generated), color="black", linewidth=1.5)
@@ -44,11 +38,10 @@ def plot_spectra(real: Tensor | Sequence[float], generated: Tensor | Sequence[fl
 def plot_sweep(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """Draw each metric over cfg: a colour for each EMA, a line style for each interval, a ring around the best.
 
-    Args:
-        rows: a dict per setting with ema, cfg, interval_min and interval_max (None without guidance, cfg 1), best, and
-            the metrics `names`, None where a metric is not defined.
+    A row has ema, cfg, interval_min and interval_max (None without guidance, cfg 1), best, and the metrics `names`,
+    None where a metric is not defined.
     """
-    figure = _figure(max(4.5, 3.6 * len(names)), 3.6)
+    figure = new_figure(max(4.5, 3.6 * len(names)), 3.6)
     emas = list(dict.fromkeys(row["ema"] for row in rows))
     intervals = list(dict.fromkeys((row["interval_min"], row["interval_max"]) for row in rows))
     intervals = [interval for interval in intervals if interval[0] is not None] or intervals

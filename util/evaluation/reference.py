@@ -30,7 +30,7 @@ META = ("dataset", "img_size", "extractor", "extractor_sha256", "num_images")  #
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The content of a reference file: features in float32, the other arrays in float64."""
+    """A reference file: features in float32, the other arrays in float64."""
 
     arrays: dict[str, Tensor]
     meta: dict | None
@@ -39,7 +39,6 @@ class Reference:
     warnings: list[str]
 
     def describe(self) -> dict[str, Any]:
-        """Return file, sha256 and metadata for a report."""
         return {"file": str(self.path), "sha256": self.sha256, "meta": self.meta}
 
 
@@ -50,23 +49,27 @@ class Moments:
     """
 
     def __init__(self, dim: int):
-        self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64)
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
         """Add features (B, F) on the CPU. Raises UserError if one of them is not finite."""
         if not features.isfinite().all():
             raise UserError("The extractor returned a non-finite feature for a real image.")
-        batch, x = Moments(features.shape[1]), features.double()
-        batch.n, batch.mean, batch.scatter = len(x), x.mean(dim=0), len(x) * torch.cov(x.T, correction=0)
+        x = features.double()
+        batch = Moments(x.shape[1])
+        batch.n, batch.mean = len(x), x.mean(dim=0)
+        batch.scatter = len(x) * torch.cov(x.T, correction=0)
         self.merge(batch)
 
     def merge(self, other: "Moments") -> None:
         """Add the moments of a disjoint set of images."""
-        n, shift = self.n + other.n, other.mean - self.mean
-        weight = other.n / max(n, 1)
+        shift = other.mean - self.mean
+        weight = other.n / max(self.n + other.n, 1)
         self.scatter += other.scatter + torch.outer(shift, shift) * (self.n * weight)
-        self.n, self.mean = n, self.mean + shift * weight
+        self.mean = self.mean + shift * weight
+        self.n += other.n
 
     def finish(self) -> dict[str, Tensor]:
         """Return mu (F,) and sigma (F, F) of at least two images."""
@@ -88,18 +91,21 @@ def save_reference(path: Path, arrays: Mapping[str, Tensor | np.ndarray], meta: 
             np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
         return sha256_file(path)
     except OSError as error:
-        raise UserError(f"The reference file {path} cannot be written ({error.strerror}).") from error
+        raise UserError(
+            f"The reference file {path} cannot be written ({error.strerror}). Name another --out."
+        ) from error
 
 
 def load_reference(
     path: str | Path, dataset: str, img_size: int, extractor: Extractor | None = None, stream: str = ""
 ) -> Reference:
-    """Load a reference file. Raises UserError for one that is damaged or does not belong to this evaluation.
+    """Load a reference file of images of `img_size` pixels per side, made with the same extractor and weights.
 
-    It must be of images of `img_size` pixels per side and of the extractor of the generated images with the same
-    weights. Without an extractor only its spectra are used, whatever the features.
+    Without an extractor only the spectra are used, whatever the features. Raises UserError for a file that is damaged
+    or of something else.
     """
-    path, name = Path(path), extractor.name if extractor else "inception"
+    path = Path(path)
+    name = extractor.name if extractor else "inception"
     try:
         sha256 = sha256_file(path)
         with np.load(path, allow_pickle=False) as file:
@@ -122,8 +128,10 @@ def load_reference(
             raise UserError(f"{key} in {path} is {array.dtype} {array.shape}; {expected}.")
         with np.errstate(over="ignore"):
             arrays[key] = torch.from_numpy(array.astype(np.float32 if key == "features" else np.float64))
-        if not arrays[key].isfinite().all() or (key in SPECTRA and array.min() <= 0):
-            raise UserError(f"{key} in {path} holds {'a power <= 0 or ' * (key in SPECTRA)}non-finite numbers.")
+        if not arrays[key].isfinite().all():
+            raise UserError(f"{key} in {path} has non-finite numbers. Make the file again with prepare_ref.py.")
+        if key in SPECTRA and array.min() <= 0:
+            raise UserError(f"{key} in {path} has a power <= 0. Make the file again with prepare_ref.py.")
     sigma = arrays["sigma"]
     if (sigma - sigma.T).abs().max() > 1e-5 * sigma.abs().max() or sigma.diagonal().min() < 0:
         raise UserError(f"sigma in {path} is not a covariance: it must be symmetric with a non-negative diagonal.")
@@ -141,7 +149,7 @@ def _check_meta(path: Path, meta: Any, dataset: str, img_size: int, extractor: E
     for key, value in expected.items():
         if meta[key] != value:
             advice = "Give another file with --fid_stats or make one with prepare_ref.py."
-            raise UserError(f"{path} was made with {key} {meta[key]!r}; this evaluation uses {value!r}. {advice}")
+            raise UserError(f"{path} was made with {key} {meta[key]!r}; this evaluation needs {value!r}. {advice}")
     warnings = []
     if meta["num_images"] <= dim:
         warnings.append(f"{path} is of {meta['num_images']} images; a covariance of {dim} features needs more.")

@@ -1,13 +1,13 @@
-"""The loss on images that are never trained on, by time and by frequency.
+"""The loss on images that training never sees, by time and by frequency.
 
     L_b  mean of (v - v_pred)^2 over the validation images, at one time per image in bin b: t = (b + u) / 10
     L    sum_b w_b L_b, with w_b the mass of the density of training times in bin b
     R_k  mean of |FFT(v - v_pred)|^2, orthonormal, over channels and ring k: modes with floor(sqrt(fu^2 + fv^2)) = k
     L_b = sum_k n_k R_bk / (H W), with n_k modes in ring k (Parseval)
 
-Image, time and noise of a measurement are functions of (seed, bin, number of the image in its data set) alone: the
-same in every epoch, for the weights and both EMAs, for any batch size and number of ranks. The loss is training's,
-without label drop, flips and dropout.
+Time and noise are functions of (seed, bin, number of the image in its data set) alone: the same in every epoch, for the
+weights and both EMAs, for any batch size and number of ranks. The loss is that of training, without label drop, flips
+and dropout.
 
 Shapes: N validation images that are measured, B of a batch, T = 10 bins, K rings, W = 3 sets of weights.
 """
@@ -45,7 +45,8 @@ class Subset(Images):
     def __init__(self, whole: Images, numbers: np.ndarray):
         super().__init__(whole.img_size, whole.class_names, whole.labels[numbers])
         self.name, self.in_memory, self.max_workers = whole.name, whole.in_memory, whole.max_workers
-        self.bad_image_log, self.whole, self.numbers = whole.bad_image_log, whole, numbers
+        self.bad_image_log = whole.bad_image_log
+        self.whole, self.numbers = whole, numbers
 
     def path(self, i: int) -> str:
         return self.whole.path(int(self.numbers[i]))
@@ -55,7 +56,7 @@ class Subset(Images):
 
 
 def random_order(count: int, seed: int) -> np.ndarray:
-    """Return the numbers 0 .. count - 1 (count,) in an order that depends on (seed, count) alone."""
+    """Return a permutation of 0 .. count - 1 that depends on (seed, count) alone."""
     u = CounterRNG(seed, ORDER, torch.arange(count)).uniform("validation")[:, 0]
     return np.argsort(u.numpy(), kind="stable")
 
@@ -67,46 +68,49 @@ def parse_split(text: str) -> float | str:
     with suppress(ValueError):
         if 0 < float(text) < 1:
             return float(text)
-    raise UserError(f"--val_split {text} must be a fraction of the training images, above 0 and below 1, val or test.")
+    raise UserError(f"--val_split {text} must be a fraction of the training images (above 0, below 1), val or test.")
 
 
 def hold_out(
     dataset: Images, config: Any, saved_args: Mapping[str, Any] | None = None
 ) -> tuple[Images, "Validation | None"]:
-    """Return the images to train on, and those that measure the loss; without --val_split the data set and None.
+    """Return the images to train on and those that measure the loss, or the data set and None without --val_split.
 
-    A fraction f of M images holds out round(f M) of them, which depend on (seed, M) and f alone; a larger fraction
-    holds out a smaller one's images and others. A named split leaves the training images as they are.
+    A fraction f of M images holds out round(f M) of them, which depend on (seed, M, f) alone; a larger fraction holds
+    out those of a smaller one and more. A named split leaves the training images as they are.
 
     Args:
-        saved_args: settings of the checkpoint that training resumes from.
+        saved_args: settings of the checkpoint from which training resumes.
 
     Raises:
-        UserError: a fraction that leaves one side empty, a split that the data set does not have or without images, a
-            checkpoint that was trained on all images.
+        UserError: a fraction that leaves one side empty, a split that is missing or empty, a checkpoint that was
+            trained on all images.
     """
     if config.val_split is None:
         return dataset, None
-    flag, split = f"--val_split {config.val_split}", parse_split(config.val_split)
+    flag = f"--val_split {config.val_split}"
+    split = parse_split(config.val_split)
     if isinstance(split, str):
         try:
             whole = build_dataset(dataset.name, config.data_path, dataset.img_size, split)
         except DataError as error:
             raise UserError(f"{flag}: {error} A fraction, such as 0.05, holds out training images.") from error
         if len(whole) == 0:
-            raise UserError(f"{flag}: there are no images in that split.")
+            raise UserError(f"{flag}: that split has no images. Name another one, or a fraction such as 0.05.")
         whole.bad_image_log = dataset.bad_image_log
         numbers = random_order(len(whole), config.seed)
     else:
         if saved_args is not None and saved_args.get("val_split") != config.val_split:
             raise UserError(
-                f"{flag}: the checkpoint was trained on all images, so none of them can be held out any more. Leave it "
+                f"{flag}: the checkpoint was trained on all images, so none can be held out any more. Leave the flag "
                 "out, or name a split of the data set."
             )
-        count, order = round(split * len(dataset)), random_order(len(dataset), config.seed)
+        count = round(split * len(dataset))
+        order = random_order(len(dataset), config.seed)
         if not 0 < count < len(dataset):
-            raise UserError(f"{flag} holds out {count} of {len(dataset)} images. Choose another fraction.")
-        whole, numbers, dataset = dataset, order[:count], Subset(dataset, np.sort(order[count:]))
+            raise UserError(f"{flag} holds out {count} of {len(dataset)} images. Both sides need at least one.")
+        whole, numbers = dataset, order[:count]
+        dataset = Subset(dataset, np.sort(order[count:]))
     images = Subset(whole, np.sort(numbers[: config.val_images]))
     return dataset, Validation(images, config.seed, config.batch_size, config.num_workers, config.val_rings)
 

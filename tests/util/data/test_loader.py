@@ -63,8 +63,6 @@ def test_start_step_continues_the_epoch():
     assert sampler.steps_per_epoch == 4 and len(sampler) == 8
     sampler.set_epoch(0, 4)
     assert len(sampler) == 0 and list(sampler) == []
-    with pytest.raises(ValueError, match="start_step 5"):
-        sampler.set_epoch(0, 5)
 
 
 def test_too_few_images_says_the_numbers():
@@ -72,8 +70,6 @@ def test_too_few_images_says_the_numbers():
     with pytest.raises(DataError, match=message):
         GlobalBatchSampler(23, 4, 0, 3, 2, 0)
     assert GlobalBatchSampler(24, 4, 0, 3, 2, 0).steps_per_epoch == 1
-    with pytest.raises(ValueError, match="rank=3"):
-        GlobalBatchSampler(24, 4, 3, 3, 2, 0)
 
 
 def test_loader_order_does_not_depend_on_workers():

@@ -1,7 +1,4 @@
-"""Extractors that stand in for the networks: mean and standard deviation of each colour, made in a moment.
-
-Nothing is imported from tests.conftest: subprocesses start with this module, and must start fast.
-"""
+"""Extractors that stand in for the networks: mean and standard deviation of each colour, made in a moment."""
 
 from dataclasses import replace
 

@@ -30,10 +30,8 @@ def test_grey_spectrum_is_a_stream_of_its_own_width():
     images = smooth_images(3, 0, 1.0)
     extractor = GreySpectrum("cpu", img_size=SIZE)
     rows = extractor(images)["grey_spectrum"]
-    assert extractor.streams == {"grey_spectrum": 23} and rows.shape == (3, 23) and rows.dtype == torch.float32
+    assert extractor.streams == {"grey_spectrum": 23} and rows.dtype == torch.float32
     torch.testing.assert_close(rows, grey_spectrum(images).float())
-    with pytest.raises(UserError, match=r"32 x 32 pixels, not of \(16, 16\)"):
-        extractor(images[:, :, :16, :16])
 
 
 def test_extractors_refuse_anything_but_batches_of_uint8_rgb():
@@ -58,7 +56,7 @@ def test_extractors_compute_in_float32_whatever_training_has_set():
         torch.set_float32_matmul_precision(before)
 
 
-# ------------------------------------------------------------------------------------------------------- EffNetLite0
+# --- EffNetLite0 -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,7 @@ def test_effnet_refuses_a_missing_package_and_another_file(effnet, monkeypatch):
         EffNetLite0("cpu")
 
 
-# -------------------------------------------------------------------------------------------------- Inception weights
+# --- Inception weights -----------------------------------------------------------------------------------------------
 
 
 def test_the_url_is_that_of_torch_fidelity():
@@ -130,7 +128,7 @@ def test_malicious_weights_do_not_execute(no_network, tmp_path):
 @pytest.mark.parametrize("content", [{"fc.weight": torch.zeros(2)}, [torch.zeros(2)], {"fc.weight": 3}])
 def test_weights_that_do_not_fit_are_refused(no_network, tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"does not fit|not a state dict"):
+    with pytest.raises(UserError, match="does not fit"):
         InceptionV3("cpu", tmp_path / "w.pth")
 
 

@@ -6,7 +6,6 @@ Shapes: N generated and M real images, F features.
 """
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ from util.evaluation.metrics import (
     precision_recall,
 )
 
-# ------------------------------------------------------------------------------------------------------- the numbers
+# --- the numbers -----------------------------------------------------------------------------------------------------
 
 
 def test_frechet_distance_of_commuting_gaussians():
@@ -74,7 +73,7 @@ def naive_share(points, centres, k: int = 3) -> float:
     return sum(inside) / len(points)
 
 
-@pytest.mark.parametrize(("shift", "width"), [(0.0, 1.0), (0.8, 0.6), (0.0, 0.3)])
+@pytest.mark.parametrize(("shift", "width"), [(0.8, 0.6), (0.0, 0.3)])
 def test_precision_and_recall_equal_a_naive_loop(shift, width):
     generated, real = clouds(37, 52, shift, width)
     precision, recall = precision_recall(generated, real)
@@ -115,23 +114,6 @@ def test_kid_of_whole_sets_equals_the_unbiased_estimate():
     assert mean > 0.01
 
 
-def test_kid_of_one_distribution_is_about_zero():
-    x, y = clouds(600, 500, 0.0, 1.0)
-    mean, std = kernel_distance(x, y)
-    assert abs(mean) < 0.02 < kernel_distance(x + 0.5, y)[0] and std < 0.02
-
-
-def test_kid_has_subsets_of_at_most_1000_images(monkeypatch):
-    from torch_fidelity import metric_kid
-
-    sizes = []
-    result = {metric_kid.KEY_METRIC_KID_MEAN: 0.0, metric_kid.KEY_METRIC_KID_STD: 0.0}
-    monkeypatch.setattr(metric_kid, "kid_features_to_metric", lambda *x, **how: sizes.append(how) or result)
-    for n, m in ((50_000, 10_000), (500, 10_000), (50_000, 20)):
-        kernel_distance(torch.zeros(n, 1), torch.zeros(m, 1))
-    assert [how["kid_subset_size"] for how in sizes] == [1000, 500, 20]
-
-
 def write_pngs(folder, images: torch.Tensor) -> None:
     folder.mkdir(parents=True)
     for i, image in enumerate(images):
@@ -164,7 +146,7 @@ def test_values_equal_torch_fidelity_on_pngs(inception_file, tmp_path):
     suite = MetricSuite(("fid", "is"), "imagefolder", SIZE, len(generated), "cpu", reference, inception_file)
     parts = [suite.extract(generated[i : i + 7]) for i in range(0, len(generated), 7)]
     gathered = {stream: torch.cat([part[stream] for part in parts]) for stream in suite.streams}
-    result = suite.compute(gathered, torch.zeros(len(generated), dtype=torch.int64))
+    result, _ = suite.compute(gathered, torch.zeros(len(generated), dtype=torch.int64))
 
     for ours, theirs, tolerance in (
         ("fid", "frechet_inception_distance", 1e-5),
@@ -195,14 +177,14 @@ def test_class_agreement_on_real_digits_and_on_shuffled_labels():
     suite = MetricSuite(("class_agreement",), "digits", SIZE, 500, "cpu")
     features = suite.extract(images)
     assert features["digit_8x8"].shape == (500, 64)
-    result = suite.compute(features, labels)
+    result, _ = suite.compute(features, labels)
     assert result["class_agreement"] > 0.98
     assert 0.96 < result["class_agreement_real"] < 1  # held out: not all of them are right
-    shuffled = suite.compute(features, labels[torch.randperm(500, generator=torch.Generator().manual_seed(0))])
+    shuffled, _ = suite.compute(features, labels[torch.randperm(500, generator=torch.Generator().manual_seed(0))])
     assert shuffled["class_agreement"] == pytest.approx(0.1, abs=0.05)
 
 
-# ------------------------------------------------------------------------------------------------- registry and suite
+# --- registry and suite ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -218,7 +200,7 @@ def usual(monkeypatch, tmp_path):
 
 
 def measure(suite, images):
-    return suite.compute(suite.extract(images), torch.zeros(len(images), dtype=torch.int64))
+    return suite.compute(suite.extract(images), torch.zeros(len(images), dtype=torch.int64))[0]
 
 
 NEIGHBOURS = {"precision", "recall", "kid_mean", "kid_std"}
@@ -229,7 +211,7 @@ def test_parse_metrics():
     assert parse_metrics(" is , fid,is") == ("is", "fid")
     assert parse_metrics("none") == parse_metrics("") == ()
     for text in ("fid,kid", "none,fid", "FID"):
-        with pytest.raises(UserError, match="known are fid, fd_effnet, class_agreement, is, or none"):
+        with pytest.raises(UserError, match="Choose from fid, fd_effnet, class_agreement, is, or none"):
             parse_metrics(text)
 
 
@@ -240,7 +222,7 @@ def test_an_entry_in_the_registry_is_a_metric(colours, monkeypatch, tmp_path):
     metric = Metric(Colours, "inception_2048", ("new", "newer"), compute, ("labels", "features", "img_size"))
     monkeypatch.setitem(METRICS, "new", metric)
     suite = MetricSuite(parse_metrics("new"), "digits", SIZE, len(REAL), "cpu", path)
-    result = suite.compute(suite.extract(REAL), torch.ones(len(REAL)))
+    result, _ = suite.compute(suite.extract(REAL), torch.ones(len(REAL)))
     assert result == {"new": pytest.approx(0), "newer": len(REAL) + SIZE, "spectrum_gap": pytest.approx(0, abs=1e-6)}
     assert suite.describe()["references"].keys() == {"new"}
     both = MetricSuite(("fid", "new"), "digits", SIZE, len(REAL), "cpu", path)
@@ -249,19 +231,12 @@ def test_an_entry_in_the_registry_is_a_metric(colours, monkeypatch, tmp_path):
         MetricSuite(("new",), "digits", SIZE, len(REAL), "cpu", write_reference(tmp_path / "plain.npz"))
 
 
-def test_no_metrics_need_nothing(no_network, usual):
-    suite = MetricSuite((), "imagefolder", 256, 1, "cpu")
-    assert suite.streams == suite.extract(smooth_images(2, 0, 1.0)) == suite.compute({}, torch.zeros(1)) == {}
-
-
 @pytest.mark.parametrize(
     ("names", "dataset", "num_images", "message"),
     [
         (("class_agreement",), "cifar10", 100, "data set digits, not for cifar10"),
         (("is",), "cifar10", 9, "at least 10 images"),
         (("fid",), "cifar10", 1, "at least 2 images"),
-        (("kid",), "cifar10", 100, "kid is unknown"),
-        (("class_agreement",), "digits", 0, "at least 1 images"),
         (("fid",), "cifar10", 100, "--inception_weights.*INCEPTION_WEIGHTS"),
     ],
 )
@@ -277,57 +252,40 @@ def test_suite_refuses_a_missing_reference_and_names_the_command(inception_file,
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_suite_refuses_features_that_are_missing_misshapen_or_non_finite(colours, tmp_path):
-    np.savez(tmp_path / "jit_like.npz", mu=np.zeros(DIM, np.float32), sigma=np.eye(DIM, dtype=np.float32))
-    suite = MetricSuite(("fid",), "imagefolder", 256, 4, "cpu", tmp_path / "jit_like.npz")
+def test_jit_like_files_are_accepted_with_warnings_and_a_distance_must_be_finite(colours, tmp_path):
+    path = tmp_path / "jit_like.npz"
+    np.savez(path, mu=np.full(DIM, 1e200), sigma=np.eye(DIM))
+    suite = MetricSuite(("fid",), "imagefolder", 256, 4, "cpu", path)
     assert suite.streams == {"inception_2048": DIM}
     assert len(suite.warnings) == 2 and "no metadata" in suite.warnings[0] and "rank deficient" in suite.warnings[1]
-    good, labels = torch.zeros(4, DIM), torch.zeros(4, dtype=torch.int64)
-    bad = good.clone()
-    bad[1, 5] = math.nan
-    for features in ({"inception_2048": bad}, {"inception_2048": good[:3]}, {}):
-        with pytest.raises(UserError, match=r"inception_2048: finite numbers of shape \(4, 6\)"):
-            suite.compute(features, labels)
-    np.savez(tmp_path / "far.npz", mu=np.full(DIM, 1e200), sigma=np.eye(DIM))
-    suite = MetricSuite(("fid",), "imagefolder", 256, 4, "cpu", tmp_path / "far.npz")
     with pytest.raises(UserError, match="fid is inf"):
-        suite.compute({"inception_2048": good}, labels)
+        suite.compute({"inception_2048": torch.zeros(4, DIM)}, torch.zeros(4))
 
 
 def test_real_images_score_perfectly_and_blurred_ones_lack_power_and_recall(colours, tmp_path):
     path = write_reference(tmp_path / "r.npz", **extras())
     suite = MetricSuite(("fid",), "digits", SIZE, len(REAL), "cpu", path)
-    assert suite.streams == {"inception_2048": DIM, "grey_spectrum": 23} and suite.details == {}
-    suite.plot(tmp_path / "none.png")  # nothing has been computed
-    before = suite.describe()
-    result = measure(suite, REAL)
+    assert suite.streams == {"inception_2048": DIM, "grey_spectrum": 23} and suite.not_computed == {}
+    result, details = suite.compute(suite.extract(REAL), torch.zeros(len(REAL)))
     assert result.keys() == {"fid", "spectrum_gap"} | NEIGHBOURS
     assert result["precision"] == result["recall"] == 1
     assert abs(result["fid"]) < 1e-6 and result["spectrum_gap"] < 1e-6
-    np.testing.assert_allclose(suite.details["ring_ratio"], 1, rtol=1e-6)
-    assert len(json.loads(json.dumps(suite.details))["grey_spectrum"]) == 23
-    assert suite.describe() == before and before["not_computed"] == {}
-    suite.plot(tmp_path / "own.png")
-    assert (tmp_path / "own.png").stat().st_size > 1000 and not (tmp_path / "none.png").exists()
-    blurred = measure(suite, torch.nn.functional.avg_pool2d(REAL.float(), 3, 1, 1).round().to(torch.uint8))
-    ratio = suite.details["ring_ratio"]
-    assert max(ratio[8:]) < 0.5 < ratio[0] and blurred["spectrum_gap"] > 0.5
-    assert blurred["recall"] < 1 and blurred["kid_mean"] > 1e-6
+    np.testing.assert_allclose(details["ring_ratio"], 1, rtol=1e-6)
+    assert len(json.loads(json.dumps(details))["grey_spectrum"]) == 23
+    blurred = torch.nn.functional.avg_pool2d(REAL.float(), 3, 1, 1).round().to(torch.uint8)
+    result, details = suite.compute(suite.extract(blurred), torch.zeros(len(REAL)))
+    ratio = details["ring_ratio"]
+    assert max(ratio[8:]) < 0.5 < ratio[0] and result["spectrum_gap"] > 0.5
+    assert result["recall"] < 1 and result["kid_mean"] > 1e-6
 
 
 @pytest.mark.parametrize(
-    ("missing", "absent"),
-    [
-        ({"features"}, NEIGHBOURS),
-        ({"grey_spectrum"}, {"spectrum_gap"}),
-        ({"features", "grey_spectrum"}, NEIGHBOURS | {"spectrum_gap"}),
-    ],
+    ("missing", "absent"), [({"features"}, NEIGHBOURS), ({"features", "grey_spectrum"}, NEIGHBOURS | {"spectrum_gap"})]
 )
 def test_what_a_reference_lacks_is_left_out_and_reported(colours, tmp_path, missing, absent):
     more = {key: value for key, value in extras().items() if key not in missing}
     suite = MetricSuite(("fid",), "digits", SIZE, 8, "cpu", write_reference(tmp_path / "r.npz", **more))
-    result = measure(suite, smooth_images(8, 1, 0.5))
-    assert result.keys() == ({"fid", "spectrum_gap"} | NEIGHBOURS) - absent
+    assert measure(suite, smooth_images(8, 1, 0.5)).keys() == ({"fid", "spectrum_gap"} | NEIGHBOURS) - absent
     reasons = suite.describe()["not_computed"]
     assert reasons.keys() == absent and all("prepare_ref.py stores" in why for why in reasons.values())
 
@@ -349,23 +307,18 @@ def test_each_extractor_has_its_own_reference(colours, usual):
     assert measure(suite, REAL)["spectrum_gap"] == pytest.approx(np.log(2), rel=1e-5)
 
 
-def test_too_few_images_for_neighbours(colours, tmp_path):
+def test_neighbours_need_four_images(colours, tmp_path):
     path = write_reference(tmp_path / "r.npz", **extras())
-    suite = MetricSuite(("fid",), "digits", SIZE, 3, "cpu", path)
-    assert measure(suite, REAL[:3]).keys() == {"fid", "spectrum_gap"}
-    assert "at least 4 images" in suite.not_computed["recall"]
-    suite = MetricSuite(("fid",), "digits", SIZE, 4, "cpu", path)
-    assert measure(suite, REAL[:4]).keys() >= NEIGHBOURS
+    few, enough = (MetricSuite(("fid",), "digits", SIZE, n, "cpu", path) for n in (3, 4))
+    assert measure(few, REAL[:3]).keys() == {"fid", "spectrum_gap"}
+    assert few.not_computed.keys() == NEIGHBOURS and "at least 4 images" in few.not_computed["recall"]
+    assert measure(enough, REAL[:4]).keys() >= NEIGHBOURS
 
 
 def test_images_of_one_colour_have_no_gap_but_their_other_metrics(colours, tmp_path):
-    path = write_reference(tmp_path / "r.npz", **extras())
-    suite = MetricSuite(("fid",), "digits", SIZE, 8, "cpu", path)
-    result = measure(suite, torch.zeros(8, 3, SIZE, SIZE, dtype=torch.uint8))
-    assert result.keys() == {"fid"} | NEIGHBOURS
-    suite.plot(tmp_path / "none.png")
-    assert "not defined" in suite.details["spectrum_gap"] and not (tmp_path / "none.png").exists()
-    assert "spectrum_gap" in measure(suite, REAL[:8]) and "spectrum_gap" not in suite.details
+    suite = MetricSuite(("fid",), "digits", SIZE, 8, "cpu", write_reference(tmp_path / "r.npz", **extras()))
+    result, details = suite.compute(suite.extract(torch.zeros_like(REAL[:8])), torch.zeros(8))
+    assert result.keys() == {"fid"} | NEIGHBOURS and "not defined" in details["spectrum_gap"]
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -382,12 +335,12 @@ def test_the_spectrum_gap_needs_no_network(usual, named):
 
 
 def test_without_a_spectrum_there_is_no_spectrum_gap(usual):
-    suite = MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu")
-    assert list(suite.streams) == ["digit_8x8"] and suite.describe()["references"] == {}
-    suite = MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", write_reference(usual / "plain.npz"))
-    assert list(suite.streams) == ["digit_8x8"] and "not used" in suite.warnings[0]
-    with pytest.raises(UserError, match="does not exist"):
-        MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", usual / "nowhere.npz")
-    with pytest.raises(UserError, match="grey_spectrum"):
-        path = write_reference(usual / "small.npz", grey_spectrum=np.ones(3))
-        MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", path)
+    plain = write_reference(usual / "plain.npz")
+    small = write_reference(usual / "small.npz", grey_spectrum=np.ones(3))
+    for path in (None, plain):
+        suite = MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", path)
+        assert list(suite.streams) == ["digit_8x8"] and suite.describe()["references"] == {}
+        assert not path or "not used" in suite.warnings[0]
+    for path, message in ((usual / "nowhere.npz", "does not exist"), (small, "grey_spectrum")):
+        with pytest.raises(UserError, match=message):
+            MetricSuite(("class_agreement",), "digits", SIZE, 10, "cpu", path)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from util.evaluation.plots import plot_spectra, plot_sweep
+from util.evaluation import plots
+from util.evaluation.plots import new_figure, plot_spectra, plot_sweep
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "cifar10_spectrum.json").read_text())
 
@@ -29,8 +30,7 @@ def test_plot_of_a_sweep_has_a_line_for_each_ema_and_interval(tmp_path, monkeypa
         {"ema": "ema2", "cfg": 2.0, "interval_min": 0.2, "interval_max": 0.8, "fid": 8.0, "gap": 0.4, "best": False},
     ]
     figures = []
-    figure = plot_sweep.__globals__["_figure"]
-    monkeypatch.setitem(plot_sweep.__globals__, "_figure", lambda *size: figures.append(figure(*size)) or figures[-1])
+    monkeypatch.setattr(plots, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
     plot_sweep(tmp_path / "metrics.png", rows, ["fid", "gap"])
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
     fid, gap = figures[0].axes
@@ -38,9 +38,5 @@ def test_plot_of_a_sweep_has_a_line_for_each_ema_and_interval(tmp_path, monkeypa
     assert lines["ema1, (0.1, 1)"] == [(1, 9), (2, 6), (3, 5)] and lines["ema1, (0.2, 0.8)"] == [(1, 9), (2, 7)]
     assert lines["ema2, (0.2, 0.8)"] == [(2, 8)] and len(fid.lines) == 4  # and the ring around the best
     assert fid.lines[-1].get_xydata().tolist() == [[3, 5]] and len(gap.lines) == 3
-
-
-def test_plot_of_a_sweep_without_guidance(tmp_path):
-    row = {"ema": "ema1", "cfg": 1.0, "interval_min": None, "interval_max": None, "fid": 9.0, "best": True}
-    plot_sweep(tmp_path / "metrics.png", [row], ["fid"])
-    assert (tmp_path / "metrics.png").exists()
+    plot_sweep(tmp_path / "metrics.png", [{**rows[0], "best": True}], ["fid"])  # no guidance at all
+    assert figures[1].axes[0].lines[0].get_label() == "ema1"

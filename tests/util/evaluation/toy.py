@@ -1,6 +1,6 @@
 """A denoiser and a metric that cost nothing, and an evaluation with them, also on several ranks.
 
-What is measured depends on every pixel of every image and on their order.
+The metric depends on every pixel of every image and on their order.
 """
 
 import multiprocessing
@@ -63,7 +63,7 @@ class ToySuite:
     """
 
     def __init__(self, names=("class_agreement",), stop_after=None):
-        self.names, self.details, self.stop_after, self.batches = tuple(names), {}, stop_after, 0
+        self.names, self.stop_after, self.batches = tuple(names), stop_after, 0
         self.streams, self.sha256 = {"means": 12, "first": 1}, "0"
 
     def extract(self, images):
@@ -77,14 +77,11 @@ class ToySuite:
         self.features, self.labels = features, labels
         weights = torch.arange(len(labels)).cos().double()
         value = float((features["means"].double().mean(1) * weights).mean() / 255)
-        return {"class_agreement": value, "first": float(features["first"].mean())}
+        return {"class_agreement": value, "first": float(features["first"].mean())}, {}
 
     def describe(self):
         extractors = [{"extractor": "toy", "weights_sha256": self.sha256}]
         return {"metrics": list(self.names), "extractors": extractors, "references": {}}
-
-    def plot(self, path):
-        return None
 
 
 def checkpoint(folder: Path, content: int = 0) -> Path:
@@ -118,8 +115,11 @@ class Recorder:
         return [i for batch in self.batches for i in batch]
 
 
-def on_ranks(ranks: int, folder: Path, work) -> list[tuple[int, str]]:
-    """(exit code, output) of `work(ctx)` on each rank. Forked: a new interpreter would import torch for seconds."""
+def fork_ranks(ranks: int, folder: Path, main) -> list[tuple[int, str]]:
+    """(exit code, output) of `main()`, which returns the code, on each rank, with the environment that torchrun sets.
+
+    Forked: a new interpreter would import torch for seconds.
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def rank_main(rank: int) -> None:
@@ -127,13 +127,11 @@ def on_ranks(ranks: int, folder: Path, work) -> list[tuple[int, str]]:
         as_torchrun(rank, ranks, store.port)
         torch.set_num_threads(1)
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # OpenMP threads would wait forever after a fork
-        code = 0
+        code = 1
         try:
-            with preemption.listening(), process_group(ctx := find_context("cpu")):
-                work(ctx)
+            code = main()
         except Exception:
             traceback.print_exc()
-            code = 1
         sys.stdout.flush()
         os._exit(code)  # as main_jit.py after an error: no destructor of the group, which others are still in
 
@@ -145,3 +143,14 @@ def on_ranks(ranks: int, folder: Path, work) -> list[tuple[int, str]]:
         process.join(120)
         process.kill()
     return [(process.exitcode, (folder / f"{rank}.txt").read_text()) for rank, process in enumerate(started)]
+
+
+def on_ranks(ranks: int, folder: Path, work) -> list[tuple[int, str]]:
+    """(exit code, output) of `work(ctx)` on each rank of a process group."""
+
+    def main() -> int:
+        with preemption.listening(), process_group(ctx := find_context("cpu")):
+            work(ctx)
+        return 0
+
+    return fork_ranks(ranks, folder, main)
