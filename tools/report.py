@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from util.errors import UserError
+from util.errors import UserError, printable
 from util.evaluation.features import PUBLISHED
 from util.evaluation.metrics import METRICS
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         rows, metrics, warnings = read(args.paths)
         rows = sort(rows, metrics, args.sort) if args.sort else rows
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {printable(warning)}", file=sys.stderr)
         print(table(rows, metrics))
         if args.csv:
             with open(args.csv, "w", newline="", encoding="utf-8") as file:

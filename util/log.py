@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from util.dist.context import DistContext
-from util.errors import UserError
+from util.errors import UserError, printable
 from util.io import replacing
 
 LOG_NAME = "log.jsonl"
@@ -43,7 +43,7 @@ def progress(items: Iterable, ctx: DistContext, total: int, desc: str, unit: str
 def warn(messages: Iterable[str], ctx: DistContext) -> None:
     if ctx.is_main:
         for message in messages:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -111,7 +111,7 @@ class RunLog:
     def info(self, text: str) -> None:
         """Print a line above the progress bar, if there is one."""
         if self.is_main:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
     def close(self, exit_code: int = 0) -> None:

@@ -149,6 +149,7 @@ def offline(tmp_path_factory):
             pytest.skip(f"Weights & Biases does not start offline here: {error}")
         ids, out = [], io.StringIO()
         for epochs in (1, 2):
+            time.sleep(1)  # the folders of its parts are named by the second
             argv = arguments(output_dir=folder, epochs=epochs, wandb_mode="offline", wandb_run_name="a name")
             with contextlib.redirect_stdout(out):
                 assert main_jit.main(argv) == 0
