@@ -56,7 +56,7 @@ from util.evaluation.generate import sample_grid, setting_name
 from util.evaluation.images import spread_labels
 from util.evaluation.metrics import MetricSuite
 from util.evaluation.validation import Validation, hold_out, init_overlap_warnings
-from util.io import commit, provenance, versions, wait_for_file, write_json
+from util.io import commit, hardware, provenance, versions, wait_for_file, write_json
 from util.log import LOG_NAME, RunLog, duration, progress, wandb_settings, warn
 from util.optim import EMA, build_optimizer, learning_rate, peak_lr
 from util.profile import dry_run
@@ -195,6 +195,12 @@ class Trainer:
         if checkpoint is not None:
             load_train_state(checkpoint, self.denoiser, self.optimizer, self.emas)
             self.metrics.load_state_dict(checkpoint.run.get("metrics", {}))
+            before, now = checkpoint.run.get("machine", {}), self._machine()
+            changed = [
+                f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+            ]
+            if changed:
+                warn([f"resumed on another machine, so numbers agree to rounding: {', '.join(changed)}"], self.ctx)
             return f"resumed {checkpoint.path}"
         if source is None:
             return "fresh weights"
@@ -377,10 +383,16 @@ class Trainer:
             states |= {f"ema{i}": ema.shadow for i, ema in enumerate(self.emas, start=1)}
             assert_equal_replicas(self.ctx, states)
         run = {"metrics": self.metrics.state_dict(), "commit": commit(), "versions": versions()}
+        run["machine"] = self._machine()
         state = train_state(
             self.denoiser, self.optimizer, self.emas, self.step, self.steps_per_epoch, self.config.as_dict(), run
         )
         self.writer.save(state, self.step, keep_as_epoch)
+
+    def _machine(self) -> dict[str, Any]:
+        """Return what decides how sums are rounded: a run that resumes elsewhere agrees to rounding, not to the bit."""
+        ranks, microbatches = self.ctx.world_size, self.config.accum_iter
+        return {"hardware": hardware(self.ctx.device), "ranks": ranks, "microbatches": microbatches}
 
     def _log_saves(self) -> None:
         for saved in self.writer.finished():

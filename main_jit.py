@@ -15,7 +15,7 @@ from typing import Any
 import engine_jit
 from denoiser import Denoiser
 from util.build import autocast_dtype, build_denoiser, denoiser_settings, describe_operators
-from util.checkpoint.published import WEIGHTS, Checkpoint, load_weights
+from util.checkpoint.published import Checkpoint, load_weights
 from util.compile import check_compiler, compile_denoiser, prepare_device
 from util.config import SweepConfig, check, parse_args, parse_labels
 from util.cpu_layers import speed_up_on_cpu
@@ -42,7 +42,7 @@ from util.schedules import spectrum_warnings
 def load_denoiser(config: Any, checkpoint: Checkpoint, ctx: DistContext) -> Denoiser:
     """Return the denoiser with the weights that --ema names, on the device."""
     denoiser = build_denoiser(config, autocast_dtype(config, ctx.device))
-    load_weights(denoiser, checkpoint.weights[WEIGHTS[config.ema]], checkpoint.path)
+    load_weights(denoiser, checkpoint.state(config.ema), checkpoint.path)
     if ctx.is_main:
         at = f"step {checkpoint.run['step']}, in epoch {checkpoint.epoch + 2}" if checkpoint.at else ""
         at = at or f"epoch {checkpoint.epoch + 1}"
@@ -94,7 +94,7 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
         denoiser = raise_on_all_ranks(ctx, lambda: load_denoiser(config, checkpoint, ctx))
 
         def target_of(settings: Any) -> EvalTarget:
-            load_weights(denoiser, checkpoint.weights[WEIGHTS[settings.ema]], checkpoint.path)
+            load_weights(denoiser, checkpoint.state(settings.ema), checkpoint.path)
             return EvalTarget(denoiser, settings, checkpoint.epoch, checkpoint.path, checkpoint.at)
 
         if points:

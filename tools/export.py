@@ -33,7 +33,7 @@ def export(folder: str | Path, out: str | Path, ema: str = "ema1", name: str | N
     checkpoint = load(folder, name)
     config = resolve({}, checkpoint.args, training=False)
     denoiser = build_denoiser(config)
-    load_weights(denoiser, checkpoint.weights[WEIGHTS[ema]], checkpoint.path)
+    load_weights(denoiser, checkpoint.state(ema), checkpoint.path)
     about = {"config": json.dumps(denoiser_settings(config)), "weights": ema, "epoch": str(checkpoint.epoch)}
     with replacing(out) as file:
         save_file({key: value.contiguous() for key, value in denoiser.state_dict().items()}, file.name, metadata=about)

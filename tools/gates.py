@@ -26,7 +26,7 @@ def draw(folder: Path, ema: str, name: str | None) -> str:
     if config.spectral_residual == "off":
         raise UserError(f"{checkpoint.path} has no gates: it was trained without --spectral_residual.")
     denoiser = build_denoiser(config)
-    load_weights(denoiser, checkpoint.weights[WEIGHTS[ema]], checkpoint.path)
+    load_weights(denoiser, checkpoint.state(ema), checkpoint.path)
     log = RunLog(folder, ctx, {"mode": "disabled"})
     step = checkpoint.run.get("step", checkpoint.epoch + 1)
     path = gates.record(denoiser.net, config, checkpoint.epoch, step, folder, ctx, log)["gates"]

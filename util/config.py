@@ -177,7 +177,7 @@ class TrainConfig:
     accum_iter: int | None = flag(None, PER_CALL, "microbatches per step (default: as --global_batch needs)", ge=1)
     seed: int = flag(0, LOCKED_FOR_TRAINING, "seed of weights, order and noise, and of samples", ge=0, lt=2**64)
     start_epoch: int = flag(0, PER_CALL, "first epoch of a run without checkpoint", ge=0)
-    init_from: str | None = flag(None, PER_CALL, "folder of a run from whose weights a new run starts")
+    init_from: str | None = flag(None, PER_CALL, "run (or file) from whose weights a new run starts")
     init_weights: str = flag("model", PER_CALL, "which weights of --init_from", WEIGHTS)
     skip_nonfinite: int = flag(
         0, OVERRIDABLE, "skip up to so many consecutive steps whose loss or gradient is not finite", ge=0

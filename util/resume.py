@@ -27,8 +27,15 @@ def load_for_inference(given: Mapping[str, Any], task: str) -> tuple[Any, Checkp
     if folder is None:
         raise UserError(f"--{task} needs a trained model; name its folder with --resume (RESUME in the launcher).")
     checkpoint = load(folder, given.get("checkpoint"))
+    require_architecture(given, checkpoint)
     config = resolve(given, checkpoint.args, training=False)
     return replace(config, resume=folder, output_dir=given.get("output_dir") or folder), checkpoint
+
+
+def require_architecture(given: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise a UserError if neither the checkpoint, as one of weights alone, nor the flags say what network it is."""
+    if missing := [f"--{name}" for name in ARCHITECTURE if name not in given and name not in checkpoint.args]:
+        raise UserError(f"{checkpoint.path} holds weights without settings: give {', '.join(missing)} as well.")
 
 
 def load_for_training(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, Checkpoint | None, Checkpoint | None]:
@@ -52,7 +59,15 @@ def load_for_training(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, 
         checkpoint = load(output)
     elif resume is not None and (find(resume) or output is None or Path(resume).resolve() != Path(output).resolve()):
         checkpoint = load(resume)
-    source = load(init) if init and checkpoint is None else None
+    if checkpoint is not None and ("model" not in checkpoint.args or (checkpoint.epoch < 0 and not checkpoint.run)):
+        raise UserError(
+            f"{checkpoint.path} cannot be resumed: it lacks its settings or its epoch. --init_from {checkpoint.path} "
+            "starts a new run from its weights, in another --output_dir."
+        )
+    source = None
+    if init and checkpoint is None:
+        source = load(Path(init).parent, Path(init).name) if Path(init).is_file() else load(init)
+        require_architecture(given, source)
     if source is not None:
         config = resolve(given, source.args, training=False, only=(*ARCHITECTURE, *_block_settings(source.args)))
     else:

@@ -31,6 +31,8 @@ def find(folder: str | os.PathLike) -> Path | None:
     """Return the newest checkpoint in a folder, or None. A file in the place of the folder is a UserError."""
     folder = Path(folder)
     if folder.is_file() or folder.suffix in (".pth", ".dcp"):
+        if folder.suffix not in (".pth", ".dcp", ".safetensors"):
+            raise UserError(f"{folder} is a file; name the folder of a run.")
         raise UserError(
             f"{folder} is a checkpoint; name its folder instead, {folder.parent}, and, to evaluate or sample one that "
             f"is not the newest, --checkpoint {folder.name}."
@@ -69,6 +71,8 @@ def verify(path: Path) -> None:
             return
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("its records are compressed, which torch.save never does")  # they may be any size
             damaged = archive.testzip()
     except Exception as error:  # of many kinds, and each means the same
         raise UserError(f"{path} is truncated or not a checkpoint: {error}") from error

@@ -3,8 +3,12 @@
 A file is a torch.save'd dict: `model`, `model_ema1`, `model_ema2` (state dicts, keys prefixed "net."), `optimizer`
 (AdamW; group 0 without and group 1 with weight decay), `epoch` (last finished one), `args` (a Namespace). Ours add
 `run`: what the run needs to resume at the same step, as plain numbers and strings.
+
+Files as people pass them on load as well: without EMAs, optimizer, epoch or args, a bare state dict, safetensors, keys
+with "module." or "_orig_mod." in front (DDP, torch.compile) or without "net.".
 """
 
+import json
 import os
 import zipfile
 from argparse import Namespace
@@ -12,9 +16,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -33,13 +39,22 @@ class Checkpoint:
     """A checkpoint, whose tensors are read from disk when they are used."""
 
     path: Path  # a file, or the folder of a sharded one
-    weights: Mapping[str, Mapping[str, Tensor]]  # "model", "model_ema1", "model_ema2" -> state dict
+    weights: Mapping[str, Mapping[str, Tensor]]  # "model", "model_ema1", "model_ema2", as far as present -> state dict
     optimizer: dict[str, Any] | None  # param_groups, and slot -> tensor for step, exp_avg, exp_avg_sq
     epoch: int  # the last finished one, counted from 0
-    args: dict[str, Any]  # the flags it was trained with; disable_dct_patchify is always among them
+    args: dict[str, Any]  # the flags it was trained with; disable_dct_patchify alone if the file has none
     sf_source: str  # where that one comes from, for a message
     run: dict[str, Any]  # our additions; empty for a published file
     notes: tuple[str, ...] = ()  # warnings about newer checkpoints that are damaged
+
+    def state(self, name: str) -> Mapping[str, Tensor]:
+        """Return the weights "model", "ema1" or "ema2". Raises UserError if the file lacks them."""
+        if WEIGHTS[name] not in self.weights:
+            there = ", ".join(flag for flag, key in WEIGHTS.items() if key in self.weights)
+            raise UserError(
+                f"{self.path} has no weights {name}, only {there}: choose them with --ema or --init_weights."
+            )
+        return self.weights[WEIGHTS[name]]
 
     @property
     def at(self) -> str:
@@ -77,14 +92,20 @@ def _read(path: Path) -> Checkpoint:
         raise UserError(f"No checkpoint {path}: {there}.")
     if path.suffix == ".dcp":
         return _understand(path, sharded.load(path))
+    if path.suffix == ".safetensors":
+        return _understand(path, _read_safetensors(path))
     files.verify(path)
     try:
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # of many kinds: a damaged, foreign or hostile file
+    except UnpicklingError as error:  # torch advises to execute it all the same
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: it holds more than tensors and plain settings, which are not "
+            "executed. Save its state dict alone, with the code that wrote it."
+        ) from error
+    except Exception as error:  # of many kinds: a damaged or foreign file
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        what = "it is truncated, or holds more than tensors and plain settings"
-        raise UserError(f"{path} cannot be read as a checkpoint; {what}: {reason}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if isinstance(content, dict) and content.get("optimizer") is not None:
         groups, state = content["optimizer"]["param_groups"], content["optimizer"]["state"]
         moments = {key: {slot: values[key] for slot, values in state.items()} for key in ("step", *sharded.MOMENTS)}
@@ -92,45 +113,86 @@ def _read(path: Path) -> Checkpoint:
     return _understand(path, content)
 
 
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the weights of a safetensors file, with the settings if it is an export of this project."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        settings = json.loads(about["config"]) if "config" in about else {}
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+    return {"model": tensors, "args": Namespace(**settings)}
+
+
 def _understand(path: Path, content: Any) -> Checkpoint:
     """Check the entries of a checkpoint, and bring them to the current form."""
-    foreign, keys = f"{path} is not a JiT checkpoint", (*WEIGHTS.values(), "epoch", "args")
-    if missing := [key for key in keys if not isinstance(content, dict) or key not in content]:
-        raise UserError(f"{foreign}: it lacks {', '.join(missing)}.")
-    states, args, run = {key: content[key] for key in WEIGHTS.values()}, content["args"], content.get("run")
-    for state in states.values():
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or PROJ1 not in state:
-            raise UserError(f"{foreign}: {', '.join(states)} must be state dicts with {PROJ1}.")
-    if not isinstance(args, Namespace) or not isinstance(content["epoch"], int):
+    foreign = f"{path} is not a JiT checkpoint"
+    if not isinstance(content, dict):
+        raise UserError(f"{foreign}: it holds a {type(content).__name__}.")
+    if "model" not in content and all(isinstance(value, Tensor) for value in content.values()):
+        content = {"model": content}
+    if "model" not in content:
+        raise UserError(f"{foreign}: it has no entry model, but {', '.join(map(str, list(content)[:5])) or 'nothing'}.")
+    states = {key: _state_dict(content[key], foreign) for key in WEIGHTS.values() if key in content}
+    args, epoch, run = content.get("args", Namespace()), content.get("epoch", -1), content.get("run")
+    if not isinstance(args, Namespace) or not isinstance(epoch, int):
         raise UserError(f"{foreign}: args must be a Namespace and epoch an integer.")
-    args, source, linear = dict(vars(args)), "its settings say so", states["model"][PROJ1].dim() == 2
+    args, source = dict(vars(args)), "its settings say so"
     if "disable_dct_patchify" not in args:
+        linear = _is_linear(content["model"])
         args["disable_dct_patchify"] = not linear
         source = f"its settings do not say, and its patch projection is {'linear' if linear else 'a convolution'}"
     if isinstance(args.get("batch_size"), int) and isinstance(args.get("world_size"), int):
         args.setdefault("global_batch", args["batch_size"] * args["world_size"])  # published runs do not record it
     if isinstance(args.get("window_size"), int) and args["window_size"] <= 0:
         args["window_size"] = None  # the whole image
-    for key, state in states.items():  # linear (bottleneck, C*p*p) -> convolution (bottleneck, C, p, p)
-        p = round((state[PROJ1][0].numel() / 3) ** 0.5)
-        if 3 * p * p != state[PROJ1][0].numel():
-            raise UserError(f"{foreign}: {PROJ1} is {list(state[PROJ1].shape)}, not for square patches of 3 channels.")
-        if state[PROJ1].dim() == 2:
-            states[key] = {**state, PROJ1: state[PROJ1].reshape(-1, 3, p, p)}
     run = dict(run) if isinstance(run, dict) else {}
     if "window" in run:  # earlier names
         run["metrics"] = {{"in_a_row": "consecutive"}.get(name, name): v for name, v in run.pop("window").items()}
-    return Checkpoint(path, states, content.get("optimizer"), content["epoch"], args, source, run)
+    return Checkpoint(path, states, content.get("optimizer"), epoch, args, source, run)
+
+
+def _state_dict(state: Any, foreign: str) -> Mapping[str, Tensor]:
+    """Return a state dict with this project's keys and its patch projection as a convolution."""
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{foreign}: its weights are no state dict.")
+    if not isinstance(state, sharded.Section):
+        state = {_key(key): value for key, value in state.items()}
+    if PROJ1 not in state:
+        raise UserError(f"{foreign}: its weights lack {PROJ1}.")
+    weight = state[PROJ1]  # convolution (bottleneck, C, p, p), or linear (bottleneck, C*p*p)
+    p = round((weight[0].numel() / 3) ** 0.5)
+    if 3 * p * p != weight[0].numel():
+        raise UserError(f"{foreign}: {PROJ1} is {list(weight.shape)}, not for square patches of 3 channels.")
+    return state if weight.dim() == 4 else {**state, PROJ1: weight.reshape(-1, 3, p, p)}
+
+
+def _key(key: str) -> str:
+    """Return the name of a parameter without what DDP and torch.compile put in, and with "net." in front."""
+    plain = key.replace("module.", "").replace("_orig_mod.", "")
+    return plain if plain.startswith("net.") else f"net.{plain}"
+
+
+def _is_linear(state: Mapping[str, Tensor]) -> bool:
+    return any(_key(key) == PROJ1 and value.dim() == 2 for key, value in state.items())
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path, keep: Collection[str] = ()) -> None:
     """Fill a module, sharded or not, with a state dict; the tensors named in `keep` stay as they are.
 
-    All other keys and shapes must agree: UserError names what differs, and the module is then unchanged.
+    All other keys and shapes must agree: UserError names what differs, and the module is then unchanged. It also names
+    a weight that is not finite.
     """
     own = {name: value for name, value in module.state_dict().items() if name not in keep}
     check_fit(own, state, path)
     copy_into(own, state)
+    for name, value in own.items():
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if not local.isfinite().all():
+            raise UserError(
+                f"{path}: {name} holds NaN or infinite numbers. Use an earlier checkpoint or other weights."
+            )
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:

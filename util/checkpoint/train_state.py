@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import Optimizer
 
 from denoiser import Denoiser
-from util.checkpoint.published import OPTIONAL, WEIGHTS, Checkpoint, check_fit, copy_into, load_optimizer, load_weights
+from util.checkpoint.published import OPTIONAL, Checkpoint, check_fit, copy_into, load_optimizer, load_weights
 from util.dist.parallel import is_sharded
 from util.errors import UserError
 from util.optim import EMA
@@ -38,8 +38,8 @@ def load_train_state(checkpoint: Checkpoint, denoiser: Denoiser, optimizer: Opti
     """Fill denoiser, optimizer and EMAs, sharded or not, from a checkpoint; UserError if they do not fit."""
     if checkpoint.optimizer is None:
         raise UserError(f"{checkpoint.path} has no optimizer state; --init_from starts a run from its weights.")
-    load_weights(denoiser, checkpoint.weights["model"], checkpoint.path)
-    for ema, state in zip(emas, (checkpoint.weights["model_ema1"], checkpoint.weights["model_ema2"]), strict=True):
+    load_weights(denoiser, checkpoint.state("model"), checkpoint.path)
+    for ema, state in zip(emas, (checkpoint.state("ema1"), checkpoint.state("ema2")), strict=True):
         check_fit(ema.state_dict(), state, checkpoint.path)
         copy_into(ema.shadow, state)
     load_optimizer(optimizer, checkpoint.optimizer, checkpoint.path)
@@ -50,7 +50,7 @@ def load_initial_weights(checkpoint: Checkpoint, which: str, denoiser: Denoiser)
 
     Modules in OPTIONAL that the checkpoint does not have keep their initial values; a note is returned on each.
     """
-    state, own, notes, fresh = checkpoint.weights[WEIGHTS[which]], denoiser.state_dict(), [], set()
+    state, own, notes, fresh = checkpoint.state(which), denoiser.state_dict(), [], set()
     for name, flag in OPTIONAL.items():
         added = [key for key in own if f".{name}." in key]
         if added and not any(f".{name}." in key for key in state):

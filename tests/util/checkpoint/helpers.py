@@ -91,6 +91,7 @@ def published(linear=False, said=None, fused=False):
 
 
 def write(folder, content):
+    folder.mkdir(exist_ok=True)
     torch.save(content, folder / NAME)
     return folder
 

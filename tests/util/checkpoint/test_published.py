@@ -4,12 +4,15 @@ import argparse
 import os
 import pathlib
 import pickle
+import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.conftest import Payload, differences, raw
+import main_jit
+from tests.conftest import TINY, Payload, arguments, differences, flags, raw
 from tests.util.checkpoint.helpers import (
     KEYS,
     PATH,
@@ -112,6 +115,96 @@ def test_published_settings_take_our_form(tmp_path):
     assert args["global_batch"] == 32 and args["window_size"] is None
 
 
+def with_prefix(state, prefix):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+VARIANTS = {  # as people pass checkpoints on -> a function of a published one's content
+    "of DDP": lambda c: {**c, **{key: with_prefix(c[key], "module.") for key in KEYS}},
+    "of torch.compile": lambda c: {**c, **{key: with_prefix(c[key], "_orig_mod.") for key in KEYS}},
+    "of compiled blocks": lambda c: {
+        **c,
+        "model": {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in c["model"].items()},
+    },
+    "without EMAs": lambda c: {key: c[key] for key in ("model", "optimizer", "epoch", "args")},
+    "weights alone": lambda c: {"model": c["model"]},
+    "a bare state dict": lambda c: c["model"],
+    "of the network": lambda c: {key.removeprefix("net."): value for key, value in c["model"].items()},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_files_as_people_pass_them_on(tmp_path, variant, linear):
+    content = published(linear)[0]
+    checkpoint = load(write(tmp_path, VARIANTS[variant](content)))
+    denoiser = build(seed=1)
+    load_weights(denoiser, checkpoint.state("model"), checkpoint.path)
+    expected = load(write(tmp_path / "plain", content)).state("model")
+    assert not differences(dict(denoiser.state_dict()), dict(expected))
+    assert checkpoint.args["disable_dct_patchify"] == (not linear)
+    if "DDP" not in variant and "compile" not in variant:
+        with pytest.raises(UserError, match="no weights ema1, only model"):
+            checkpoint.state("ema1")
+
+
+def test_safetensors(tmp_path):
+    content = published()[0]
+    save_file(content["model"], tmp_path / "x.safetensors")
+    checkpoint = load(tmp_path, "x.safetensors")
+    state = checkpoint.state("model")
+    assert not differences({key: state[key] for key in content["model"]}, content["model"])
+    assert "model" not in checkpoint.args
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        load(tmp_path, "x.safetensors")
+
+
+def test_weights_without_settings_need_the_architecture(tmp_path, capsys):
+    """For sampling, evaluation and --init_from, which also takes a file; with the flags they work."""
+    folder = write(tmp_path / "run", VARIANTS["weights alone"](published()[0]))
+    architecture = {"model": TINY, "img_size": 16, "class_num": 10}
+    sampling = {
+        "resume": folder,
+        "sample": True,
+        "ema": "model",
+        "labels": "1",
+        "num_sampling_steps": 2,
+        "device": "cpu",
+    }
+    missing = flags(**sampling, model=TINY, dataset="digits")
+    assert main_jit.main(missing) == 2
+    assert "weights without settings: give --img_size, --class_num as well" in capsys.readouterr().err
+    assert main_jit.main(flags(**sampling, **architecture)) == 0
+    assert main_jit.main(flags(**{**sampling, "ema": "ema1"}, **architecture)) == 2
+    assert "no weights ema1" in capsys.readouterr().err
+    assert main_jit.main(arguments(output_dir=folder)) == 2
+    assert "cannot be resumed: it lacks its settings" in capsys.readouterr().err
+    init = arguments(output_dir=tmp_path / "new", epochs=1, init_from=folder / NAME, class_num=10)
+    assert main_jit.main(init) == 0
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    """torch.save never compresses, and a small file could hold any number of bytes."""
+    path = write(tmp_path, published()[0]) / NAME
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    with pytest.raises(UserError, match="its records are compressed"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    content = published()[0]
+    content["model"]["net.final_layer.linear.bias"][3] = value
+    checkpoint = load(write(tmp_path, content))
+    with pytest.raises(UserError, match=r"net\.final_layer\.linear\.bias holds NaN or infinite"):
+        load_weights(build(), checkpoint.state("model"), checkpoint.path)
+
+
 def test_torchs_old_format_loads(tmp_path):
     content = published()[0]
     torch.save(content, tmp_path / NAME, _use_new_zipfile_serialization=False)
@@ -173,7 +266,7 @@ def test_other_files(tmp_path, content):
     ("key", "value"),
     [
         *[("all", foreign) for foreign in ([1, 2], torch.zeros(3), {"state_dict": {}}, None)],
-        *[(key, None) for key in (*KEYS, "epoch", "args")],  # missing
+        ("model", None),  # missing
         ("args", {"model": "x"}),
         ("epoch", "3"),
         ("model", [1]),
@@ -186,7 +279,7 @@ def test_entries_that_are_missing_or_something_else(tmp_path, key, value):
     content = value if key == "all" else {**published()[0], key: value}
     if value is None and key != "all":
         del content[key]
-    refused(write(tmp_path, content), "not a JiT checkpoint", f"lacks {key}" if value is None and key != "all" else "")
+    refused(write(tmp_path, content), "not a JiT checkpoint", "no entry model" if value is None and key != "all" else "")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
