@@ -83,8 +83,11 @@ def main() -> int:
     parser.add_argument("--checkpoint", help="file in the folder of the run (default: the newest)")
     parser.add_argument("--ema", default="ema1", choices=tuple(WEIGHTS), help="which weights, for safetensors")
     parser.add_argument("--format", default="safetensors", choices=("safetensors", "pth"))
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args()
     try:
+        if Path(args.out).exists() and not args.overwrite:
+            raise UserError(f"{args.out} exists. --overwrite replaces it, or name another --out.")
         if args.format == "pth":
             merge(args.resume, args.out, args.checkpoint)
             print(args.out)

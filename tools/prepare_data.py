@@ -59,7 +59,7 @@ def write(args: argparse.Namespace) -> None:
     for split, images in splits.items():
         folder = args.out.expanduser() / split
         index = cache.write_cache(images, folder, args.num_workers, args.on_bad_image == "skip")
-        bad = f", {len(index.bad)} of them bad: training needs --on_bad_image skip" if index.bad else ""
+        bad = f", {len(index['bad'])} of them bad: training needs --on_bad_image skip" if index["bad"] else ""
         print(f"{folder}: {len(images)} images of {args.img_size} pixels{bad}", flush=True)
 
 
@@ -69,14 +69,14 @@ def verify(args: argparse.Namespace) -> None:
         raise DataError(f"{args.cache} holds no image cache: name the folder that was --out of `prepare_data cache`.")
     for folder in (train, train.parent / "val"):
         if (folder / cache.INDEX).exists():
-            index = cache.Index.load(folder)
-            cache.CachedImages(folder, index.img_size)  # checks everything except the pixels
+            index = cache.read_index(folder)
+            cache.CachedImages(folder, index["img_size"])  # checks everything except the pixels
             if damaged := cache.damaged_blocks(folder, index):
                 raise DataError(
-                    f"{folder}: {len(damaged)} of {len(index.blocks())} blocks do not have their checksums. Copy the "
-                    f"cache again, or {cache.AGAIN}: it writes those blocks."
+                    f"{folder}: {len(damaged)} of {len(cache.blocks(index))} blocks do not have their checksums. Copy "
+                    f"the cache again, or {cache.AGAIN}: it writes those blocks."
                 )
-            print(f"{folder}: all {index.num_images} images have their checksums", flush=True)
+            print(f"{folder}: all {index['num_images']} images have their checksums", flush=True)
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -93,6 +93,12 @@ def test_export_as_a_program(trained, tmp_path, monkeypatch, capsys):
     out = tmp_path / "x.safetensors"
     monkeypatch.setattr(sys, "argv", ["export", *flags(resume=trained, out=out, ema="ema2", checkpoint=NAME)])
     assert main() == 0 and out.exists() and TINY in capsys.readouterr().out
+    before = out.read_bytes()
+    assert main() == 2 and "--overwrite" in capsys.readouterr().err and out.read_bytes() == before
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite"])
+    assert main() == 0
+    monkeypatch.setattr(sys, "argv", ["export", *flags(resume=trained, out=out, ema="ema1"), "--overwrite"])
+    assert main() == 0 and out.read_bytes() != before
     for resume, where in ((tmp_path, out), (trained, tmp_path / "missing" / "x.pth")):
         for kind in ("safetensors", "pth"):
             monkeypatch.setattr(sys, "argv", ["export", *flags(resume=resume, out=where, format=kind)])

@@ -21,7 +21,7 @@ MAX_COUNT = 50  # ... but that many may be bad in one of any size
 
 
 class Replacing(Dataset):
-    """`images`, and for a bad one the next readable image of its class: in the order of the data set, then from its start.
+    """`images`, with the next readable image of the same class in the place of a bad one.
 
     Item i is (image uint8 (3, H, W), label int, its replacement or None). DataError for a class without any.
     """

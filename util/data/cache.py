@@ -2,21 +2,28 @@
 
     CACHE/train/images.npy   uint8 (N, 3, H, W)
     CACHE/train/files.json   {class: names of its files, below the folder of the class}, in the order of the images
-    CACHE/train/cache.json   the `Index`: what the images were made from, and which blocks of them are finished
+    CACHE/train/cache.json   the index: what the images were made from, and which blocks of them are finished
     CACHE/val/...            the same, where the image folder has val/ or test/
 
-The index lists a block of images once it is on the disk, so an interrupted cache can be continued. Pixels are read and
-written by system calls: with a memory map, a failing disk would kill the process.
+The index is a dictionary:
+
+    version, img_size, num_images    layout of these files; pixels per side; N
+    files_hash, source, made         of files.json; the folder of class folders; date, command, commit and versions
+    decoder                          versions of the libraries that decide the pixels of a file
+    block_size, sha256               images in a block; {block: checksum of its pixels} of each finished block
+    bad                              {image: why it cannot be read}; its pixels are zeros
+
+A block is listed once it is on the disk, so an interrupted cache can be continued. Training reads pixels by system
+calls: with a memory map, a failing disk would kill the process.
 
 Shapes: N images, each uint8 (3, H, W), H = W = img_size.
 """
 
+import hashlib
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -36,61 +43,6 @@ BLOCK_BYTES = 2**27  # 682 images at 256 x 256
 AGAIN = "run the same `python -m tools.prepare_data cache` again"
 
 
-@dataclass
-class Index:
-    """The content of cache.json."""
-
-    img_size: int
-    num_images: int
-    files_hash: str
-    decoder: dict  # versions that decide the pixels of a file
-    source: str  # the folder of class folders
-    made: dict  # date, command, commit, versions
-    block_size: int  # in images
-    sha256: dict[str, str] = field(default_factory=dict)  # of each finished block
-    bad: dict[str, str] = field(default_factory=dict)  # {image: why it cannot be read}; its pixels are zeros
-    version: int = VERSION
-
-    @classmethod
-    def load(cls, folder: Path) -> "Index":
-        content = read_json(folder / INDEX)
-        version = content.get("version") if isinstance(content, dict) else "unknown"
-        if version != VERSION:
-            raise DataError(
-                f"the image cache {folder} is damaged or has another layout (version {version}, expected {VERSION}): "
-                "make it again with `python -m tools.prepare_data cache`, under another --out."
-            )
-        return cls(**content)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.num_images, 3, self.img_size, self.img_size
-
-    def blocks(self) -> list[range]:
-        """The images of each block."""
-        images = range(self.num_images)
-        return [images[start : start + self.block_size] for start in images[:: self.block_size]]
-
-    def offset(self, folder: Path) -> int:
-        """Return where the pixels start in images.npy. Raises DataError unless its shape is right."""
-        with suppress(FileNotFoundError, ValueError):
-            images = np.lib.format.open_memmap(folder / IMAGES, mode="r")
-            if images.dtype == np.uint8 and images.shape == self.shape:
-                return images.offset
-        raise DataError(f"{folder / IMAGES} is missing, damaged or not uint8 {self.shape}: copy it again, or {AGAIN}.")
-
-    def damaged_blocks(self, folder: Path) -> list[int]:
-        """Return the numbers of the blocks that are not finished, or whose pixels do not have their checksum."""
-        damaged, offset, image_bytes = [], self.offset(folder), 3 * self.img_size**2
-        with open(folder / IMAGES, "rb") as file:
-            for k, block in enumerate(self.blocks()):
-                file.seek(offset + block.start * image_bytes)
-                finished = str(k) in self.sha256
-                if not finished or sha256(file.read(len(block) * image_bytes)).hexdigest() != self.sha256[str(k)]:
-                    damaged.append(k)
-        return damaged
-
-
 def find(data_path: str | os.PathLike | None, split: str = "train") -> Path | None:
     """Return the folder of a split where data_path is a cache, or the train folder of one; None for anything else."""
     root = Path(data_path or "").expanduser().absolute()
@@ -98,6 +50,44 @@ def find(data_path: str | os.PathLike | None, split: str = "train") -> Path | No
         if os.path.isfile(train / INDEX):
             return train if split == "train" else train.parent / split
     return None
+
+
+def read_index(folder: Path) -> dict:
+    index = read_json(folder / INDEX)
+    version = index.get("version") if isinstance(index, dict) else "unknown"
+    if version != VERSION:
+        raise DataError(
+            f"the image cache {folder} is damaged or has another layout (version {version}, expected {VERSION}): "
+            "make it again with `python -m tools.prepare_data cache`, under another --out."
+        )
+    return index
+
+
+def blocks(index: dict) -> dict[str, range]:
+    """Return the images of each block."""
+    images = range(index["num_images"])
+    starts = images[:: index["block_size"]]
+    return {str(k): images[start : start + index["block_size"]] for k, start in enumerate(starts)}
+
+
+def open_pixels(folder: Path, index: dict, mode: str = "r") -> np.memmap:
+    """Return the pixels (N, 3, H, W). Raises DataError unless images.npy fits the index."""
+    shape = (index["num_images"], 3, index["img_size"], index["img_size"])
+    with suppress(FileNotFoundError, ValueError):
+        pixels = np.lib.format.open_memmap(folder / IMAGES, mode, np.uint8, shape)
+        if pixels.dtype == np.uint8 and pixels.shape == shape:
+            return pixels
+    raise DataError(f"{folder / IMAGES} is missing, damaged or not uint8 {shape}: copy it again, or {AGAIN}.")
+
+
+def checksum(pixels: np.ndarray, block: range) -> str:
+    return hashlib.sha256(pixels[block.start : block.stop]).hexdigest()
+
+
+def damaged_blocks(folder: Path, index: dict) -> list[str]:
+    """Return the blocks that are not finished, or whose pixels do not have the checksum in the index."""
+    pixels, sha256 = open_pixels(folder, index), index["sha256"]
+    return [k for k, block in blocks(index).items() if k not in sha256 or checksum(pixels, block) != sha256[k]]
 
 
 class CachedImages(FileImages):
@@ -111,19 +101,25 @@ class CachedImages(FileImages):
 
     def __init__(self, folder: Path, img_size: int):
         if not os.path.isfile(folder / INDEX):
-            raise DataError(f"the image cache {folder.parent} has no {folder.name} images: no {folder / INDEX}.")
-        index, files = Index.load(folder), read_json(folder / FILES)
-        if index.img_size != img_size:
-            raise DataError(f"the image cache {folder} holds images of {index.img_size} pixels, not of {img_size}.")
-        if missing := len(index.blocks()) - len(index.sha256):
+            raise DataError(
+                f"the image cache {folder.parent} has no {folder.name} images: {folder / INDEX} is missing. Where the "
+                f"image folder has them, {AGAIN}."
+            )
+        index, files = read_index(folder), read_json(folder / FILES)
+        if index["img_size"] != img_size:
+            raise DataError(
+                f"the image cache {folder} holds images of {index['img_size']} pixels, not of {img_size}. Make another "
+                "cache, with that --img_size."
+            )
+        if missing := len(blocks(index)) - len(index["sha256"]):
             raise DataError(f"the image cache {folder} is not finished, {missing} blocks are missing: {AGAIN}.")
-        if json_hash(files) != index.files_hash:
+        if json_hash(files) != index["files_hash"]:
             raise DataError(f"{folder / FILES} is missing or damaged: copy it again, or {AGAIN}.")
         labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files.values()])
         paths = [f"{name}/{file}" for name, names in files.items() for file in names]
-        super().__init__(img_size, list(files), labels, index.source, paths)
-        self.bad = {int(i): reason for i, reason in index.bad.items()}
-        self._offset = index.offset(folder)
+        super().__init__(img_size, list(files), labels, index["source"], paths)
+        self.bad = {int(i): reason for i, reason in index["bad"].items()}
+        self._offset = open_pixels(folder, index).offset
         self._file = open(folder / IMAGES, "rb", buffering=0)  # noqa: SIM115 (open as long as the data set)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
@@ -139,7 +135,7 @@ class CachedImages(FileImages):
         return image, int(self.labels[i])
 
 
-def _open_index(images: FileImages, folder: Path) -> Index:
+def _begin(images: FileImages, folder: Path) -> dict:
     """Return the index of the cache that was begun in `folder` for these images; begin one where there is none."""
     files = {name: [] for name in images.class_names}
     for i, label in enumerate(images.labels):
@@ -149,69 +145,64 @@ def _open_index(images: FileImages, folder: Path) -> Index:
     expected = {"img_size": images.img_size, "files_hash": json_hash(files), "decoder": decoder}
     folder.mkdir(parents=True, exist_ok=True)
     if os.path.isfile(folder / INDEX):
-        index = Index.load(folder)
-        if (found := {name: getattr(index, name) for name in expected}) != expected:
+        index = read_index(folder)
+        if (found := {name: index[name] for name in expected}) != expected:
             raise DataError(
                 f"{folder} was made from other images or by another decoder: it has {found}, expected {expected}. "
                 "Name another folder in --out, or remove this one."
             )
-    elif other := [path.name for path in folder.iterdir() if path.suffix != ".tmp"]:
+    elif other := [path.name for path in folder.iterdir() if path.suffix not in (".tmp", ".json")]:
         raise DataError(f"{folder} holds {other[0]} and no image cache: name an empty folder in --out.")
     else:
-        block_size = max(1, BLOCK_BYTES // (3 * images.img_size**2))
-        made = provenance(torch.device("cpu"))
-        index = Index(**expected, num_images=len(images), source="", made=made, block_size=block_size)
-    index.source = str(images.folder)
-    try:
-        index.offset(folder)
-        write_json(folder / INDEX, asdict(index))
-    except DataError:
-        index.sha256 = {}
-        write_json(folder / INDEX, asdict(index))  # first: no index may list blocks of an empty file
-        np.lib.format.open_memmap(folder / IMAGES, "w+", np.uint8, index.shape)
+        index = {**expected, "num_images": len(images), "version": VERSION, "sha256": {}, "bad": {}}
+        index["block_size"] = max(1, BLOCK_BYTES // (3 * images.img_size**2))
+        index["made"] = provenance(torch.device("cpu"))
+    index["source"] = str(images.folder)
     write_json(folder / FILES, files)
     return index
 
 
-def write_cache(images: FileImages, folder: Path, num_threads: int | None = None, skip_bad: bool = False) -> Index:
-    """Write the missing and damaged blocks of a cache of an ImageFolderImages, and those with bad images; return its index.
+def write_cache(images: FileImages, folder: Path, num_threads: int | None = None, skip_bad: bool = False) -> dict:
+    """Write what a cache of an ImageFolderImages lacks: missing, damaged and bad images. Return its index.
 
     num_threads decode; None: one for each core. skip_bad: note bad images in the index; False: raise at the first one.
     DataError for a file that cannot be read, a disk that is too small, and a folder that holds something else; OSError
     if writing fails.
     """
-    index, image_bytes = _open_index(images, folder), 3 * images.img_size**2
-    missing = len(images) * image_bytes - 512 * os.stat(folder / IMAGES).st_blocks  # the file is sparse at first
+    index = _begin(images, folder)
+    try:
+        damaged = damaged_blocks(folder, index)
+    except DataError:  # there is no images.npy, or another one
+        damaged = list(blocks(index))
+    with_bad = {str(int(i) // index["block_size"]) for i in index["bad"]}
+    todo = {k: block for k, block in blocks(index).items() if k in with_bad or k in damaged}
+    index["sha256"] = {k: digest for k, digest in index["sha256"].items() if k not in todo}
+    write_json(folder / INDEX, index)  # before a pixel is changed
+    pixels = open_pixels(folder, index, "r+" if index["sha256"] else "w+")
+    missing = pixels.nbytes - 512 * os.stat(folder / IMAGES).st_blocks  # the file is sparse at first
     if missing > shutil.disk_usage(folder).free:
         raise DataError(f"the disk of {folder} is too small: it needs {missing / 1e9:.3g} GB more. Name another --out.")
 
-    def decode(i: int, out: np.ndarray) -> str:
-        """Write the pixels of image i to `out` (3, H, W); return why it is bad, or an empty text."""
+    def decode(i: int) -> None:
+        index["bad"].pop(str(i), None)
         try:
-            out[:] = images[i][0].numpy()
+            pixels[i] = images[i][0].numpy()
         except BadImage as error:
             if not skip_bad:
                 raise
-            return error.reason
-        return ""
+            pixels[i] = 0
+            index["bad"][str(i)] = error.reason
 
-    todo = sorted({int(i) // index.block_size for i in index.bad}.union(index.damaged_blocks(folder)))
-    index.sha256 = {k: digest for k, digest in index.sha256.items() if int(k) not in todo}
-    blocks, offset = [index.blocks()[k] for k in todo], index.offset(folder)
-    progress = ImageProgress(f"cache {folder.name}", len(images), len(images) - sum(map(len, blocks)), DistContext())
-    threads = max(1, len(os.sched_getaffinity(0)) if num_threads is None else num_threads)
-    with open(folder / IMAGES, "r+b") as file, ThreadPoolExecutor(threads) as pool:
-        for k, block in zip(todo, blocks, strict=True):
-            pixels = np.zeros((len(block), *index.shape[1:]), np.uint8)
-            reasons = dict(zip(map(str, block), pool.map(decode, block, pixels), strict=True))
-            file.seek(offset + block.start * image_bytes)
-            file.write(pixels)
-            file.flush()
-            os.fsync(file.fileno())
-            index.sha256[str(k)] = sha256(pixels).hexdigest()
-            index.bad = {i: reason for i, reason in (index.bad | reasons).items() if reason}
-            write_json(folder / INDEX, asdict(index))
-            check_bad_count(len(index.bad), len(images), images.path(int(next(iter(index.bad), 0))))
+    done = len(images) - sum(map(len, todo.values()))
+    progress = ImageProgress(f"cache {folder.name}", len(images), done, DistContext())
+    with ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0))) as pool:
+        for k, block in todo.items():
+            list(pool.map(decode, block))  # raises what a thread has raised
+            pixels.flush()
+            index["sha256"][k] = checksum(pixels, block)
+            write_json(folder / INDEX, index)
+            first_bad = min(map(int, index["bad"]), default=0)
+            check_bad_count(len(index["bad"]), len(images), images.path(first_bad))
             progress.update(progress.done + len(block))
     progress.close()
     return index

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from util.data import cache, cifar10
 from util.data.crop import center_crop, read_crop
-from util.data.images import BadImage, DataError, Images, NoSplitError
-
-__all__ = ["DATASETS", "BadImage", "DataError", "DatasetInfo", "Images", "build_dataset", "to_float"]
+from util.data.images import DataError, FileImages, Images, NoSplitError
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-class ImageFolderImages(Images):
+class ImageFolderImages(FileImages):
     """A folder of class folders of image files, each read, centre-cropped and converted to RGB when it is asked for.
 
     `data_path` holds `train/` (and `val/` or `test/`), or is the training folder itself; `split` is train or val.
@@ -67,39 +65,30 @@ class ImageFolderImages(Images):
         if split not in ("train", "val"):
             raise DataError(f"an image folder has no split {split!r}; expected train or val.")
         if not data_path:
-            raise DataError("no data path given; pass --data_path DIR, the folder that holds train/<class>/<image>.")
-        from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder  # here: it takes seconds to import
+            raise DataError(
+                "no data path given. Set --data_path (or the variable DATA_PATH) to the folder that holds "
+                "train/<class>/<image>, or to a cache of it."
+            )
+        from torchvision.datasets import ImageFolder  # here: it takes seconds to import
 
         root = Path(data_path).expanduser().absolute()
         try:
-            self.folder = _split_folder(root, split)
-            if not (classes := _class_folders(self.folder)):
-                fault = "holds no class folders" if self.folder.is_dir() else "does not exist or is not a folder"
-                raise DataError(
-                    f"{self.folder} {fault}. Expected --data_path to be a folder with train/<class>/<image>, or that "
-                    "train folder itself; one class is one folder as well."
-                )
-            listing = ImageFolder(self.folder, allow_empty=True)
-            if odd := sorted(set(classes) ^ set(_class_folders(_split_folder(root, "train")))):
-                raise DataError(
-                    f"the class folders of {self.folder} are not those of the training set, so labels would "
-                    f"differ. Only in one of the two: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}."
-                )
-        except OSError as e:
-            raise DataError(f"cannot list the {split} images below {root}: {e}. Check permissions.") from None
-        labels = np.array(listing.targets, dtype=np.int64)
-        if empty := [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]:
+            folder = _split_folder(root, split)
+            listing = ImageFolder(folder)
+            train_classes = _class_folders(_split_folder(root, "train"))
+        except OSError as e:  # also from ImageFolder, for a folder without class folders, or a class without images
             raise DataError(
-                f"{len(empty)} of the {len(classes)} class folders in {self.folder} hold no image: {', '.join(empty)}. "
-                f"Fill or remove them; the files must end in {', '.join(IMG_EXTENSIONS)}."
+                f"cannot list the {split} images below {root}: {e}. Expected --data_path to be a folder with "
+                "train/<class>/<image>, or that train folder itself, with an image in each class folder; one class is "
+                "one folder as well. Add what is missing, or name another folder."
+            ) from None
+        if odd := sorted(set(listing.classes) ^ set(train_classes)):
+            raise DataError(
+                f"the class folders of {folder} are not those of the training set, so labels would differ. "
+                f"Only in one of the two: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}. Add or remove them."
             )
-        super().__init__(img_size, classes, labels)
-        # One array of bytes, not a list of strings: workers that only read it do not copy its pages.
-        self._paths = np.array([os.fsencode(os.path.relpath(path, self.folder)) for path, _ in listing.samples])
-
-    def path(self, i: int) -> str:
-        """The file of image i."""
-        return os.path.join(self.folder, os.fsdecode(bytes(self._paths[i])))
+        files = [os.path.relpath(path, folder) for path, _ in listing.samples]
+        super().__init__(img_size, listing.classes, np.array(listing.targets, dtype=np.int64), folder, files)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return _to_tensor(read_crop(self.path(i), self.img_size)), int(self.labels[i])

@@ -69,8 +69,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         for step in range(self.start_step, self.steps_per_epoch):
             batch = order[step * self.global_batch : (step + 1) * self.global_batch]
             for microbatch in range(self.accum_iter):
-                mine = positions(self.rank, self.world_size, microbatch, self.batch_size)
-                yield batch[mine.start : mine.stop].tolist()
+                yield batch[positions(self.rank, self.world_size, microbatch, self.batch_size)].tolist()
 
 
 def open_images(config: Any) -> Images:
@@ -164,7 +163,7 @@ def build_loader(
 
 
 class DataTimer:
-    """Iterates over a loader and measures the share of the time that the host waits for it.
+    """Takes batches from a loader and measures the share of the time that the host waits for it.
 
     Where the host runs ahead of a device, the device may still be busy meanwhile: the share is an upper bound of the
     time that the device lacks data.
@@ -172,9 +171,6 @@ class DataTimer:
 
     def __init__(self, loader: Iterable):
         self.batches, self.waited, self.start = iter(loader), 0.0, time.perf_counter()
-
-    def __iter__(self) -> Iterator:
-        return self
 
     def __next__(self):
         start = time.perf_counter()

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from spectral_forcing import num_rings
-from spectral_ops.schedule import FIT, FitDistribution, TightSchedule
+from spectral_ops.schedule import FitDistribution, TightSchedule
 from util.errors import UserError
 from util.io import FID_STATS, replacing, sha256_file
 
 COMMAND = "python -m tools.measure_spectrum"
-META_CHECKED = ("dataset", "split", "img_size", "class_num", "num_images")
 
 
 @dataclass(frozen=True)
@@ -60,25 +59,24 @@ def default_spectrum_file(dataset: str, img_size: int) -> Path:
     return FID_STATS / f"{dataset}_{img_size}_spectrum.npz"
 
 
-def save_spectrum(spectrum: DataSpectrum, path: str | Path) -> str:
-    """Write a spectrum file and return its SHA-256. Raises UserError if it cannot be written."""
+def save_spectrum(spectrum: DataSpectrum, path: str | Path) -> None:
+    """Write a spectrum file. Raises UserError if it cannot be written."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             arrays = {name: getattr(spectrum, name) for name in ARRAYS}
             np.savez(file, meta=np.array(json.dumps(spectrum.meta)), **arrays)
-        return sha256_file(path)
     except OSError as error:
-        raise UserError(f"The spectrum file {path} cannot be written ({error.strerror}).") from error
+        raise UserError(f"The spectrum file {path} cannot be written ({error.strerror}). Name another one.") from error
 
 
 def load_spectrum(path: str | Path, img_size: int, class_num: int) -> DataSpectrum:
     """Load a spectrum file for images of `img_size` pixels with `class_num` classes.
 
     Raises:
-        UserError: a file that is missing, unreadable, of another image size or number of classes, or with numbers
-            that cannot be what they stand for.
+        UserError: a file that is missing, unreadable, of another image size or number of classes, or without a
+            power above 0 for each ring.
     """
     path = Path(path)
     if not path.exists():
@@ -87,29 +85,21 @@ def load_spectrum(path: str | Path, img_size: int, class_num: int) -> DataSpectr
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays, meta = {name: file[name] for name in ARRAYS}, json.loads(str(file["meta"]))
+        measured = {key: meta[key] for key in ("img_size", "class_num")}
         sha256 = sha256_file(path)
-        missing = [key for key in META_CHECKED if key not in meta]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an npz of `{COMMAND}`, or cannot be read ({error!r}).") from error
-    if missing:
-        raise UserError(f"The metadata of {path} lack {', '.join(missing)}. Measure the spectrum again.")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is not an npz of `{COMMAND}`, or cannot be read ({error!r}). Measure the spectrum again."
+        ) from error
     for key, value in (("img_size", img_size), ("class_num", class_num)):
-        if meta[key] != value:
-            found = f"{path} was measured with {key} {meta[key]!r} and this run has {value}"
+        if measured[key] != value:
+            found = f"{path} was measured with {key} {measured[key]!r} and this run has {value}"
             raise UserError(f"{found}. Name another file with --spectrum_file, or make one with `{COMMAND}`.")
-    _check(path, arrays, img_size, class_num)
+    for name in ("power", "centred"):
+        power, rings = arrays[name], num_rings(img_size)
+        if power.shape != (rings,) or not (np.isfinite(power) & (power > 0)).all():
+            raise UserError(
+                f"{name} in {path} is no spectrum; expected {rings} numbers above 0, one for each ring of frequency. "
+                "Measure the spectrum again."
+            )
     return DataSpectrum(**arrays, meta=meta, path=path, sha256=sha256)
-
-
-def _check(path: Path, arrays: dict[str, np.ndarray], img_size: int, class_num: int) -> None:
-    k, n, c, f = num_rings(img_size), len(arrays["fits"]), class_num, len(FIT)
-    shapes = {"power": (k,), "centred": (k,), "counts": (k,), "level": (3,), "fits": (n, f), "labels": (n,)}
-    shapes |= {"index": (n,), "mean": (c, f), "covariance": (c, f, f), "low": (c, f), "high": (c, f)}
-    for name, shape in shapes.items():
-        array = arrays[name]
-        if array.shape != shape or array.dtype.kind not in "fiu":
-            raise UserError(f"{name} in {path} is {array.dtype} {array.shape}; expected {shape}.")
-        if not np.isfinite(array).all():
-            raise UserError(f"{name} in {path} holds numbers that are not finite. Measure the spectrum again.")
-        if name in ("power", "centred") and array.min() <= 0:
-            raise UserError(f"{name} in {path} is not a spectrum: every power must be above 0.")

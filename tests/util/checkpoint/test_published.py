@@ -277,9 +277,10 @@ def test_other_files(tmp_path, content):
 )
 def test_entries_that_are_missing_or_something_else(tmp_path, key, value):
     content = value if key == "all" else {**published()[0], key: value}
-    if value is None and key != "all":
+    missing = value is None and key != "all"
+    if missing:
         del content[key]
-    refused(write(tmp_path, content), "not a JiT checkpoint", "no entry model" if value is None and key != "all" else "")
+    refused(write(tmp_path, content), "not a JiT checkpoint", "no entry model" if missing else "")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

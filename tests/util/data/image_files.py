@@ -51,6 +51,16 @@ BAD = {  # the content of a file, and why it is bad
     "too narrow": (encoded(Image.new("RGB", (1, 2_000_000)), "TIFF", compression="tiff_deflate"), "16 x 32000000"),
 }
 
+HOLES = {"a/2": "empty", "a/3": "text", "a/5": "truncated jpeg", "c/4": "bomb", "c/0": "floats"}
+
+
+def damage(folder, holes=HOLES):
+    """Replace PNG images in class folders by bad ones; return the folder."""
+    for name, kind in holes.items():
+        (folder / f"{name}.png").write_bytes(BAD[kind][0])
+    return folder
+
+
 
 def save_modes(folder):
     """Save one file per mode, each of a constant image; return {file name: expected (r, g, b)}."""

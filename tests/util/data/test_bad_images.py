@@ -12,25 +12,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from tests.util.data.image_files import BAD, SIZE, make_folder
+from tests.util.data.image_files import BAD, HOLES, SIZE, damage, make_folder
 from util.data import bad_images, crop
-from util.data.bad_images import BadImageLog, Replacement, same_class
-from util.data.datasets import BadImage, DataError, ImageFolderImages, Images
+from util.data.bad_images import BadImageLog, Replacing
+from util.data.datasets import DataError, ImageFolderImages, Images
+from util.data.images import BadImage
 from util.data.loader import GlobalBatchSampler, build_loader
 from util.dist.context import DistContext
 
-COUNTS = {"a": 6, "b": 7, "c": 5}
-HOLES = {"a/2": "empty", "a/3": "text", "a/5": "truncated jpeg", "c/4": "bomb", "c/0": "floats"}
 REPLACED_BY = {"a/2": "a/4", "a/3": "a/4", "a/5": "a/0", "c/4": "c/1", "c/0": "c/1"}  # the next one, read off by eye
 
 
 @pytest.fixture
 def folder(tmp_path):
     """18 images of noise, 5 of them bad."""
-    make_folder(tmp_path / "train", COUNTS, size=(SIZE, SIZE))
-    for name, kind in HOLES.items():
-        (tmp_path / "train" / f"{name}.png").write_bytes(BAD[kind][0])
-    return tmp_path / "train"
+    return damage(make_folder(tmp_path / "train", {"a": 6, "b": 7, "c": 5}, size=(SIZE, SIZE)))
 
 
 def open_skipping(folder):
@@ -44,7 +40,7 @@ def name_of(file):
 
 
 def replaced(images):
-    return {name_of(r.file): name_of(r.replaced_by) for r in images.bad_image_log.met.values()}
+    return {name_of(r["file"]): name_of(r["replaced_by"]) for r in images.bad_image_log.new.values()}
 
 
 def expected(images, i):
@@ -54,12 +50,30 @@ def expected(images, i):
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
-def test_order_of_candidates_against_a_walk_around_the_class():
-    labels = np.random.default_rng(0).integers(0, 4, 60)  # in no order, as in a part of a data set
-    images = Images(SIZE, list("abcd"), labels)
+class HalfBad(Images):
+    """60 images whose classes are in no order, as in a part of a data set; item i is the number i."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        super().__init__(1, list("abcd"), rng.integers(0, 4, 60))
+        self.is_bad = rng.random(60) < 0.5
+
+    def path(self, i):
+        return str(i)
+
+    def __getitem__(self, i):
+        if self.is_bad[i]:
+            raise BadImage.at(self.path(i), "why", "")
+        return i, int(self.labels[i])
+
+
+def test_the_replacement_is_the_next_good_image_of_the_class_around_the_end():
+    images = HalfBad()
     for i in range(60):
-        walk = [(i + k) % 60 for k in range(1, 60)]
-        assert list(same_class(images, i)) == [j for j in walk if labels[j] == labels[i]]
+        walk = [(i + k) % 60 for k in range(60)]
+        good = next(j for j in walk if images.labels[j] == images.labels[i] and not images.is_bad[j])
+        replacement = {"file": str(i), "reason": "why", "replaced_by": str(good)} if images.is_bad[i] else None
+        assert Replacing(images)[i] == (good, images.labels[i], replacement)
 
 
 @pytest.mark.parametrize("workers, ranks, start_step", [(0, 1, 0), (2, 1, 1), (0, 2, 1), (2, 2, 0)])
@@ -81,8 +95,7 @@ def test_replacements_do_not_depend_on_workers_ranks_or_the_start(folder, worker
     assert met == REPLACED_BY or (start_step and met.items() <= REPLACED_BY.items())
 
 
-def test_only_batches_that_were_handed_out_are_noted(folder):
-    """Not those that the workers have read ahead."""
+def test_batches_that_workers_have_read_ahead_are_not_noted(folder):
     images = open_skipping(folder)
     batches = iter(build_loader(images, [[i] for i in range(18)], 2, False))
     for _ in range(3):
@@ -93,8 +106,6 @@ def test_only_batches_that_were_handed_out_are_noted(folder):
 def test_without_the_flag_the_first_bad_image_is_an_error(folder):
     with pytest.raises(BadImage, match=r"a/2\.png: the file is empty"):
         list(build_loader(ImageFolderImages(folder, SIZE), [[0, 1], [2, 4]], 0, False))
-    with pytest.raises(BadImage, match=r"a/2\.png"):  # nor does the data set itself ever give another image
-        open_skipping(folder)[2]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -127,7 +138,7 @@ def failing(path, code, where):
 
 
 @pytest.mark.parametrize("where", ["open", "read"])
-@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOENT])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOENT])
 def test_errors_of_the_file_system_are_never_skipped(folder, monkeypatch, code, where):
     images = open_skipping(folder)
     for i, at in ((1, [1]), (4, [2])):  # the image itself, and the one in the place of a bad one
@@ -148,7 +159,7 @@ class Log:
         self.events, self.texts = [], []
 
     def log(self, event, step, values):
-        self.events.append((event, step, values["file"], values["reason"], values["replaced_by"]))
+        self.events.append((event, step, values))
 
     def info(self, text):
         self.texts.append(text)
@@ -159,7 +170,7 @@ def log_of(total):
 
 
 def replacements(*names):
-    return [Replacement(f"/d/{name}.png", "why", f"/d/{name}-other.png") for name in names]
+    return [{"file": f"/d/{name}.png", "reason": "why", "replaced_by": f"/d/{name}-other.png"} for name in names]
 
 
 def test_each_replaced_image_is_reported_once():
@@ -171,15 +182,13 @@ def test_each_replaced_image_is_reported_once():
     bad.add(replacements("a", *"cdefgh"))
     bad.report(DistContext(), log, 3)
     bad.report(DistContext(), log, 4)
-    assert [event[:3] for event in log.events] == [
-        ("bad_image", 2 if name in "ab" else 3, f"/d/{name}.png") for name in "abcdefgh"
-    ]
-    assert log.events[0][3:] == ("why", "/d/a-other.png")
-    assert len(log.texts) == 2 and "2 bad images (2 so far)" in log.texts[0] and "6 bad images (8 so" in log.texts[1]
-    assert "/d/a.png: why" in log.texts[0]
+    steps = dict.fromkeys("ab", 2) | dict.fromkeys("cdefgh", 3)
+    assert log.events == [("bad_image", step, *replacements(name)) for name, step in steps.items()]
+    first, second = log.texts
+    assert "2 bad images (2 so far), for example /d/a.png: why" in first and "6 bad images (8 so far)" in second
 
 
-@pytest.mark.parametrize("total, most", [(10_000, 100), (100, bad_images.MAX_COUNT), (12, bad_images.MAX_COUNT)])
+@pytest.mark.parametrize("total, most", [(10_000, 100), (100, bad_images.MAX_COUNT)])
 def test_a_broken_copy_of_a_data_set_is_an_error(total, most):
     log, bad = Log(), log_of(total)
     bad.add(replacements(*range(most)))
@@ -195,7 +204,7 @@ def _report_of_one_rank(rank, folder):
     ctx, log, bad = DistContext(rank, 2), Log(), log_of(200)
     bad.add(replacements(*("cab", "bd")[rank]))
     bad.report(ctx, log, 5)
-    assert [event[2] for event in log.events] == [f"/d/{name}.png" for name in "abcd"]
+    assert log.events == [("bad_image", 5, *replacements(name)) for name in "abcd"]
     if rank == 1:
         bad.add(replacements("a", *range(bad_images.MAX_COUNT)))
     with pytest.raises(DataError, match="54 of 200") as error:  # a, b, c, d and MAX_COUNT more, on both ranks

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import read_log, state_differences, train
-from tests.util.data.image_files import BAD, SIZE, make_folder
+from tests.util.data.image_files import HOLES, SIZE, damage, make_folder
 from util.data.cache import write_cache
 from util.data.datasets import ImageFolderImages
 
 COUNTS = {"a": 6, "b": 7, "c": 5}
-HOLES = {"a/2": "empty", "a/3": "text", "a/5": "truncated jpeg", "c/4": "bomb", "c/0": "floats"}
 SETTINGS = {"dataset": "imagefolder", "class_num": 3, "batch_size": 6, "num_workers": 0}
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -43,9 +42,7 @@ def test_a_run_on_a_cache_is_the_folders_run_to_the_bit(folder, tmp_path, val_sp
 
 def test_a_run_with_bad_images_on_a_folder_and_on_its_cache(folder, tmp_path, capsys):
     """It is the run on a folder in which copies take the place of the bad images, and its log names them."""
-    training = folder / "train"
-    for name, kind in HOLES.items():
-        (training / f"{name}.png").write_bytes(BAD[kind][0])
+    training = damage(folder / "train")
     settings = {**SETTINGS, "val_split": 0.2}
     run = train(tmp_path / "run", data_path=folder, on_bad_image="skip", **settings)
     found = read_log(run, "bad_image")
