@@ -28,7 +28,7 @@ from util.compile import check_compiler, compile_denoiser
 from util.config import check, describe, run_name
 from util.cpu_layers import speed_up_on_cpu
 from util.data.datasets import Images, to_float
-from util.data.loader import DataTimer, GlobalBatchSampler, build_loader, open_images, positions
+from util.data.loader import DataTimer, GlobalBatchSampler, ImageLoader, open_images, positions
 from util.dist import preemption
 from util.dist.context import (
     DistContext,
@@ -150,7 +150,7 @@ class Trainer:
 
         # Data: uint8 images in an order that (seed, epoch) decides.
         self.images, self.validation, self.sampler = data
-        self.loader = build_loader(self.images, self.sampler, config.num_workers, ctx.device.type == "cuda")
+        self.loader = ImageLoader(self.images, self.sampler, config.num_workers, ctx.device.type == "cuda")
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.step = step

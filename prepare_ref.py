@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spectral_ops.spectrum import SpectrumSums
 from util.data.datasets import DATASETS, Images, build_dataset
-from util.data.loader import build_loader
+from util.data.loader import ImageLoader
 from util.dist.context import DistContext, find_context, gloo_group, local_range, process_group, raise_on_all_ranks
 from util.errors import UserError
 from util.evaluation.features import Extractor, InceptionV3, ensure_inception_weights
@@ -102,7 +102,7 @@ def compute(
     """
     starts = [i * args.batch_size for i in local_range(-(-len(indices) // args.batch_size), ctx)]
     batches = [list(indices[start : start + args.batch_size]) for start in starts]
-    loader = build_loader(images, batches, args.num_workers, pin_memory=extractor.device.type == "cuda")
+    loader = ImageLoader(images, batches, args.num_workers, pin_memory=extractor.device.type == "cuda")
     stream = EXTRACTORS[args.extractor].stream
     moments = Moments(extractor.streams[stream])
     spectra = SpectrumSums(images.img_size)

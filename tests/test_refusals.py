@@ -62,15 +62,15 @@ def images(folder, *classes, size=(20, 20), count=1):
 
 def test_data_that_is_missing(here, refuses):
     data = {"dataset": "imagefolder", "class_num": 2}
-    refuses(arguments(output_dir="out", **data), "no data path given", "--data_path")
-    refuses(arguments(output_dir="out", **data, data_path=here / "nowhere"), here / "nowhere", "does not exist")
+    refuses(arguments(output_dir="out", **data), "no data path given", "--data_path", "DATA_PATH")
+    refuses(arguments(output_dir="out", **data, data_path=here / "nowhere"), here / "nowhere", "No such file")
     (here / "empty").mkdir()
-    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "holds no class folders")
+    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "any class folder")
     (here / "empty" / "train").mkdir()
-    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "hold no image")
+    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "no valid file")
     images(here / "data", "a", "b")
     (here / "data" / "train" / "c").mkdir()
-    refuses(arguments(output_dir="out", dataset="imagefolder", class_num=3, data_path="data"), "class folders")
+    refuses(arguments(output_dir="out", dataset="imagefolder", class_num=3, data_path="data"), "classes c.")
 
 
 def test_number_of_classes(here, refuses):

@@ -18,7 +18,7 @@ from spectral_forcing import rings
 from spectral_ops.schedule import FIT, noise_bounds
 from spectral_ops.spectrum import NO_POWER, SpectrumSums, image_fits
 from util.data.datasets import DATASETS, Images, build_dataset
-from util.data.loader import build_loader
+from util.data.loader import ImageLoader
 from util.data.spectrum_file import DataSpectrum, default_spectrum_file, save_spectrum
 from util.errors import UserError
 from util.io import provenance
@@ -33,7 +33,7 @@ def measure(images: Images, index: np.ndarray, batch_size=256, num_workers=None,
         raise UserError(f"Class {absent[0]} has no image among the {len(index)} measured ones. Measure more.")
     batches = [index[i : i + batch_size].tolist() for i in range(0, len(index), batch_size)]
     sums, powers, levels = SpectrumSums(n), [], []
-    for x, _ in tqdm(build_loader(images, batches, num_workers, pin_memory=False), unit="batch", disable=None):
+    for x, _ in tqdm(ImageLoader(images, batches, num_workers, pin_memory=False), unit="batch", disable=None):
         x = x.to(device)  # uint8 (B, 3, H, W)
         powers.append(sums.update(x).float().cpu())  # (B, K)
         levels.append((x.double().mean((2, 3)) / 127.5 - 1).cpu())  # (B, 3)

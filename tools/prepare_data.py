@@ -23,7 +23,7 @@ import torch
 from util.data import cache
 from util.data.datasets import DATASETS, ImageFolderImages, build_dataset
 from util.data.images import DataError, NoSplitError
-from util.data.loader import GlobalBatchSampler, build_loader
+from util.data.loader import GlobalBatchSampler, ImageLoader
 from util.errors import UserError
 from util.io import provenance
 
@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace) -> None:
     img_size = args.img_size or DATASETS[args.dataset].img_size
     images = build_dataset(args.dataset, args.data_path, img_size)
     sampler = GlobalBatchSampler(len(images), args.batch_size, 0, 1, 1, seed=0)
-    loader = build_loader(images, sampler, args.num_workers, pin_memory=False)
+    loader = ImageLoader(images, sampler, args.num_workers, pin_memory=False)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     next(batches)  # the workers have started
     count, start = 0, time.perf_counter()

@@ -41,32 +41,16 @@ def refused(capsys, *words):
     return err
 
 
-REFUSED = {
-    "large batch": (
-        ("measure", "--data_path", "images", "--img_size", str(SIZE)),
-        "fewer than one global batch of 128",
-    ),
-    "no pixels": ((*CACHE, "--out", "x", "--img_size", "0"), "img_size is 0"),
-    "out is a file": ((*CACHE, "--out", "images/train/a/0.png"), "Not a directory"),
-    "cache of a cache": (("cache", "--data_path", "cache", "--out", "x"), "is an image cache already"),
-    "verify images": (("verify", "images"), "images holds no image cache"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_wrong_input_is_refused_in_a_sentence(folder, capsys, case):
-    words, part = REFUSED[case]
+def test_wrong_input_is_refused_in_a_sentence(folder, capsys):
     before = sorted(folder.rglob("*"))
-    assert part in refused(capsys, *words) and sorted(folder.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    "words", [("check",), (), ("verify",), ("verify", "cache", "--deep"), ("measure", "--out", "x")]
-)
-def test_unknown_words_end_with_the_usage(words, capsys):
-    with pytest.raises(SystemExit) as error:
-        prepare_data.main(words)
-    assert error.value.code == 2 and "usage: prepare_data" in capsys.readouterr().err
+    for words, part in (
+        (("measure", "--data_path", "images", "--img_size", str(SIZE)), "fewer than one global batch of 128"),
+        ((*CACHE, "--out", "x", "--img_size", "0"), "img_size is 0"),
+        ((*CACHE, "--out", "images/train/a/0.png"), "Not a directory"),
+        (("cache", "--data_path", "cache", "--out", "x"), "is an image cache already"),
+        (("verify", "images"), "images holds no image cache"),
+    ):
+        assert part in refused(capsys, *words) and sorted(folder.rglob("*")) == before
 
 
 def test_splits_with_other_classes_are_refused_before_the_work(folder, capsys):
@@ -74,20 +58,13 @@ def test_splits_with_other_classes_are_refused_before_the_work(folder, capsys):
     assert "labels would differ" in refused(capsys, *CACHE, "--out", "new") and not (folder / "new").exists()
 
 
-@pytest.mark.parametrize("damage", ["pixels", "list", "unfinished"])
-def test_verify_finds_damage_and_its_advice_helps(folder, capsys, damage):
+def test_verify_finds_damage_and_its_advice_helps(folder, capsys):
     train = folder / "cache" / "train"
-    if damage == "pixels":
-        content = bytearray((train / "images.npy").read_bytes())
-        content[-1] ^= 1
-        (train / "images.npy").write_bytes(content)
-    elif damage == "list":
-        (train / "files.json").write_text("{}")
-    else:
-        index = json.loads((train / "cache.json").read_text())
-        (train / "cache.json").write_text(json.dumps({**index, "sha256": {}}))
+    content = bytearray((train / "images.npy").read_bytes())
+    content[-1] ^= 1
+    (train / "images.npy").write_bytes(content)
     sentence = refused(capsys, "verify", "cache")
-    assert str(train) in sentence and cache.AGAIN in sentence
+    assert f"{train}: 1 of 1 blocks" in sentence and cache.AGAIN in sentence
     assert prepare_data.main([*CACHE, "--out", "cache"]) == prepare_data.main(["verify", "cache"]) == 0
 
 
@@ -101,13 +78,11 @@ def test_bad_images_need_the_flag(folder, capsys):
 def test_errors_of_the_file_system_are_a_sentence(folder, capsys, monkeypatch):
     """Permissions themselves would not stop root."""
 
-    def refuse(path, *args, **options):
-        raise PermissionError(13, "Permission denied", str(path))
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", args[1])
 
     monkeypatch.setattr(os, "replace", refuse)
     assert "Permission denied" in refused(capsys, *CACHE, "--out", "new")
-    monkeypatch.setattr(cache, "open", refuse, raising=False)
-    assert "images.npy" in refused(capsys, "verify", "cache")
 
 
 def test_measure_prints_a_json_line(folder, monkeypatch, capsys):

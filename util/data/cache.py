@@ -13,8 +13,8 @@ The index is a dictionary:
     block_size, sha256               images in a block; {block: checksum of its pixels} of each finished block
     bad                              {image: why it cannot be read}; its pixels are zeros
 
-A block is listed once it is on the disk, so an interrupted cache can be continued. Training reads pixels by system
-calls: with a memory map, a failing disk would kill the process.
+A block is listed once it is on the disk, so an interrupted cache can be continued. Items are read and blocks written by
+system calls: with a memory map, a failing or full disk would kill the process.
 
 Shapes: N images, each uint8 (3, H, W), H = W = img_size.
 """
@@ -45,10 +45,11 @@ AGAIN = "run the same `python -m tools.prepare_data cache` again"
 
 def find(data_path: str | os.PathLike | None, split: str = "train") -> Path | None:
     """Return the folder of a split where data_path is a cache, or the train folder of one; None for anything else."""
-    root = Path(data_path or "").expanduser().absolute()
-    for train in (root, root / "train") if data_path else ():
-        if os.path.isfile(train / INDEX):
-            return train if split == "train" else train.parent / split
+    if data_path:
+        root = Path(data_path).expanduser().absolute()
+        for train in (root, root / "train"):
+            if os.path.isfile(train / INDEX):
+                return train if split == "train" else train.parent / split
     return None
 
 
@@ -80,14 +81,14 @@ def open_pixels(folder: Path, index: dict, mode: str = "r") -> np.memmap:
     raise DataError(f"{folder / IMAGES} is missing, damaged or not uint8 {shape}: copy it again, or {AGAIN}.")
 
 
-def checksum(pixels: np.ndarray, block: range) -> str:
-    return hashlib.sha256(pixels[block.start : block.stop]).hexdigest()
-
-
 def damaged_blocks(folder: Path, index: dict) -> list[str]:
     """Return the blocks that are not finished, or whose pixels do not have the checksum in the index."""
-    pixels, sha256 = open_pixels(folder, index), index["sha256"]
-    return [k for k, block in blocks(index).items() if k not in sha256 or checksum(pixels, block) != sha256[k]]
+    pixels, damaged = open_pixels(folder, index), []
+    for k, block in blocks(index).items():
+        expected = index["sha256"].get(k)
+        if expected is None or hashlib.sha256(pixels[block.start : block.stop]).hexdigest() != expected:
+            damaged.append(k)
+    return damaged
 
 
 class CachedImages(FileImages):
@@ -178,28 +179,32 @@ def write_cache(images: FileImages, folder: Path, num_threads: int | None = None
     todo = {k: block for k, block in blocks(index).items() if k in with_bad or k in damaged}
     index["sha256"] = {k: digest for k, digest in index["sha256"].items() if k not in todo}
     write_json(folder / INDEX, index)  # before a pixel is changed
-    pixels = open_pixels(folder, index, "r+" if index["sha256"] else "w+")
+    pixels = open_pixels(folder, index, "r" if index["sha256"] else "w+")
     missing = pixels.nbytes - 512 * os.stat(folder / IMAGES).st_blocks  # the file is sparse at first
     if missing > shutil.disk_usage(folder).free:
         raise DataError(f"the disk of {folder} is too small: it needs {missing / 1e9:.3g} GB more. Name another --out.")
 
-    def decode(i: int) -> None:
+    def decode(i: int) -> np.ndarray:
         index["bad"].pop(str(i), None)
         try:
-            pixels[i] = images[i][0].numpy()
+            return images[i][0].numpy()
         except BadImage as error:
             if not skip_bad:
                 raise
-            pixels[i] = 0
             index["bad"][str(i)] = error.reason
+            return np.zeros(pixels.shape[1:], np.uint8)
 
     done = len(images) - sum(map(len, todo.values()))
     progress = ImageProgress(f"cache {folder.name}", len(images), done, DistContext())
-    with ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0))) as pool:
+    threads = num_threads or len(os.sched_getaffinity(0))
+    with open(folder / IMAGES, "r+b") as file, ThreadPoolExecutor(threads) as pool:
         for k, block in todo.items():
-            list(pool.map(decode, block))  # raises what a thread has raised
-            pixels.flush()
-            index["sha256"][k] = checksum(pixels, block)
+            crops = np.stack(list(pool.map(decode, block)))
+            file.seek(pixels.offset + block.start * crops[0].nbytes)
+            file.write(crops)
+            file.flush()
+            os.fsync(file.fileno())
+            index["sha256"][k] = hashlib.sha256(crops).hexdigest()
             write_json(folder / INDEX, index)
             first_bad = min(map(int, index["bad"]), default=0)
             check_bad_count(len(index["bad"]), len(images), images.path(first_bad))

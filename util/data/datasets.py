@@ -71,14 +71,14 @@ class ImageFolderImages(FileImages):
             )
         from torchvision.datasets import ImageFolder  # here: it takes seconds to import
 
-        root = Path(data_path).expanduser().absolute()
+        root = folder = Path(data_path).expanduser().absolute()
         try:
             folder = _split_folder(root, split)
             listing = ImageFolder(folder)
             train_classes = _class_folders(_split_folder(root, "train"))
         except OSError as e:  # also from ImageFolder, for a folder without class folders, or a class without images
             raise DataError(
-                f"cannot list the {split} images below {root}: {e}. Expected --data_path to be a folder with "
+                f"cannot list the {split} images in {folder}: {e}. Expected --data_path to be a folder with "
                 "train/<class>/<image>, or that train folder itself, with an image in each class folder; one class is "
                 "one folder as well. Add what is missing, or name another folder."
             ) from None

@@ -5,6 +5,7 @@ Shapes: an image is uint8 (3, H, W) in 0..255 (red, green, blue), H = W = img_si
 """
 
 import os
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -63,7 +64,7 @@ class Images(Dataset):
 class FileImages(Images):
     """Images of files: `files` below `folder`, one for each label."""
 
-    def __init__(self, img_size: int, class_names: list[str], labels: np.ndarray, folder: str, files: list[str]):
+    def __init__(self, img_size: int, class_names: list[str], labels: np.ndarray, folder: str | Path, files: list[str]):
         super().__init__(img_size, class_names, labels)
         self.folder = folder
         # One array of bytes, not a list of strings: workers that only read it do not copy its pages.

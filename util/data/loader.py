@@ -107,25 +107,36 @@ def _init_worker(worker_id: int) -> None:
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader whose workers, which ignore SIGTERM, end with it: after an error, at `close`, when it is collected.
+    """Batches of images (B, 3, H, W) uint8 and labels (B,) int64, in the order of `sampler`: lists of indices.
 
-    Where `images.bad_image_log` is set, bad images are replaced, and noted there when their batch is handed out.
+    num_workers None: `default_workers`. Workers end with the loader: after an error, at `close`, when it is collected
+    and at exit. Where `images.bad_image_log` is set, bad images are replaced, and noted there when their batch is
+    handed out. Call the sampler's set_epoch before each iteration.
     """
 
-    def __init__(self, images: Images, **options):
-        self.bad_image_log = images.bad_image_log
-        self._end_workers = None
-        if self.bad_image_log is None:
-            super().__init__(images, **options)
-        else:
-            super().__init__(Replacing(images), collate_fn=collate, **options)
+    def __init__(self, images: Images, sampler: Iterable[list[int]], num_workers: int | None, pin_memory: bool):
+        self.bad_image_log, self._end_workers = images.bad_image_log, None
+        replaces = self.bad_image_log is not None
+        workers = default_workers(images) if num_workers is None else num_workers
+        super().__init__(
+            Replacing(images) if replaces else images,
+            collate_fn=collate if replaces else None,
+            batch_sampler=sampler,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_init_worker,
+            persistent_workers=workers > 0,
+            prefetch_factor=2 if workers else None,
+            generator=torch.Generator().manual_seed(0),  # else an iteration would advance torch's global random state
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:
             batches = super().__iter__()
             if self.num_workers > 0 and self._end_workers is None:
                 self._end_workers = weakref.finalize(self, batches._shutdown_workers)
-                for worker in batches._workers:  # torch and multiprocessing call `terminate`, and wait without a limit
+                for worker in batches._workers:
+                    # torch and multiprocessing end workers by SIGTERM, which these ignore, and wait without a limit.
                     worker._popen.terminate = worker._popen.kill
             for x, y, *replacements in batches:
                 if replacements:
@@ -140,26 +151,6 @@ class ImageLoader(DataLoader):
         if self._end_workers is not None:
             self._end_workers()
         self._end_workers = self._iterator = None
-
-
-def build_loader(
-    images: Images, sampler: Iterable[list[int]], num_workers: int | None, pin_memory: bool
-) -> ImageLoader:
-    """Return a loader of (images (B, 3, H, W) uint8, labels (B,) int64) in the sampler's order.
-
-    num_workers None: `default_workers`. Call the sampler's set_epoch before each iteration over the loader.
-    """
-    workers = default_workers(images) if num_workers is None else num_workers
-    return ImageLoader(
-        images,
-        batch_sampler=sampler,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_init_worker,
-        persistent_workers=workers > 0,
-        prefetch_factor=2 if workers else None,
-        generator=torch.Generator().manual_seed(0),  # else each iteration would advance torch's global random state
-    )
 
 
 class DataTimer:

@@ -1,7 +1,8 @@
-"""torchrun in this process, for tools/launch.py: signals become a request to stop, workers' exit codes its own (how, says
-util/dist/preemption.py). What imports torch is imported in functions, after signals have been blocked for all threads.
+"""torchrun in this process, for tools/launch.py. Signals become a request to stop, and workers' exit codes its own, as
+util/dist/preemption.py says. What imports torch is imported in functions, after signals were blocked for all threads.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -10,12 +11,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 STOP = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT}
 AT_ONCE = 130  # exit code after a second Ctrl-C
 EXIT_CODE = 75  # asked to stop: EX_TEMPFAIL of sysexits.h, the same command, started again, resumes
+FIRST_WORD = 10.0  # seconds
 BURST = 0.3  # seconds: a SIGINT this soon after another is the same one, sent to a process and to its group
 
 
@@ -33,13 +36,15 @@ def launch(arguments: Sequence[str]) -> int:
     state = Path(tempfile.mkdtemp(prefix="jit-"))
     os.environ.update(JIT_STATE_DIR=str(state), JIT_LAUNCHER_PID=str(os.getpid()))
     signal.signal(signal.SIGUSR2, signal.default_int_handler)  # until torchrun handles it
-    threading.Thread(target=_handle_signals, args=(state,), daemon=True).start()
+    interrupted: list[int] = []  # the exit code, once everything is to end at once
+    threading.Thread(target=_handle_signals, args=(state, interrupted), daemon=True).start()
+    threading.Thread(target=_say_what_is_missing, args=(arguments, state), daemon=True).start()
     codes = [1]
     try:
-        run.main(["--signals_to_handle=SIGUSR2", *arguments])
+        run.main(["--signals_to_handle=SIGUSR2", f"--log_dir={state}", *arguments])
         codes = [0]
     except (SignalException, KeyboardInterrupt):
-        return AT_ONCE
+        return interrupted[0]
     except Exception as error:  # ChildFailedError is torchrun's summary
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
@@ -51,21 +56,63 @@ def launch(arguments: Sequence[str]) -> int:
     return code
 
 
-def _handle_signals(state: Path) -> None:
-    """Write the stop file at the first signal; end everything at a second Ctrl-C, or at a SIGQUIT."""
+def _before_start(state: Path) -> bool:
+    """Whether torchrun's main thread has not started workers yet, since it waits for other nodes."""
+    try:
+        workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    except OSError:  # a kernel without it
+        return False
+    return not workers and not any(state.glob("exit-*"))  # with those, the workers have ended
+
+
+def _handle_signals(state: Path, interrupted: list[int]) -> None:
+    """Write the stop file at the first signal; end everything at a second Ctrl-C, at a SIGQUIT, or before the start."""
     asked_at = None
     while True:
         number, now = signal.sigwait(STOP), time.monotonic()
         if number == signal.SIGINT and asked_at is not None and now - asked_at < BURST:
             continue
-        if number == signal.SIGQUIT or (number == signal.SIGINT and asked_at is not None):
-            _info("stopping at once")
+        again = number == signal.SIGQUIT or (number == signal.SIGINT and asked_at is not None)
+        if again or _before_start(state):
+            _info("stopping at once" if again else f"{number.name} before the start of training")
+            interrupted.append(AT_ONCE if again else EXIT_CODE)
             os.kill(os.getpid(), signal.SIGUSR2)  # torchrun's main thread ends its workers and raises SignalException
-            time.sleep(5)
-            os._exit(AT_ONCE)  # it hangs in a call; the workers end with this process
+            time.sleep(3)
+            shutil.rmtree(state, ignore_errors=True)
+            os._exit(interrupted[0])  # it hangs in a call; the workers end with this process
         if asked_at is None and state.exists():  # else the workers have ended
             (state / "stop").write_text(f"{number.name}\n")
         asked_at = now
+
+
+def _say_what_is_missing(arguments: Sequence[str], state: Path) -> None:
+    """While no worker of this node has started, say after 10 seconds, then each minute, which nodes have not joined."""
+    torchrun = itertools.takewhile(lambda word: word.startswith("--"), arguments)
+    options = dict(word[2:].split("=", 1) for word in torchrun if "=" in word)
+    nodes, wait = int(options.get("nnodes", 1)), FIRST_WORD
+    while nodes > 1:
+        time.sleep(wait)
+        if not state.exists() or not _before_start(state):
+            return
+        if missing := _missing_nodes(options, nodes):
+            _info(f"waiting for {missing}; start the same command there")
+        wait = 60.0
+
+
+def _missing_nodes(options: Mapping[str, str], nodes: int) -> str:
+    """Return a phrase on the nodes that torchrun waits for; empty if all have joined."""
+    from torch.distributed import TCPStore
+
+    if "rdzv_backend" in options:
+        return f"some of {nodes} nodes to join at {options['rdzv_endpoint']}"
+    host, port = options["master_addr"], options["master_port"]
+    try:  # with the static rendezvous each node writes itself into node 0's store
+        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+    except RuntimeError:
+        return f"node 0, which does not answer at {host}:{port}"
+    others = [node for node in range(nodes) if node != int(options["node_rank"])]
+    missing = [str(node) for node in others if not store.check([f"none/torchelastic/role_info/{node}"])]
+    return f"node {', '.join(missing)} of {nodes} to join at {host}:{port}" if missing else ""
 
 
 def _requeue(job: str) -> None:

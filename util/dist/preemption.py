@@ -23,6 +23,7 @@ import torch.distributed as dist
 from util.dist.context import DistContext, gloo_group
 from util.dist.launch import BURST, EXIT_CODE  # noqa: F401 (other modules take it from here)
 
+PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _reason: str | None = None
@@ -40,16 +41,24 @@ def listening() -> Iterator[None]:
     _reason = None
     recorded = _exit_file()
     previous = {number: signal.signal(number, _note) for number in (() if recorded else SIGNALS)}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     if recorded:
         recorded.unlink(missing_ok=True)  # by the worker that this one replaces (MAX_RESTARTS)
-    if (launcher := os.environ.get("JIT_LAUNCHER_PID")) and recorded and sys.platform == "linux":  # PR_SET_PDEATHSIG:
-        if ctypes.CDLL(None).prctl(1, signal.SIGKILL) or os.getppid() != int(launcher):
-            os._exit(1)  # a worker does not outlive the launcher
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when torchrun, which started it, ends, however it ends (prctl(2), Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = os.environ.get("JIT_LAUNCHER_PID")
+    if os.getppid() == 1 or (launcher and os.getppid() != int(launcher)):
+        os._exit(1)  # it has ended already
 
 
 def _note(number: int, frame: object) -> None:

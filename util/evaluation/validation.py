@@ -26,7 +26,7 @@ from spectral_forcing import num_rings
 from spectral_ops.spectrum import rapsd
 from util.compile import no_recompile
 from util.data.datasets import DataError, Images, build_dataset, to_float
-from util.data.loader import build_loader
+from util.data.loader import ImageLoader
 from util.dist.context import DistContext, all_reduce_mean, local_range
 from util.errors import UserError
 from util.evaluation.generate import sampling_mode
@@ -159,7 +159,7 @@ class Validation:
         """Return `log_values` of the weights and both EMAs, on all ranks. No state of training changes."""
         index = list(local_range(len(self.images), ctx))
         batches = [index[i : i + self.batch_size] for i in range(0, len(index), self.batch_size)]
-        loader = build_loader(self.images, batches, self.num_workers if batches else 0, ctx.device.type == "cuda")
+        loader = ImageLoader(self.images, batches, self.num_workers if batches else 0, ctx.device.type == "cuda")
         width = 1 + (num_rings(self.images.img_size) if self.by_ring else 0)
         sums = torch.zeros(len(WEIGHTS), BINS, width, dtype=torch.float64, device=ctx.device)
         try:

@@ -61,7 +61,6 @@ def damage(folder, holes=HOLES):
     return folder
 
 
-
 def save_modes(folder):
     """Save one file per mode, each of a constant image; return {file name: expected (r, g, b)}."""
     folder.mkdir(parents=True)

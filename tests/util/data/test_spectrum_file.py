@@ -51,15 +51,13 @@ def rewrite(path, meta=None, **changes):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"power": np.full(K, np.nan)}, "power in .* not finite"),
-        ({"centred": np.zeros(K)}, "centred in .* above 0"),
-        ({"power": np.ones(13)}, r"power in .* \(13,\); expected \(12,\)"),
-        ({"power": np.array(["a"] * K)}, "power in .* expected"),
-        ({"labels": np.zeros(2)}, "labels in .* expected"),
+        ({"power": np.full(K, np.nan)}, "power in .* is no spectrum"),
+        ({"centred": np.zeros(K)}, "centred in .* is no spectrum; expected 12 numbers above 0"),
+        ({"power": np.ones(13)}, "power in .* is no spectrum"),
         ({"low": None}, "is not an npz of"),
         ({"meta": {"img_size": 32}}, "img_size 32 and this run has 16"),
         ({"meta": {"class_num": 3}}, "class_num 3 and this run has 10"),
-        ({"meta": {"img_size": None}}, "lack img_size"),
+        ({"meta": {"img_size": None}}, "is not an npz of"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(written, changes, sentence):

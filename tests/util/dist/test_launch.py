@@ -6,6 +6,7 @@ The launcher is forked from this process, which spares importing torch; most wor
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -62,11 +63,11 @@ class Job:
     """The launcher with workers that run `main`."""
 
     def __init__(
-        self, folder: Path, main: str, *flags: str, ranks: int = 2, torchrun: tuple[str, ...] = (), **variables
+        self, folder: Path, main: str, *flags: str, ranks=2, torchrun=(), rendezvous=("--standalone",), **variables
     ):
         self.folder, self.said = folder, folder / "said"
         (folder / "main_jit.py").write_text(main)
-        words = [f"--nproc_per_node={ranks}", "--standalone", "--local_addr=127.0.0.1", *torchrun]
+        words = [f"--nproc_per_node={ranks}", *rendezvous, "--local_addr=127.0.0.1", *torchrun]
         words += [str(folder / "main_jit.py"), str(folder), *flags]
         variables = {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT), **variables}
         self.process = multiprocessing.get_context("fork").Process(target=self._launch, args=(words, variables))
@@ -87,6 +88,9 @@ class Job:
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < end and self.process.is_alive(), self.said.read_text()
             time.sleep(0.02)
+
+    def said_so_far(self) -> str:
+        return self.said.read_text() if self.said.exists() else ""
 
     def end(self) -> tuple[int, str]:
         self.process.join(120)
@@ -145,6 +149,27 @@ def test_a_burst_of_ctrl_c_is_one(tmp_path, times, milliseconds):
         time.sleep(milliseconds / 1000)
     code, said = job.end()
     assert code == EXIT_CODE and "stopping at once" not in said
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_node_that_waits_for_others_says_so_and_stops_when_asked(tmp_path, monkeypatch, name, node):
+    monkeypatch.setattr(launch, "FIRST_WORD", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    job = Job(tmp_path, LIGHT + WAIT, rendezvous=("--nnodes=3", *where))
+    expected = "node 1, 2 of 3 to join" if node == 0 else "node 0, which does not answer"
+    end = time.monotonic() + 60
+    while f"waiting for {expected}" not in job.said_so_far():
+        assert time.monotonic() < end, job.said_so_far()
+        time.sleep(0.1)
+    asked = time.monotonic()
+    os.kill(job.pid, getattr(signal, name))
+    code, said = job.end()
+    assert code == EXIT_CODE and f"{name} before the start" in said and time.monotonic() - asked < 5
+    assert "Traceback" not in said and not list(tmp_path.glob("jit-*"))
 
 
 @pytest.mark.parametrize("names", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("SIGQUIT",)])
