@@ -111,7 +111,9 @@ def open_run(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, Checkpoin
     config, checkpoint, source = load_for_training(given, ctx)
     warn(check(config, config.online_eval) + check_compiler(config.compile, ctx.device), ctx)
     warn(checkpoint.notes if checkpoint else (), ctx)
-    images, validation = hold_out(open_images(config), config, checkpoint.args if checkpoint else None)
+    images = open_images(config)
+    warn(images.notes, ctx)
+    images, validation = hold_out(images, config, checkpoint.args if checkpoint else None)
     sampler = GlobalBatchSampler(
         len(images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed
     )

@@ -130,7 +130,7 @@ def test_an_error_on_any_rank_ends_all_with_one_sentence(here, colours, broken):
         (["--dataset", "digits", "--out", "statistics"], r"end in \.npz"),
         (["--dataset", "digits", "--out", "/proc/r.npz"], "cannot be written to"),
         (["--dataset", "imagefolder"], "--data_path"),
-        (["--dataset", "imagefolder", "--data_path", "nowhere"], "No such file"),
+        (["--dataset", "imagefolder", "--data_path", "nowhere"], "does not exist"),
     ],
 )
 def test_errors_are_one_sentence(here, colours, capsys, monkeypatch, arguments, message):

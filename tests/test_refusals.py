@@ -63,14 +63,18 @@ def images(folder, *classes, size=(20, 20), count=1):
 def test_data_that_is_missing(here, refuses):
     data = {"dataset": "imagefolder", "class_num": 2}
     refuses(arguments(output_dir="out", **data), "no data path given", "--data_path", "DATA_PATH")
-    refuses(arguments(output_dir="out", **data, data_path=here / "nowhere"), here / "nowhere", "No such file")
+    refuses(arguments(output_dir="out", **data, data_path=here / "nowhere"), here / "nowhere", "does not exist")
     (here / "empty").mkdir()
-    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "any class folder")
+    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "holds no class folders")
     (here / "empty" / "train").mkdir()
-    refuses(arguments(output_dir="out", **data, data_path=here / "empty"), here / "empty", "no valid file")
+    refuses(
+        arguments(output_dir="out", **data, data_path=here / "empty"),
+        here / "empty" / "train",
+        "holds no class folders",
+    )
     images(here / "data", "a", "b")
     (here / "data" / "train" / "c").mkdir()
-    refuses(arguments(output_dir="out", dataset="imagefolder", class_num=3, data_path="data"), "classes c.")
+    refuses(arguments(output_dir="out", dataset="imagefolder", class_num=3, data_path="data"), "hold no image: c.")
 
 
 def test_number_of_classes(here, refuses):

@@ -8,6 +8,7 @@ Shapes: an item is uint8 (3, H, W) in 0..255 with its label, an int in 0..num_cl
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch import Tensor
 from util.data import cache, cifar10
 from util.data.crop import center_crop, read_crop
 from util.data.images import DataError, FileImages, Images, NoSplitError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
+UNREAD_EXTENSIONS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".svg")
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -35,8 +39,30 @@ def _to_tensor(image: np.ndarray) -> Tensor:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, sorted; empty when `folder` is not a folder."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir()) if folder.is_dir() else []
+    """Names of the folders in `folder`, sorted, without hidden ones; empty when `folder` is not a folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def _list_files(folder: Path) -> list[str]:
+    """Return the paths of all files below a class folder, in torchvision's order, without hidden files and folders.
+
+    Links are followed, but not to a folder that they lie in: such a loop would count its images again and again.
+    """
+    real = Path(folder).resolve()
+    above, found = {str(folder): {real, *real.parents}}, []  # folder -> itself and what it lies in
+    for path, folders, names in os.walk(folder, followlinks=True):
+        keep = []
+        for name in folders:
+            below = os.path.join(path, name)
+            target = Path(below).resolve()
+            if not name.startswith(".") and target not in above[path]:
+                keep.append(name)
+                above[below] = above[path] | {target}
+        folders[:] = keep
+        found.append((path, sorted(name for name in names if not name.startswith("."))))
+    return [os.path.join(path, name) for path, names in sorted(found) for name in names]
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -57,8 +83,9 @@ class ImageFolderImages(FileImages):
     """A folder of class folders of image files, each read, centre-cropped and converted to RGB when it is asked for.
 
     `data_path` holds `train/` (and `val/` or `test/`), or is the training folder itself; `split` is train or val.
-    Labels number the class folders in sorted order (torchvision's ImageFolder). EXIF orientation is ignored, as in ADM.
-    DataError for a missing path, missing or empty class folders, and classes that differ between the splits.
+    Labels number the class folders in sorted order, as torchvision's ImageFolder does; hidden files and folders are
+    ignored. EXIF orientation is ignored, as in ADM. DataError for a missing path, missing or empty class folders, and
+    classes that differ between the splits.
     """
 
     def __init__(self, data_path: str | os.PathLike | None, img_size: int, split: str = "train"):
@@ -69,26 +96,41 @@ class ImageFolderImages(FileImages):
                 "no data path given. Set --data_path (or the variable DATA_PATH) to the folder that holds "
                 "train/<class>/<image>, or to a cache of it."
             )
-        from torchvision.datasets import ImageFolder  # here: it takes seconds to import
-
         root = folder = Path(data_path).expanduser().absolute()
         try:
             folder = _split_folder(root, split)
-            listing = ImageFolder(folder)
-            train_classes = _class_folders(_split_folder(root, "train"))
-        except OSError as e:  # also from ImageFolder, for a folder without class folders, or a class without images
+            classes, train_classes = _class_folders(folder), _class_folders(_split_folder(root, "train"))
+            files = [_list_files(folder / name) for name in classes]
+        except OSError as e:
+            raise DataError(f"cannot list the {split} images in {folder}: {e}. Check permissions.") from None
+        if classes == ["train"] and not files[0]:  # an empty train/ is no class
+            folder, classes = folder / "train", []
+        if not classes:
+            fault = "holds no class folders" if folder.is_dir() else "does not exist or is not a folder"
             raise DataError(
-                f"cannot list the {split} images in {folder}: {e}. Expected --data_path to be a folder with "
-                "train/<class>/<image>, or that train folder itself, with an image in each class folder; one class is "
-                "one folder as well. Add what is missing, or name another folder."
-            ) from None
-        if odd := sorted(set(listing.classes) ^ set(train_classes)):
+                f"{folder} {fault}. Expected --data_path to be a folder with train/<class>/<image>, or that train "
+                "folder itself; one class is one folder as well."
+            )
+        if odd := sorted(set(classes) ^ set(train_classes)):
             raise DataError(
                 f"the class folders of {folder} are not those of the training set, so labels would differ. "
                 f"Only in one of the two: {', '.join(odd[:5])}{', ...' if odd[5:] else ''}. Add or remove them."
             )
-        files = [os.path.relpath(path, folder) for path, _ in listing.samples]
-        super().__init__(img_size, listing.classes, np.array(listing.targets, dtype=np.int64), folder, files)
+        images = [[path for path in paths if path.lower().endswith(EXTENSIONS)] for paths in files]
+        if empty := [name for name, paths in zip(classes, images, strict=True) if not paths]:
+            raise DataError(
+                f"{len(empty)} of the {len(classes)} class folders in {folder} hold no image: {', '.join(empty[:5])}"
+                f"{', ...' if empty[5:] else ''}. Fill or remove them; the files must end in {', '.join(EXTENSIONS)}."
+            )
+        labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(paths) for paths in images])
+        super().__init__(
+            img_size, classes, labels, folder, [os.path.relpath(path, folder) for paths in images for path in paths]
+        )
+        unread = Counter(Path(path).suffix.lower() for paths in files for path in paths)
+        unread = {suffix: count for suffix, count in unread.items() if suffix in UNREAD_EXTENSIONS}
+        if unread:
+            counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+            self.notes.append(f"{folder} also has files that are not read ({counts}): convert them to PNG or JPEG")
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return _to_tensor(read_crop(self.path(i), self.img_size)), int(self.labels[i])

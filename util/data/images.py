@@ -55,6 +55,7 @@ class Images(Dataset):
             raise DataError(f"img_size is {img_size}; expected a positive number of pixels.")
         self.img_size, self.class_names, self.labels = img_size, list(class_names), labels  # labels (N,) int64
         self.num_classes = len(self.class_names)
+        self.notes: list[str] = []  # warnings for whoever trains on them
         self.bad: dict[int, str] = {}  # images that are known to be bad before they are read, and why
 
     def __len__(self) -> int:

@@ -46,6 +46,9 @@ def launch(arguments: Sequence[str]) -> int:
     except (SignalException, KeyboardInterrupt):
         return interrupted[0]
     except Exception as error:  # ChildFailedError is torchrun's summary
+        if "EADDRINUSE" in str(error):
+            _info("MASTER_PORT is in use on this node, perhaps by another run: choose another one, on all nodes")
+            return 2
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         codes += [int(file.read_text()) for file in state.glob("exit-*")]

@@ -17,6 +17,8 @@ from util.dist.launch import AT_ONCE
 from util.dist.preemption import EXIT_CODE, Preempted, finish, listening
 from util.errors import UserError
 
+LOST = ("Connection closed by peer", "Connection reset by peer")  # of gloo: another rank has ended
+
 
 def run_main(run: Callable[[Sequence[str] | None], str | None], argv: Sequence[str] | None = None) -> int:
     """Call `run`; print the line that it returns, or why it ended. Return the exit code for this process's parent.
@@ -35,7 +37,8 @@ def run_main(run: Callable[[Sequence[str] | None], str | None], argv: Sequence[s
         except UserError as error:
             sentence, code, on_all_ranks = f"error: {error}", 2, error.on_all_ranks or ctx.world_size == 1
         except Exception as error:
-            traceback.print_exc()
+            if not any(text in str(error) for text in LOST):  # where the traceback says nothing, the other rank's does
+                traceback.print_exc()
             sentence, code, on_all_ranks = f"rank {ctx.rank}: {type(error).__name__}: {error}", 1, False
         except KeyboardInterrupt:
             sentence, code, on_all_ranks = "interrupted; the same command resumes", AT_ONCE, False

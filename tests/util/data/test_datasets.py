@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from tests.util.data.image_files import SIZE, make_folder, noise_image, save_modes
 from util.data.crop import center_crop
@@ -45,10 +46,10 @@ def test_image_folder_layouts_and_attributes(tmp_path):
 @pytest.mark.parametrize(
     ("path", "match", "split"),
     [
-        ("nowhere", "No such file", "train"),
-        ("file", "Not a directory", "train"),
-        ("flat", "any class folder", "train"),
-        ("texts", r"classes \.hidden, bare, texts\. .*\.jpeg.* an image in each class folder", "train"),
+        ("nowhere", "does not exist", "train"),
+        ("file", "is not a folder", "train"),
+        ("flat", "holds no class folders", "train"),
+        ("texts", r"2 of the 3 class folders .* hold no image: bare, texts\. .*\.jpeg", "train"),
         ("set", "no split 'dev'", "dev"),
         ("set", "no validation images", "val"),
         ("other", "b, c", "val"),
@@ -66,6 +67,42 @@ def test_folders_that_are_no_image_folder_are_named(tmp_path, path, match, split
     with pytest.raises(DataError, match=match) as error:
         ImageFolderImages(tmp_path / path, SIZE, split)
     assert split == "dev" or str(tmp_path / path) in str(error.value)
+
+
+def test_files_are_listed_as_torchvision_lists_them(tmp_path):
+    """Folders in class folders, links, names in any case; but nothing hidden, and no link to a folder around it."""
+    for name in ("a/1.png", "a/B/2.JPG", "a/b/3.jpeg", "b/0.webp", "b/deep/er/4.bmp", "b/notes.txt"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_image(8, 8).save(tmp_path / "train" / name) if name[-3:] != "txt" else (tmp_path / "train" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    noise_image(8, 8).save(tmp_path / "elsewhere" / "5.png")
+    (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    plain = ImageFolder(tmp_path / "train")
+    images = ImageFolderImages(tmp_path, 8)
+    assert images.class_names == plain.classes and images.labels.tolist() == plain.targets
+    assert [images.path(i) for i in range(len(images))] == [path for path, _ in plain.samples]
+
+    train = tmp_path / "train"
+    for link, target in (("a/loop", "."), ("a/up", ".."), ("b/deep/top", "../.."), ("elsewhere/c", "../train/c")):
+        place = (tmp_path if link.startswith("elsewhere") else train) / link
+        place.symlink_to(target)
+    (train / ".ipynb_checkpoints").mkdir()
+    (train / "a" / ".thumbnails").mkdir()
+    for hidden in (".ipynb_checkpoints/x.png", "a/.thumbnails/x.png", "a/._1.png"):
+        noise_image(8, 8).save(train / hidden)
+    again = ImageFolderImages(tmp_path, 8)
+    assert again.class_names == images.class_names
+    assert [again.path(i) for i in range(len(again))] == [images.path(i) for i in range(len(images))]
+
+
+def test_files_that_look_like_images_and_are_not_read_are_counted(tmp_path):
+    make_folder(tmp_path, {"a": 1})
+    assert ImageFolderImages(tmp_path, 8).notes == []
+    for name in ("x.jfif", "y.JFIF", "z.avif", "notes.txt"):
+        (tmp_path / "a" / name).touch()
+    (note,) = ImageFolderImages(tmp_path, 8).notes
+    assert "(1 .avif, 2 .jfif)" in note and str(tmp_path) in note
 
 
 def test_no_data_path_no_size_and_no_such_data_set(tmp_path):
