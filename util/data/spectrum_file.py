@@ -95,9 +95,6 @@ def load_spectrum(path: str | Path, img_size: int, class_num: int) -> DataSpectr
         if measured[key] != value:
             found = f"{path} was measured with {key} {measured[key]!r} and this run has {value}"
             raise UserError(f"{found}. Name another file with --spectrum_file, or make one with `{COMMAND}`.")
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise UserError(f"{name} in {path} holds numbers that are not finite. Measure the spectrum again.")
     for name in ("power", "centred"):
         power, rings = arrays[name], num_rings(img_size)
         if power.shape != (rings,) or not (np.isfinite(power) & (power > 0)).all():
@@ -105,4 +102,7 @@ def load_spectrum(path: str | Path, img_size: int, class_num: int) -> DataSpectr
                 f"{name} in {path} is no spectrum; expected {rings} numbers above 0, one for each ring of frequency. "
                 "Measure the spectrum again."
             )
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} in {path} holds numbers that are not finite. Measure the spectrum again.")
     return DataSpectrum(**arrays, meta=meta, path=path, sha256=sha256)
