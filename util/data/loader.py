@@ -6,7 +6,9 @@ and microbatches share it.
 Shapes: B images of a microbatch; a batch is (B, 3, H, W) uint8 with labels (B,) int64.
 """
 
+import itertools
 import os
+import shutil
 import signal
 import time
 import weakref
@@ -106,6 +108,10 @@ def _init_worker(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+#: of torch's errors for workers that lack shared memory, of which containers have 64 MB by default
+NO_SHARED_MEMORY = ("Bus error", "out of shared memory", "unable to write to file </torch_")
+
+
 class ImageLoader(DataLoader):
     """Batches of images (B, 3, H, W) uint8 and labels (B,) int64, in the order of `sampler`: lists of indices.
 
@@ -116,6 +122,7 @@ class ImageLoader(DataLoader):
 
     def __init__(self, images: Images, sampler: Iterable[list[int]], num_workers: int | None, pin_memory: bool):
         self.bad_image_log, self._end_workers = images.bad_image_log, None
+        self.img_size = images.img_size
         replaces = self.bad_image_log is not None
         workers = default_workers(images) if num_workers is None else num_workers
         super().__init__(
@@ -142,9 +149,21 @@ class ImageLoader(DataLoader):
                 if replacements:
                     self.bad_image_log.add(replacements[0])
                 yield x, y
-        except Exception:
+        except Exception as error:
             self.close()
+            if any(text in str(error) for text in NO_SHARED_MEMORY):
+                raise self._shared_memory_error() from error
             raise
+
+    def _shared_memory_error(self) -> DataError:
+        batch = max(len(index) for index in itertools.islice(self.batch_sampler, 1))
+        needed = self.num_workers * self.prefetch_factor * batch * 3 * self.img_size**2
+        free = shutil.disk_usage("/dev/shm").free
+        return DataError(
+            f"loader processes hand over batches in shared memory, which is full: /dev/shm has {free / 1e6:.0f} MB free "
+            f"and {self.num_workers} workers need about {needed / 1e6:.0f} MB. Start the container with --shm-size, or "
+            "use fewer workers: --num_workers 0 needs none."
+        )
 
     def close(self) -> None:
         """End the workers now; iterating again starts new ones."""

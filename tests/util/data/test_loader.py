@@ -129,6 +129,21 @@ def test_a_bad_image_is_an_error_that_ends_the_workers_and_the_loader_works_agai
     assert len(list(batches)) == 4
 
 
+class WithoutSharedMemory(Digits):
+    """A data set whose workers fail as torch's do where /dev/shm is full."""
+
+    def __getitem__(self, i):
+        raise RuntimeError("unable to write to file </torch_12_34_5>: No space left on device (28)")
+
+
+def test_workers_that_lack_shared_memory_are_explained():
+    batches = ImageLoader(WithoutSharedMemory(8), [[0, 1], [2, 3]], num_workers=2, pin_memory=False)
+    with pytest.raises(
+        DataError, match=r"/dev/shm has \d+ MB free and 2 workers need about .*--shm-size.*--num_workers 0"
+    ):
+        next(iter(batches))
+
+
 def test_workers_end_with_a_loader_that_the_garbage_collector_finds():
     """As one is in the frames of an exception. torch came too late to end them: they stayed, and so did pytest."""
     before = set(multiprocessing.active_children())
