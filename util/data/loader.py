@@ -160,9 +160,9 @@ class ImageLoader(DataLoader):
         needed = self.num_workers * self.prefetch_factor * batch * 3 * self.img_size**2
         free = shutil.disk_usage("/dev/shm").free
         return DataError(
-            f"loader processes hand over batches in shared memory, which is full: /dev/shm has {free / 1e6:.0f} MB free "
-            f"and {self.num_workers} workers need about {needed / 1e6:.0f} MB. Start the container with --shm-size, or "
-            "use fewer workers: --num_workers 0 needs none."
+            f"loader processes hand over batches in shared memory. {free / 1e6:.0f} MB of /dev/shm are free and "
+            f"{self.num_workers} workers need about {needed / 1e6:.0f} MB. Start the container with --shm-size, or use "
+            "fewer workers: --num_workers 0 needs none."
         )
 
     def close(self) -> None:

@@ -139,7 +139,7 @@ class WithoutSharedMemory(Digits):
 def test_workers_that_lack_shared_memory_are_explained():
     batches = ImageLoader(WithoutSharedMemory(8), [[0, 1], [2, 3]], num_workers=2, pin_memory=False)
     with pytest.raises(
-        DataError, match=r"/dev/shm has \d+ MB free and 2 workers need about .*--shm-size.*--num_workers 0"
+        DataError, match=r"MB of /dev/shm are free and 2 workers need about .*--shm-size.*--num_workers 0"
     ):
         next(iter(batches))
 
