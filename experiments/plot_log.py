@@ -5,6 +5,8 @@ python experiments/plot_log.py output/a output/b --out loss.png
 
 import argparse
 import json
+import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +19,14 @@ args = parser.parse_args()
 figure = Figure(figsize=(6, 3.2), layout="constrained")
 axes = figure.subplots()
 for run in args.runs:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = []
+    for text in (run / "log.jsonl").read_bytes().splitlines():
+        with suppress(ValueError):  # the last line of a run that was killed may be half
+            lines.append(json.loads(text))
+    train = {line["step"]: line for line in lines if line["event"] == "train" and line["loss"] is not None}
+    if not train:
+        sys.exit(f"{run / 'log.jsonl'} has no loss yet: name the folder of a run that has trained.")
     start = lines[0]["time"]
-    train = {line["step"]: line for line in lines if line["event"] == "train"}  # a repeated step counts once
     steps = sorted(train)
     # The last line of an epoch may be a mean over a few steps: too noisy beside the others.
     usual = max((b - a for a, b in pairwise(steps)), default=1)

@@ -41,3 +41,14 @@ def test_pictures_are_drawn(run, tmp_path, trained):
     run("plot_log.py", trained, "--out", tmp_path / "b.png")
     run("frequency_time_plane.py", "--spectrum", tmp_path / "s.npz", "--out", tmp_path / "c.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 2000 for name in "abc")
+
+
+def test_a_log_that_was_cut_off_or_has_no_loss_yet(run, tmp_path):
+    lines = [{"time": 1, "event": "start", "step": 0}, {"time": 2, "event": "train", "step": 0, "loss": None}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit, match="has no loss yet"):
+        run("plot_log.py", tmp_path, "--out", tmp_path / "a.png")
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"time": 3, "event": "train", "step": 1, "loss": 1.0}\n{"time": 4, "event": "tr')
+    run("plot_log.py", tmp_path, "--out", tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
