@@ -77,20 +77,24 @@ def train(given: Mapping[str, Any], ctx: DistContext) -> str:
         UserError: settings that cannot work, data that cannot be read, a loss that is not finite.
         Preempted: on all ranks, when one was asked to stop; the run is saved.
     """
-    config, checkpoint, source, data, step = open_run(given, ctx)
-    if checkpoint and config.start_epoch >= config.epochs and not samples_are_missing(config, config.start_epoch):
-        run = checkpoint.path.parent
-        return (
-            f"Nothing to train: {run} has finished {config.start_epoch} of {config.epochs} epochs. "
-            f"EPOCHS={config.epochs * 2} continues, RESUME={run} EVALUATE_GEN=1 evaluates. "
-            f"Its samples and metrics are in {run}/samples and {run}/eval."
-        )
+    config, _, _ = load_for_training(given, ctx)  # refuses what cannot work before the ranks wait for each other
     with ExitStack() as stack:
-        if ctx.is_main and not config.dry_run:
-            lock = stack.enter_context(RunLock(config.output_dir))
-            if lock.waited:
-                config, checkpoint, source, data, step = open_run(given, ctx)
         stack.enter_context(process_group(ctx, config.dist_timeout, single_process=config.parallel == "fsdp"))
+
+        def hold_folder() -> None:
+            stack.enter_context(RunLock(config.output_dir))
+
+        if not config.dry_run:
+            run_on_rank0(ctx, hold_folder)
+        # Only now is the folder this run's own, and what is read from it will not change.
+        config, checkpoint, source, data, step = raise_on_all_ranks(ctx, lambda: open_run(given, ctx))
+        if checkpoint and config.start_epoch >= config.epochs and not samples_are_missing(config, config.start_epoch):
+            run = checkpoint.path.parent
+            return (
+                f"Nothing to train: {run} has finished {config.start_epoch} of {config.epochs} epochs. "
+                f"EPOCHS={config.epochs * 2} continues, RESUME={run} EVALUATE_GEN=1 evaluates. "
+                f"Its samples and metrics are in {run}/samples and {run}/eval."
+            )
         assert_same_across_ranks("run", (run_name(config), step, len(data[0])), ctx)
         trainer = Trainer(config, given, data, step, checkpoint, source, ctx)
         del checkpoint, source  # their memory, and the disk space of a file that is replaced
@@ -106,7 +110,7 @@ def train(given: Mapping[str, Any], ctx: DistContext) -> str:
 def open_run(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, Checkpoint | None, Checkpoint | None, Data, int]:
     """Return configuration, checkpoint to resume, checkpoint to start from, data, and the number of finished steps.
 
-    What cannot work is refused here, before the ranks wait for each other and before an image is read.
+    What cannot work is refused here, before an image is read; what metrics need is looked for later.
     """
     config, checkpoint, source = load_for_training(given, ctx)
     warn(check(config, config.online_eval) + check_compiler(config.compile, ctx.device), ctx)
@@ -216,7 +220,8 @@ class Trainer:
     def train_step(self, batches: Iterator[tuple[Tensor, Tensor]], step: int) -> Tensor:
         """Do one optimizer step on the next `accum_iter` microbatches. Return the norm of the gradient.
 
-        A loss or gradient that is not finite on any rank changes neither weights nor optimizer nor EMAs on any of them.
+        A loss or gradient that is not finite on any rank changes neither weights nor optimizer on any of them, nor an
+        EMA that is ever saved.
         The device decides that; the host does not wait for it.
         """
         config, ctx = self.config, self.ctx
@@ -345,14 +350,18 @@ class Trainer:
             return
         step, count = steps[0], len(steps)
         path = self.folder / f"nonfinite-step{step:09d}.json"
+        where = f"The images and times of the step are in {path}"
         if self.ctx.is_main:
-            write_json(path, {"steps": [self._describe_step(s) for s in steps]})
+            try:
+                write_json(path, {"steps": [self._describe_step(s) for s in steps]})
+            except (OSError, UserError) as error:
+                where = f"The images and times of the step could not be written ({error})"
         raise NonFiniteError(
             f"The loss or a gradient is not finite at step {step} (epoch {step // self.steps_per_epoch}), "
             f"learning rate {learning_rate(self.config, step, self.steps_per_epoch):.3g}"
             f"{f', and in {count} consecutive steps' if count > 1 else ''}. No weight was changed by it, and the last "
             "checkpoint is intact. Usual remedies are a lower BLR, a longer warm-up or --attn_fp32; --skip_nonfinite "
-            f"tolerates single steps. The images and times of the step are in {path}.",
+            f"tolerates single steps. {where}.",
             steps,
         )
 

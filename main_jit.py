@@ -103,9 +103,12 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
             report, path = evaluate_and_write(target_of(config), suites[0], folder / "eval", ctx)
             products = [f"report: {path}"]
     if ctx.is_main and (folder / WANDB_ID_NAME).exists() and config.wandb_mode != "disabled":
-        log = RunLog(folder, ctx, wandb_settings(config, folder.name))  # continues the training run's
-        log.log("eval", checkpoint.run.get("step", checkpoint.epoch + 1), loggable(report))
-        log.close()
+        try:
+            log = RunLog(folder, ctx, wandb_settings(config, folder.name))  # continues the training run's
+            log.log("eval", checkpoint.run.get("step", checkpoint.epoch + 1), loggable(report))
+            log.close()
+        except UserError as error:  # the report exists all the same
+            warn([f"the evaluation is not logged: {error}"], ctx)
     return "   ".join([metric_line(report), *products])
 
 

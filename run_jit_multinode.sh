@@ -69,7 +69,7 @@ NCCL_SOCKET_IFNAME          NCCL's choice           network interface between no
 GLOO_SOCKET_IFNAME          that of the host's name for what processes tell each other, also in runs on GPUs
 JIT_DIR                     SLURM_SUBMIT_DIR        folder of main_jit.py, for sbatch from elsewhere
 DRY_RUN                     0                       1 checks settings, checkpoint and data, prints the
-                                                    command and starts nothing
+                                                    command and starts nothing (before srun: prints)
 
 TERM, HUP, USR1 and Ctrl-C: training stops after the current step and writes a checkpoint, an evaluation keeps what it
 has; a second Ctrl-C stops at once. With srun, which starts this on each of several nodes, USR1 is forwarded

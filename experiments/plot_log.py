@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -28,9 +27,6 @@ for run in args.runs:
         sys.exit(f"{run / 'log.jsonl'} has no loss yet: name the folder of a run that has trained.")
     start = lines[0]["time"]
     steps = sorted(train)
-    # The last line of an epoch may be a mean over a few steps: too noisy beside the others.
-    usual = max((b - a for a, b in pairwise(steps)), default=1)
-    steps = steps[:1] + [b for a, b in pairwise(steps) if b - a > usual / 2]
     minutes = (train[steps[-1]]["time"] - start) / 60
     axes.plot(steps, [train[s]["loss"] for s in steps], linewidth=1, label=f"{run.name} ({minutes:.0f} min)")
 axes.set(xlabel="step", ylabel="v-loss", yscale="log")

@@ -58,6 +58,7 @@ def _work(rank: int, folder, ports: list[int]) -> None:
     call("sample", flags(resume=folder / "plain", sample=True, labels="0-6", num_per_class=1, device="cpu"))
     call("evaluate", flags(resume=folder / "plain", evaluate_gen=True, num_images=30, gen_bsz=7, device="cpu"))
     call("refused", arguments(output_dir=folder / "refused", batch_size=21))
+    torch.distributed.destroy_process_group()  # it stays after an error, and this process goes on
     _poisoned(rank, folder, call)
     group = torch.distributed.is_initialized()
     torch.save({"codes": codes, "alive": alive, "generator": generator, "group": group}, folder / f"results-{rank}.pt")
@@ -127,6 +128,7 @@ def test_exit_codes(pair):
         assert {name: code for name, code in codes.items() if code} == {"refused": 2, "poisoned": 2}
         assert len(codes) == 9
         assert results["group"]  # ending it would wait for ranks that do not fail
+    assert not (pair[0] / "refused").exists()
 
 
 def test_ddp_is_gone_before_its_process_group(pair):
@@ -149,13 +151,6 @@ def test_two_processes_train_as_one(pair, alone, name):
             torch.testing.assert_close(value, one[key][parameter], rtol=0, atol=2e-5, msg=parameter)
     assert two["args"].global_batch == one["args"].global_batch == 16
     assert read_log(folder, "start")[0]["ranks"] == 2
-
-
-def test_one_process_goes_on_where_two_stopped(pair, tmp_path):
-    three = train(tmp_path / "one", resume=pair[0] / "plain", epochs=3, batch_size=16, flip=True)
-    whole = train(tmp_path / "whole", epochs=3, flip=True)
-    for a, b in zip(read_log(three), read_log(whole)[4:], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 def test_dropout_is_reproducible_and_differs_between_processes(pair):
@@ -185,10 +180,6 @@ def test_evaluation_by_two_and_by_one(pair, tmp_path):
     assert one["ranks"] == 1
 
 
-def test_refusal_writes_nothing(pair):
-    assert not (pair[0] / "refused").exists()
-
-
 def test_step_that_is_not_finite_on_one_process_is_suppressed_on_all(pair):
     folder, states = pair[0], []
     for rank in (0, 1):
@@ -200,27 +191,23 @@ def test_step_that_is_not_finite_on_one_process_is_suppressed_on_all(pair):
     assert [line["step"] for line in read_log(folder / "poisoned")] == [0, 1]
 
 
-@pytest.mark.parametrize("epochs", [2])
-def test_fsdp_trains_as_ddp(pair, epochs):
+def test_fsdp_trains_as_ddp(pair):
     for a, b in zip(read_log(pair[0] / "fsdp"), read_log(pair[0] / "plain"), strict=True):
         assert a["loss"] == b["loss"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
     sharded, plain = load(pair[0] / "fsdp"), load(pair[0] / "plain")
-    assert sharded.path.suffix == ".dcp" and sharded.epoch == epochs - 1
+    assert sharded.path.suffix == ".dcp" and sharded.epoch == plain.epoch == 1
     for name in plain.weights:
         stored = whole(sharded.weights[name])
         for key, value in plain.weights[name].items():
             torch.testing.assert_close(stored[key], value, rtol=0, atol=1e-7, msg=key)
 
 
-def test_one_rank_continues_a_sharded_run(pair, tmp_path):
-    one = train(tmp_path / "one", resume=pair[0] / "fsdp", epochs=3, batch_size=16, flip=True, parallel="ddp")
-    two = train(tmp_path / "two", resume=pair[0] / "plain", epochs=3, batch_size=16, flip=True)
-    for a, b in zip(read_log(one), read_log(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
-
-
-def test_one_rank_shards_the_run_of_two(pair, tmp_path):
-    one = train(tmp_path / "one", resume=pair[0] / "plain", epochs=3, batch_size=16, flip=True, parallel="fsdp")
-    two = train(tmp_path / "two", resume=pair[0] / "plain", epochs=3, batch_size=16, flip=True)
-    for a, b in zip(read_log(one), read_log(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+def test_one_process_goes_on_where_two_stopped_with_shards_and_without(pair, tmp_path):
+    settings = {"epochs": 3, "batch_size": 16, "flip": True}
+    uninterrupted = read_log(train(tmp_path / "whole", **settings))[4:]
+    logs = []
+    for before, parallel in (("plain", "ddp"), ("plain", "fsdp"), ("fsdp", "ddp")):
+        folder = tmp_path / f"{before} as {parallel}"
+        logs.append(read_log(train(folder, resume=pair[0] / before, parallel=parallel, **settings)))
+    for log, other, tolerance in ((logs[0], uninterrupted, 1e-5), (logs[1], logs[0], 1e-6), (logs[2], logs[0], 1e-6)):
+        assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in other], rel=tolerance)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -47,6 +48,11 @@ def kill_at(monkeypatch, step):
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"), **RUN)
+
+
+def checkpoints(folder):
+    """All of them, and what is left of unfinished ones: name -> step."""
+    return {path.name: torch.load(path, weights_only=False)["run"]["step"] for path in folder.glob("*checkpoint-*")}
 
 
 def numbers(folder):
@@ -94,23 +100,35 @@ def test_a_requested_stop_saves_and_says_where(whole, tmp_path, capsys, monkeypa
     )
 
 
-def test_a_stop_while_samples_are_generated_resumes_with_them(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("before", "kills"), [("keep", 1), ("prune", 3)])
+def test_kept_checkpoints_survive_kills_and_restarts_at_the_end_of_epochs(tmp_path, monkeypatch, before, kills):
+    """Killed between a save, the second name of what is kept, and the removal of an older one."""
+    settings, whole, killed = {**RUN, "keep_every_epochs": 1}, tmp_path / "whole", tmp_path / "killed"
+    train(whole, **settings)
+    for epoch in range(kills):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(files, before, Mock(side_effect=Killed))
+            train(killed, **settings)
+        assert raw(killed)["epoch"] == epoch
+    train(killed, **settings)
+    assert state_differences(whole, killed) == []
+    (killed / "checkpoint-step000000004.pth").unlink(missing_ok=True)  # after the last kill nothing was left to do
+    assert checkpoints(killed) == checkpoints(whole)
+    assert sorted(checkpoints(whole).values()) == [4, 8, 8, 12, 12]
+
+
+@pytest.mark.parametrize("how", ["stopped while they are generated", "killed before"])
+def test_missing_samples_are_generated_when_the_run_resumes(whole, tmp_path, monkeypatch, how):
+    """Between the checkpoint after epoch 2 and its grid of samples."""
     grid = "samples/epoch0002-ema1-heun2-cfg2.9.png"
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "requested_on_any_rank", lambda ctx: "SIGUSR1")
-        train(tmp_path, code=preemption.EXIT_CODE, **RUN)
-    assert raw(tmp_path)["epoch"] == 1 and not (tmp_path / grid).exists()
-    train(tmp_path, **RUN)
-    assert (tmp_path / grid).read_bytes() == (whole / grid).read_bytes()
-    assert state_differences(whole, tmp_path) == []
-
-
-def test_missing_samples_are_generated_when_the_run_resumes(whole, tmp_path, monkeypatch):
-    """Killed between the checkpoint after epoch 2 and its grid of samples."""
-    grid = "samples/epoch0002-ema1-heun2-cfg2.9.png"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(engine_jit.Trainer, "sample_and_evaluate", lambda self, epoch: (_ for _ in ()).throw(Killed))
-        train(tmp_path, **RUN)
+        if how == "killed before":
+            patch.setattr(engine_jit.Trainer, "sample_and_evaluate", Mock(side_effect=Killed))
+            with pytest.raises(Killed):
+                train(tmp_path, **RUN)
+        else:
+            patch.setattr(generate, "requested_on_any_rank", lambda ctx: "SIGUSR1")
+            train(tmp_path, code=preemption.EXIT_CODE, **RUN)
     assert raw(tmp_path)["epoch"] == 1 and not (tmp_path / grid).exists()
     train(tmp_path, **RUN)
     assert (tmp_path / grid).read_bytes() == (whole / grid).read_bytes()

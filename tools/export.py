@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from denoiser import Denoiser
 from util.build import build_denoiser, denoiser_settings, describe_operators
 from util.checkpoint import files
-from util.checkpoint.published import WEIGHTS, load, load_weights, whole
+from util.checkpoint.published import WEIGHTS, load, load_weights, read_safetensors, whole
 from util.checkpoint.sharded import MOMENTS
 from util.config import resolve
 from util.errors import UserError
@@ -42,25 +41,14 @@ def export(folder: str | Path, out: str | Path, ema: str = "ema1", name: str | N
 
 def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> tuple[Denoiser, Any]:
     """Return the denoiser of an exported file, in evaluation mode, and its configuration; UserError for other files."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
-            settings = json.loads(about["config"]) if "config" in about else _flags(json.loads(about["denoiser"]))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not an export of this project: {error}") from error
+    content = read_safetensors(Path(path))
+    settings = vars(content["args"])
+    if "model" not in settings:
+        raise UserError(f"{path} holds weights without settings: it is not an export of this project.")
     config = resolve({}, settings, training=False)
     denoiser = build_denoiser(config)
-    load_weights(denoiser, tensors, Path(path))
+    load_weights(denoiser, content["model"], Path(path))
     return denoiser.to(device).eval(), config
-
-
-def _flags(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an earlier export, in which two of Spectral Forcing's had other names, as flags."""
-    settings["disable_dct_patchify"] = not settings.pop("spectral_forcing")
-    if (fixed := settings.pop("sf_fixed_scale")) is not None:
-        settings |= {"disable_dct_scale_schedule": True, "dct_fixed_scale": fixed}
-    return settings
 
 
 def merge(folder: str | Path, out: str | Path, name: str | None = None) -> None:

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check(torchrun: Sequence[str], flags: Sequence[str]) -> None:
-    """Raise a UserError for what a start would refuse before it reads an image; print warnings."""
+    """Raise a UserError for settings, checkpoints and data that a start would refuse; print warnings."""
     from main_jit import check_start
     from util.config import parse_args
     from util.dist.context import find_context

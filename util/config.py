@@ -396,6 +396,8 @@ NEEDS = {
     ),
     "P_mean": (lambda c: c.t_sampler == "logit_normal", "--t_sampler logit_normal"),
     "P_std": (lambda c: c.t_sampler == "logit_normal", "--t_sampler logit_normal"),
+    "min_lr": (lambda c: c.lr_schedule == "cosine", "--lr_schedule cosine"),
+    "blr": (lambda c: c.lr is None, "a learning rate that it decides: --lr wins"),
     "sample_t_eps": (lambda c: c.pred_param != "v", "--pred_param x or hybrid"),
     **{
         f"hybrid_x_weight_{name}": (lambda c: c.pred_param == "hybrid", "--pred_param hybrid")
@@ -442,6 +444,8 @@ def check(config: Any, evaluates: bool) -> list[str]:
             f"--interval_min {config.interval_min} is above --interval_max {config.interval_max}; "
             "the guidance interval must satisfy 0 <= min <= max <= 1."
         )
+    if not 0 <= config.t_eps < 1 or (config.t_eps == 0 and config.pred_param != "v"):
+        raise UserError(f"--t_eps {config.t_eps} must be above 0 and below 1, or 0 together with --pred_param v.")
     if config.hybrid_x_weight_min > config.hybrid_x_weight_max:
         raise UserError(
             f"--hybrid_x_weight_min {config.hybrid_x_weight_min} must not exceed --hybrid_x_weight_max "
@@ -495,7 +499,8 @@ def run_name(config: Any) -> str:
         and not (field.metadata["added"] and getattr(config, name) == field.default)
         and _is_trained(name, config.t_sampler)
     }
-    locked.pop("input_operator", None) if config.input_operator in ("none", "spectral_forcing") else None
+    if config.input_operator in ("none", "spectral_forcing"):
+        locked.pop("input_operator", None)
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     settled = ("sf_power", "schedule_delta", "schedule_level", "spectrum_sha256")
     locked |= {name: fields[name] for name in settled if fields[name] is not None}

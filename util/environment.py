@@ -16,7 +16,9 @@ OWN = """AUTO_SRUN CONDA_ENV_PATH DATA_ROOT DRY_RUN ENABLE_WANDB IMAGENET_ROOT J
 #: names in other launchers -> the name here
 ELSEWHERE = {
     "BASE_LR": "BLR",
+    "BATCHSIZE": "BATCH_SIZE",
     "CFG_SCALE": "CFG",
+    "EPOCH": "EPOCHS",
     "GLOBAL_BATCH_SIZE": "GLOBAL_BATCH",
     "GPUS_PER_NODE": "NUM_GPUS",
     "LEARNING_RATE": "LR",
@@ -26,6 +28,8 @@ ELSEWHERE = {
     "RESUME_FROM": "RESUME",
     "RUN_NAME_BASE": "OUTPUT_DIR",
 }
+
+ALIKE = {"NUM_CPUS", "PATCH_SIZE"}  # names that are set for other programs, though near to one here
 
 
 def flags_from(environment: Mapping[str, str], argv: list[str]) -> list[str]:
@@ -44,7 +48,7 @@ def flags_from(environment: Mapping[str, str], argv: list[str]) -> list[str]:
         if not value:
             continue
         if flag_type(field) is not bool:
-            words += [flag, value]
+            words += [f"{flag}={value}"] if value.startswith("-") else [flag, value]  # "-1e-1" alone is no value
         elif _is_on(variable, value):
             words.append(flag)
         elif has_negation(field):
@@ -74,11 +78,12 @@ def refuse_misspelt(environment: Mapping[str, str], known: list[str]) -> None:
     """Raise a UserError for a variable whose name is one or two letters from a known one, or another launcher's."""
     for variable in sorted(environment.keys() - set(known)):
         likely = ELSEWHERE.get(variable)
-        if likely is None and len(variable) >= 5:  # of shorter names too many are alike
-            most = 2 if len(variable) >= 8 else 1
-            likely = next((name for name in known if 0 < edit_distance(variable, name) <= most), None)
+        if likely is None and "_" in variable and variable not in ALIKE:  # of single words too many are alike
+            nearest = min(known, key=lambda name: edit_distance(variable, name))
+            most = 2 if len(variable) >= 9 and nearest not in OWN else 1
+            likely = nearest if edit_distance(variable, nearest) <= most else None
         if likely is not None:
-            raise UserError(f"{variable} is set, which nothing reads. Did you mean {likely}? Otherwise unset it.")
+            raise UserError(f"{variable} is set, which nothing here reads. Did you mean {likely}? Otherwise unset it.")
 
 
 def edit_distance(a: str, b: str) -> int:

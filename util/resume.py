@@ -57,8 +57,10 @@ def load_for_training(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, 
     checkpoint = None
     if output is not None and find(output):
         checkpoint = load(output)
-    elif resume is not None and (find(resume) or output is None or Path(resume).resolve() != Path(output).resolve()):
-        checkpoint = load(resume)
+    elif resume is not None:
+        own = output is not None and Path(resume).resolve() == Path(output).resolve()
+        if find(resume) or not own:  # a new run may name its own folder, which has none yet
+            checkpoint = load(resume)
     if checkpoint is not None and ("model" not in checkpoint.args or (checkpoint.epoch < 0 and not checkpoint.run)):
         raise UserError(
             f"{checkpoint.path} cannot be resumed: it lacks its settings or its epoch. --init_from {checkpoint.path} "

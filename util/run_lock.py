@@ -23,27 +23,24 @@ class RunLock:
 
     The kernel frees the lock when this process ends, however it ends; on NFS other nodes see it as well.
 
-    Attributes:
-        waited: another process held the folder at first, and may have changed what is in it.
-
     Raises:
         UserError: another process holds the folder, or it cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder, self.waited = Path(folder), False
+        self.folder = Path(folder)
         self.path = self.folder / NAME
 
     def __enter__(self) -> Self:
-        deadline = time.monotonic() + PATIENCE
+        deadline, waited = time.monotonic() + PATIENCE, False
         while (file := self._try()) is None:
-            if not self.waited:
+            if not waited:
                 print(f"{self.folder} is in use; waiting for up to {PATIENCE:.0f} s", file=sys.stderr, flush=True)
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{self.folder} is in use by {self._holder()}. Wait for it, stop it, or name another --output_dir."
                 )
-            self.waited = True
+            waited = True
             time.sleep(0.2)
         self._file = file
         return self
@@ -57,16 +54,23 @@ class RunLock:
             raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self.path.exists() or not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                raise BlockingIOError  # the one before has removed the file meanwhile: try the new one
         except BlockingIOError:
-            return file.close()
+            file.close()
+            return None
         except OSError as error:  # such as Lustre mounted without flock
             print(f"warning: {self.path} cannot be locked ({error}): do not start a second run", file=sys.stderr)
-        since = datetime.now().isoformat(" ", "seconds")
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}) + "\n")
-        file.flush()
+        try:
+            if not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                raise FileNotFoundError
+            since = datetime.now().isoformat(" ", "seconds")
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}) + "\n")
+            file.flush()
+        except FileNotFoundError:  # the one before has removed the file meanwhile: try the new one
+            file.close()
+            return None
+        except OSError as error:
+            raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
         return file
 
     def _holder(self) -> str:

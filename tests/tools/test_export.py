@@ -109,9 +109,13 @@ def test_other_files_are_no_exports(trained, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, str(other))
     (tmp_path / "text").write_text("no weights")
-    for path in (other, tmp_path / "text", tmp_path / "missing", trained / NAME):
-        with pytest.raises(UserError, match="is not an export"):
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"a": torch.zeros(1)}, str(wrong), metadata={"config": "[1]"})
+    for path in (wrong, tmp_path / "text", tmp_path / "missing", trained / NAME):
+        with pytest.raises(UserError, match="cannot be read as safetensors"):
             load_denoiser(path)
+    with pytest.raises(UserError, match="is not an export"):
+        load_denoiser(other)
 
 
 def test_weights_that_do_not_fit_are_not_exported(trained, tmp_path):
@@ -137,8 +141,7 @@ def test_a_sharded_run_as_one_file(tmp_path):
         assert main_jit.main(argv) == 0
         images.append([path.read_bytes() for path in sorted(out.rglob("0*.png"))])
     assert len(images[0]) == 3 and images[0] == images[1]
-    logs = [read_log(train(tmp_path / p, resume=tmp_path / "merged", epochs=3, parallel=p)) for p in ("fsdp", "ddp")]
-    assert logs[0] == logs[1] and len(logs[0]) == 2
+    assert len(read_log(train(tmp_path / "on", resume=tmp_path / "merged", epochs=3))) == 2
 
 
 # --- the previous version: a run of one block, written after step 3 of 6, in the middle of a log interval -------------

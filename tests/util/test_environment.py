@@ -49,6 +49,7 @@ def test_every_flag_has_a_variable_and_none_is_the_launchers():
         ({"DATA_PATH": "a", "DATA_ROOT": "b", "IMAGENET_ROOT": "c"}, ["--data_path", "a"]),
         ({"DATA_ROOT": "b", "IMAGENET_ROOT": "c"}, ["--data_path", "b"]),
         ({"IMAGENET_ROOT": "c"}, ["--data_path", "c"]),
+        ({"P_MEAN": "-1e-1", "WANDB_RUN_NAME": "-x"}, ["--wandb_run_name=-x", "--P_mean=-1e-1"]),
         ({"IMAGENET_ROOT": "c", "DATASET": "cifar10"}, ["--dataset", "cifar10"]),
     ],
 )
@@ -64,7 +65,7 @@ def test_imagenet_root_is_for_image_folders_alone(argv):
 
 
 MISSPELT = """NUM_GPU:NUM_GPUS BATCHSIZE:BATCH_SIZE EPOCH:EPOCHS IMAGE_SIZE:IMG_SIZE OUTPUT_DIRR:OUTPUT_DIR
-    RESUME_FROM:RESUME GLOBAL_BATCH_SIZE:GLOBAL_BATCH"""
+    VAL_FREQS:VAL_FREQ RESUME_FROM:RESUME GLOBAL_BATCH_SIZE:GLOBAL_BATCH"""
 
 
 @pytest.mark.parametrize("pair", MISSPELT.split())
@@ -79,7 +80,8 @@ def test_nothing_else_is_touched():
     others = """HOME PATH SHELL SHLVL TERM USER LOGNAME LANG LC_ALL PWD OLDPWD EDITOR DISPLAY HOSTNAME TMPDIR LINES
         SLURM_JOB_ID SLURM_NNODES SLURM_NTASKS CUDA_VISIBLE_DEVICES CUDA_HOME NCCL_DEBUG OMP_NUM_THREADS PYTHONPATH
         WANDB_API_KEY WANDB_DIR VIRTUAL_ENV CONDA_PREFIX HF_HOME TORCH_HOME XDG_RUNTIME_DIR JIT_SRUN_JOB COLUMNS
-        SSH_CLIENT MAIL MODULEPATH LD_LIBRARY_PATH TZ PS1 IFS MASTER_ADDR JIT_STATE_DIR GROUP_RANK""".split()
+        SSH_CLIENT MAIL MODULEPATH LD_LIBRARY_PATH TZ PS1 IFS MASTER_ADDR JIT_STATE_DIR GROUP_RANK
+        GLOBAL_RANK NUM_CPUS LOCAL_DIR COMPILER SAMPLES PATCH_SIZE SIMPLE MASTER_HOST NODES DATASETS PYTHON3""".split()
     names = [*others, *(name for name in os.environ if name not in {n.upper() for n in all_flags()} | set(OWN))]
     assert flags_from(dict.fromkeys(names, "x"), []) == []
 

@@ -10,7 +10,7 @@ import pytest
 
 import engine_jit
 import main_jit
-from tests.conftest import arguments, listing, train
+from tests.conftest import arguments, listing, raw, train
 from util import run_lock
 from util.errors import UserError
 from util.run_lock import RunLock
@@ -22,8 +22,7 @@ def impatient(monkeypatch):
 
 
 def test_the_second_is_told_who_holds_it_and_since_when(tmp_path):
-    with RunLock(tmp_path / "a/b") as lock:
-        assert not lock.waited
+    with RunLock(tmp_path / "a/b"):
         with (
             pytest.raises(UserError, match=rf"in use by process {os.getpid()} on \S+, since 20..-"),
             RunLock(tmp_path / "a/b"),
@@ -32,8 +31,8 @@ def test_the_second_is_told_who_holds_it_and_since_when(tmp_path):
         with RunLock(tmp_path / "c"):  # another folder is free
             pass
     assert listing(tmp_path) == {str(tmp_path / "a"): "folder"}  # nothing is left of a run that wrote nothing
-    with RunLock(tmp_path / "a/b") as lock:
-        assert not lock.waited
+    with RunLock(tmp_path / "a/b"):  # free again
+        pass
 
 
 def test_it_waits_for_one_that_is_about_to_end(tmp_path):
@@ -41,7 +40,7 @@ def test_it_waits_for_one_that_is_about_to_end(tmp_path):
     (tmp_path / "file").touch()
     threading.Timer(0.2, first.__exit__).start()
     with RunLock(tmp_path) as lock:
-        assert lock.waited and lock.path.exists()
+        assert lock.path.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -105,16 +104,25 @@ def test_a_second_run_in_the_folder_of_a_run_is_refused(tmp_path, monkeypatch, c
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_run_that_waited_goes_on_from_what_the_other_has_written(tmp_path, monkeypatch):
+def test_a_run_goes_on_from_what_another_wrote_just_before_it_got_the_folder(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     enter = RunLock.__enter__
 
     def enter_late(self):
         monkeypatch.setattr(RunLock, "__enter__", enter)
         train(folder, epochs=1)  # while this one has read that there is no checkpoint
-        enter(self).waited = True
-        return self
+        return enter(self)
 
     monkeypatch.setattr(RunLock, "__enter__", enter_late)
     train(folder, epochs=2)
+    assert raw(folder)["run"]["step"] == 4
     assert (folder / "config-from-step000000002.json").exists()
+
+
+def test_a_disk_that_is_full_is_a_sentence(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_lock.json, "dumps", fail)
+    with pytest.raises(UserError, match="No space left on device"), RunLock(tmp_path):
+        pass

@@ -45,8 +45,8 @@ def candidates(folder: Path) -> list[Path]:
     newest = [folder / name for name in NEWEST if _is_complete(folder / name)]
     if len(newest) > 1:
         newest.sort(key=lambda path: recorded_step(path) or 0, reverse=True)
-    named = [path for kind in ("step", "epoch") for path in sorted(folder.glob(f"checkpoint-{kind}*"), reverse=True)]
-    return newest + [path for path in named if _is_complete(path)]
+    steps, epochs = (sorted(folder.glob(f"checkpoint-{kind}*"), reverse=True) for kind in ("step", "epoch"))
+    return newest + [path for path in steps + epochs if _is_complete(path)]
 
 
 def _is_complete(path: Path) -> bool:
@@ -120,29 +120,33 @@ def put_in_place(path: Path, previous_step: int | None = None) -> Path:
 def prune(folder: Path, keep_last: int, first_step: int | None = None) -> None:
     """Leave `keep_last` - 1 earlier checkpoints. Those after `first_step`, before which the run went back, go first."""
     earlier = sorted(folder.glob("checkpoint-step*.*"), key=lambda path: path.stem, reverse=True)
-    later = [path for path in earlier if first_step is not None and path.stem > STEP.format(first_step)]
-    for path in later + [path for path in earlier if path not in later][keep_last - 1 :]:
+    abandoned = [path for path in earlier if first_step is not None and path.stem > STEP.format(first_step)]
+    valid = [path for path in earlier if path not in abandoned]
+    for path in abandoned + valid[keep_last - 1 :]:
         _remove(path)
 
 
 def recover(folder: Path, last_step: int | None) -> None:
     """Finish or remove what a killed run left; `last_step` is of the newest checkpoint if the run resumes from it."""
-    try:
-        for path in (folder / NEXT, folder / NEXT_SHARDED, *folder.glob(".checkpoint-*.tmp")):
-            if last_step is not None and _is_complete(path) and recorded_step(path) == last_step:
-                put_in_place(path, last_step)
-            else:
-                _remove(path)
-    except OSError as error:
-        raise UserError(f"What a killed run left in {folder} cannot be put in order: {error}") from error
+    for path in (folder / NEXT, folder / NEXT_SHARDED, *folder.glob(".checkpoint-*.tmp")):
+        if last_step is not None and _is_complete(path) and recorded_step(path) == last_step:
+            put_in_place(path, last_step)
+        else:
+            _remove(path)
 
 
 def keep(path: Path, epoch: int) -> None:
-    """Give a checkpoint a second name, under which it stays for good, as the one after `epoch` (counted from 0)."""
+    """Give a checkpoint a second name, under which it stays for good, as the one after `epoch` (counted from 0).
+
+    The name is free before it is given: a rename between two names of one file would do nothing (rename(2)).
+    """
     name = path.with_name(f"{EPOCH.format(epoch + 1)}{path.suffix}")
     try:
         _remove(name)
-        shutil.copytree(path, name, copy_function=_link) if path.is_dir() else _link(path, name)
+        if path.is_dir():
+            shutil.copytree(path, name, copy_function=_link)
+        else:
+            _link(path, name)
         sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"The checkpoint cannot be kept as {name}: {error}") from error
@@ -156,4 +160,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

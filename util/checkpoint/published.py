@@ -14,7 +14,6 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -73,8 +72,11 @@ def load(folder: str | os.PathLike, name: str | None = None) -> Checkpoint:
 
     A damaged newest one is passed over for the one before it, which `notes` says. UserError if none is intact.
     """
-    newest, folder, problems = files.find(folder), Path(folder), []
-    for path in files.candidates(folder) if newest and name is None else [folder / (name or files.NAME)]:
+    newest, folder = files.find(folder), Path(folder)
+    if name is not None or newest is None:
+        return _read(folder / (name or files.NAME))
+    problems = []
+    for path in files.candidates(folder):
         try:
             checkpoint = _read(path)
         except UserError as error:
@@ -93,36 +95,49 @@ def _read(path: Path) -> Checkpoint:
     if path.suffix == ".dcp":
         return _understand(path, sharded.load(path))
     if path.suffix == ".safetensors":
-        return _understand(path, _read_safetensors(path))
+        return _understand(path, read_safetensors(path))
     files.verify(path)
     try:
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:  # torch advises to execute it all the same
         raise UserError(
-            f"{path} cannot be read as a checkpoint: it holds more than tensors and plain settings, which are not "
-            "executed. Save its state dict alone, with the code that wrote it."
+            f"{path} cannot be read as a checkpoint: it holds other objects than tensors and plain settings, and "
+            "loading them could execute code. Save its state dict alone, with the code that wrote it."
         ) from error
     except Exception as error:  # of many kinds: a damaged or foreign file
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if isinstance(content, dict) and content.get("optimizer") is not None:
-        groups, state = content["optimizer"]["param_groups"], content["optimizer"]["state"]
-        moments = {key: {slot: values[key] for slot, values in state.items()} for key in ("step", *sharded.MOMENTS)}
-        content["optimizer"] = {"param_groups": groups, **moments}
+        content["optimizer"] = _adamw(content["optimizer"])
     return _understand(path, content)
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _adamw(state: Any) -> dict[str, Any] | None:
+    """Return an AdamW's state by slot; None for another optimizer's, from which no training resumes."""
+    try:
+        groups, slots = state["param_groups"], state["state"]
+        moments = {key: {slot: values[key] for slot, values in slots.items()} for key in ("step", *sharded.MOMENTS)}
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return {"param_groups": groups, **moments}
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
     """Return the weights of a safetensors file, with the settings if it is an export of this project."""
     try:
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        settings = json.loads(about["config"]) if "config" in about else {}
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        settings = json.loads(about.get("config", "{}"))
+        if "denoiser" in about:  # an earlier export, in which two settings had other names
+            settings = json.loads(about["denoiser"])
+            settings["disable_dct_patchify"] = not settings.pop("spectral_forcing")
+            if (fixed := settings.pop("sf_fixed_scale")) is not None:
+                settings |= {"disable_dct_scale_schedule": True, "dct_fixed_scale": fixed}
+        return {"model": tensors, "args": Namespace(**settings)}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
-    return {"model": tensors, "args": Namespace(**settings)}
 
 
 def _understand(path: Path, content: Any) -> Checkpoint:
@@ -156,7 +171,7 @@ def _understand(path: Path, content: Any) -> Checkpoint:
 def _state_dict(state: Any, foreign: str) -> Mapping[str, Tensor]:
     """Return a state dict with this project's keys and its patch projection as a convolution."""
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{foreign}: its weights are no state dict.")
+        raise UserError(f"{foreign}: its weights are not a state dict.")
     if not isinstance(state, sharded.Section):
         state = {_key(key): value for key, value in state.items()}
     if PROJ1 not in state:
@@ -217,8 +232,9 @@ def copy_into(targets: Mapping[Any, Tensor], state: Mapping[Any, Tensor]) -> Non
     for key, target in targets.items():
         value = state[key].reshape(target.shape)  # AdamW's moments of PROJ1 may be in the linear layout
         if isinstance(target, DTensor):  # sharded by rows: no more than this rank's are read from the file
-            rows, rank = value.chunk(target.device_mesh.size()), target.device_mesh.get_local_rank()
-            target, value = target.to_local(), rows[rank] if rank < len(rows) else value[:0]
+            parts, rank = value.chunk(target.device_mesh.size()), target.device_mesh.get_local_rank()
+            value = parts[rank] if rank < len(parts) else value[:0]  # fewer rows than ranks
+            target = target.to_local()
         target.copy_(value)
 
 
@@ -235,9 +251,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], p
     values = {slot: {"step": torch.as_tensor(step).clone()} for slot, step in state["step"].items()}
     # The checkpoint says what the optimizer computes; how it is executed is for this process to say.
     execution = {key: own[0][key] for key in ("fused", "foreach", "capturable", "differentiable")}
-    slots, parameters = (chain(*(group["params"] for group in groups)) for groups in (theirs, own))
+    slots = [slot for group in theirs for slot in group["params"]]
     try:
-        parameters = dict(zip(slots, parameters, strict=True))
+        parameters = dict(zip(slots, (p for group in own for p in group["params"]), strict=True))
         for moment in sharded.MOMENTS:
             targets = {slot: torch.zeros_like(parameters[slot], requires_grad=False) for slot in values}
             copy_into(targets, state[moment])

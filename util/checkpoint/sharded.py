@@ -52,10 +52,17 @@ def write(path: Path, content: Mapping[str, Any], group: dist.ProcessGroup) -> N
         dcp.save(tensors, storage_writer=writer, process_group=group)
         return {file.name: {"sha256": sha256_file(file)} for file in path.glob(f"shard-{rank + 1:05d}-*")}
 
-    files = {name: digest for part in on_all_ranks(path, group, write_tensors) for name, digest in part.items()}
+    files = {}
+    for digests in on_all_ranks(path, group, write_tensors):
+        files |= digests
     about = {"epoch": content["epoch"], "args": vars(content["args"]), "run": content["run"], "files": files}
     about |= {"weights": list(content["model"]), "optimizer": groups}
-    on_all_ranks(path, group, lambda: rank or write_json(path / SETTINGS, {**about, "sha256": json_hash(about, 64)}))
+
+    def write_settings() -> None:
+        if rank == 0:
+            write_json(path / SETTINGS, {**about, "sha256": json_hash(about, 64)})
+
+    on_all_ranks(path, group, write_settings)
 
 
 def on_all_ranks(path: Path, group: dist.ProcessGroup, work: Callable[[], Any]) -> list[Any]:

@@ -44,8 +44,10 @@ def find_context(device: str | None) -> DistContext:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     launched = all(name in os.environ for name in (*names, "MASTER_ADDR"))  # WORLD_SIZE alone: a number of nodes
     rank, world_size, local_rank = (int(os.environ[name]) for name in names) if launched else (0, 1, 0)
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"Set NUM_GPUS to at most {torch.cuda.device_count()}, the number of visible CUDA devices.")
+    if kind == "cuda" and local_rank >= (visible := torch.cuda.device_count()):
+        raise UserError(
+            f"Local rank {local_rank} has no GPU: {visible} are visible here. Set NUM_GPUS to at most {visible}."
+        )
     return DistContext(rank, world_size, local_rank, torch.device("cuda", local_rank) if kind == "cuda" else CPU)
 
 

@@ -53,7 +53,8 @@ def launch(arguments: Sequence[str]) -> int:
     finally:
         codes += [int(file.read_text()) for file in state.glob("exit-*")]
         shutil.rmtree(state, ignore_errors=True)
-    code = max(code for code in codes if code != EXIT_CODE) or max(codes)  # a failure outweighs a 75
+    failures = [code for code in codes if code not in (0, EXIT_CODE)]
+    code = max(failures or codes)  # a failure outweighs a 75
     if code == EXIT_CODE and os.environ.get("REQUEUE") == "1":
         _requeue(os.environ["SLURM_JOB_ID"])
     return code

@@ -37,7 +37,8 @@ def run_main(run: Callable[[Sequence[str] | None], str | None], argv: Sequence[s
         except UserError as error:
             sentence, code, on_all_ranks = f"error: {error}", 2, error.on_all_ranks or ctx.world_size == 1
         except Exception as error:
-            if not any(text in str(error) for text in LOST):  # where the traceback says nothing, the other rank's does
+            lost = ctx.world_size > 1 and is_initialized() and any(text in str(error) for text in LOST)
+            if not lost:  # else the traceback says nothing, and that of the other rank does
                 traceback.print_exc()
             sentence, code, on_all_ranks = f"rank {ctx.rank}: {type(error).__name__}: {error}", 1, False
         except KeyboardInterrupt:

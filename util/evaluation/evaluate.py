@@ -117,14 +117,16 @@ class FeatureCache:
         deadline = time.monotonic() + io.SHARED_FILE_SECONDS
         while True:
             files = [self.read(path) for path in self.folder.glob("*.npz")]
-            count = sum(len(file["image_index"]) for file in files)
-            if count == self.num_images:
+            index = np.concatenate([file["image_index"] for file in files])
+            images, rows = np.unique(index, return_index=True)  # two evaluations at once may both have made one
+            if len(images) == self.num_images:
                 break
             if time.monotonic() >= deadline:
-                raise UserError(f"{self.folder} has {count} of {self.num_images} images. Start the evaluation again.")
+                raise UserError(
+                    f"{self.folder} has {len(images)} of {self.num_images} images. Start the evaluation again."
+                )
             time.sleep(1)
-        order = np.argsort(np.concatenate([file["image_index"] for file in files]))
-        return {s: torch.from_numpy(np.concatenate([file[s] for file in files])[order]) for s in self.streams}
+        return {s: torch.from_numpy(np.concatenate([file[s] for file in files])[rows]) for s in self.streams}
 
 
 def weights_hash(checkpoint: Path) -> str:

@@ -96,13 +96,4 @@ def write(folder, content):
     return folder
 
 
-def raising(error):
-    """A function that raises `error`, in the place of one that a disk may fail."""
-
-    def fail(*args, **kwargs):
-        raise error
-
-    return fail
-
-
 DISK_FULL = OSError(28, "No space left on device")

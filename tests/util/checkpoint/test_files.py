@@ -3,11 +3,12 @@
 import os
 import resource
 import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from tests.util.checkpoint.helpers import DISK_FULL, raising
+from tests.util.checkpoint.helpers import DISK_FULL
 from util.checkpoint import files
 from util.checkpoint.files import NAME, NEXT, candidates, keep, prune, recover, save, verify
 from util.errors import UserError
@@ -66,54 +67,35 @@ def test_every_changed_byte_of_content_is_noticed(tmp_path):
             verify(path)
 
 
-def test_a_file_that_the_disk_does_not_give_back_is_not_put_in_place(tmp_path, monkeypatch):
-    save_steps(tmp_path, 1)
-    real = torch.save
-
-    def torn(what, file):
-        real(what, file)
-        file.seek(700)
-        file.write(b"\xff" * 64)
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(UserError, match=r"cannot be written to .*truncated"):
-        save(tmp_path, content(2), previous_step=1)
-    assert names(tmp_path) == [NAME] and steps_of(tmp_path) == [1]
+def torn(what, file, real=torch.save):
+    """Write what the disk does not give back."""
+    real(what, file)
+    file.seek(700)
+    file.write(b"\xff" * 64)
 
 
-def test_the_system_refuses_to_write_more(tmp_path):
-    """No stand-in: the write itself fails, in the middle of the file."""
-    save_steps(tmp_path, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+FAILURES = {  # -> what is replaced by what, message
+    "torch.save": ((torch, "save", Mock(side_effect=RuntimeError("unexpected pos 64"))), "unexpected pos 64"),
+    "torn": ((torch, "save", torn), "truncated"),
+    "rename": ((os, "replace", Mock(side_effect=DISK_FULL)), "No space left on device"),
+    "the system": (None, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_save_says_why_and_leaves_the_one_before(tmp_path, monkeypatch, failure):
+    path, (patch, message) = save_steps(tmp_path, 1), FAILURES[failure]
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if patch:
+        monkeypatch.setattr(*patch)
+    else:  # no stand-in: the write itself fails, in the middle of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match=message) as refusal:
             save(tmp_path, content(2), previous_step=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert names(tmp_path) == [NAME] and steps_of(tmp_path) == [1]
-
-
-def half_a_file(error):
-    def fail(content, file):
-        file.write(b"half of it")
-        raise error
-
-    return fail
-
-
-@pytest.mark.parametrize("place", ["save", "replace"])
-@pytest.mark.parametrize("error", [DISK_FULL, RuntimeError("unexpected pos 64")])
-def test_a_failed_save_says_why_and_leaves_the_one_before(tmp_path, monkeypatch, place, error):
-    path = save_steps(tmp_path, 1)
-    before = path.read_bytes()
-    if place == "save":
-        monkeypatch.setattr(torch, "save", half_a_file(error))
-    else:
-        monkeypatch.setattr(os, "replace", raising(error))
-    with pytest.raises(UserError) as refusal:
-        save(tmp_path, content(2), previous_step=1)
-    assert str(path) in str(refusal.value) and str(error) in str(refusal.value)
+    assert str(path) in str(refusal.value)
     assert names(tmp_path) == [NAME] and path.read_bytes() == before
 
 
@@ -155,9 +137,20 @@ def test_what_killed_runs_leave_is_removed_and_nothing_else(tmp_path):
     assert names(tmp_path) == before and steps_of(tmp_path) == [2, 1]
 
 
-def test_without_hard_links(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", raising(OSError(95, "Operation not supported")))
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_one_that_is_kept_again_after_a_restart_stays_and_leaves_nothing_else(tmp_path, monkeypatch, hard_links):
+    """The second name may be one of the same file, between which a rename does nothing, or an unfinished copy."""
+    if not hard_links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(95, "Operation not supported")))
     save_steps(tmp_path, 1)
+    kept = tmp_path / "checkpoint-epoch0001.pth"
+    keep(tmp_path / NAME, epoch=0)
+    keep(tmp_path / NAME, epoch=0)
+    assert names(tmp_path) == [kept.name, NAME] and steps_of(tmp_path) == [1, 1]
+    kept.unlink()
+    kept.write_text("half a copy")
+    recover(tmp_path, last_step=1)
     keep(tmp_path / NAME, epoch=0)
     save_steps(tmp_path, 2)
-    assert steps_of(tmp_path) == [2, 1, 1]
+    prune(tmp_path, keep_last=1)
+    assert names(tmp_path) == [kept.name, NAME] and steps_of(tmp_path) == [2, 1]

@@ -13,17 +13,7 @@ from safetensors.torch import save_file
 
 import main_jit
 from tests.conftest import TINY, Payload, arguments, differences, flags, raw
-from tests.util.checkpoint.helpers import (
-    KEYS,
-    PATH,
-    build,
-    content_of,
-    plain_adamw,
-    published,
-    steps,
-    training,
-    write,
-)
+from tests.util.checkpoint.helpers import KEYS, PATH, build, content_of, plain_adamw, published, steps, training, write
 from util.checkpoint.files import NAME, find, save
 from util.checkpoint.published import OPTIONAL, PROJ1, load, load_optimizer, load_weights, whole
 from util.checkpoint.train_state import load_initial_weights, load_train_state
@@ -164,14 +154,8 @@ def test_weights_without_settings_need_the_architecture(tmp_path, capsys):
     """For sampling, evaluation and --init_from, which also takes a file; with the flags they work."""
     folder = write(tmp_path / "run", VARIANTS["weights alone"](published()[0]))
     architecture = {"model": TINY, "img_size": 16, "class_num": 10}
-    sampling = {
-        "resume": folder,
-        "sample": True,
-        "ema": "model",
-        "labels": "1",
-        "num_sampling_steps": 2,
-        "device": "cpu",
-    }
+    sampling = {"resume": folder, "sample": True, "labels": "1", "num_sampling_steps": 2, "device": "cpu"}
+    sampling["ema"] = "model"
     missing = flags(**sampling, model=TINY, dataset="digits")
     assert main_jit.main(missing) == 2
     assert "weights without settings: give --img_size, --class_num as well" in capsys.readouterr().err
@@ -196,10 +180,9 @@ def test_a_compressed_file_is_not_unpacked(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(tmp_path, value):
+def test_weights_that_are_not_finite_are_named(tmp_path):
     content = published()[0]
-    content["model"]["net.final_layer.linear.bias"][3] = value
+    content["model"]["net.final_layer.linear.bias"][3] = float("inf")
     checkpoint = load(write(tmp_path, content))
     with pytest.raises(UserError, match=r"net\.final_layer\.linear\.bias holds NaN or infinite"):
         load_weights(build(), checkpoint.state("model"), checkpoint.path)
@@ -235,29 +218,21 @@ def test_no_checkpoint(tmp_path):
     assert load(tmp_path, "best.pth").epoch == 3
 
 
-@pytest.mark.parametrize("part", [0.0, 1e-4, 0.1, 0.5, 0.9, 0.9999])
-def test_truncated_files(tmp_path, part):
-    path = write(tmp_path, published()[0]) / NAME
-    content = path.read_bytes()
-    path.write_bytes(content[: int(part * len(content))])
-    refused(tmp_path, "truncated")
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "content",
     [
+        b"",
         b"version https://git-lfs.github.com/spec/v1\n",
-        b"<!DOCTYPE html>\n",
         b"PK\x03\x04 no zip",
         b"\x80\x04",
-        b"\x00" * 100,
         pickle.dumps([1, 2]),
         b"these are no weights\n",  # IndexError in the unpickler
         b"Get the weights elsewhere\n",  # struct.error
     ],
 )
 def test_other_files(tmp_path, content):
+    """A pointer, a text, a pickle: each byte that a file may begin with reaches another error of torch."""
     (tmp_path / NAME).write_bytes(content)
     refused(tmp_path, NAME)
 
@@ -296,13 +271,9 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     (tmp_path / NAME).write_bytes(pickle.dumps(Payload(marker)))
     refused(tmp_path, "plain settings")
     assert not marker.exists()
-
-
-@pytest.mark.parametrize("value", [pathlib.PurePosixPath("/x"), SimpleNamespace(a=1), os.getcwd], ids=repr)
-def test_namespace_is_the_only_type_that_is_allowed(tmp_path, value):
-    content = published()[0]
-    content["args"].other = value
-    refused(write(tmp_path, content), "plain settings")
+    for harmless in (pathlib.PurePosixPath("/x"), SimpleNamespace(a=1), os.getcwd):  # Namespace alone is allowed
+        content["args"].hidden = harmless
+        refused(write(tmp_path, content), "plain settings")
 
 
 def test_weights_that_do_not_fit_change_nothing():

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,16 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.conftest import ONE, Payload, differences, run_on
 from tests.util.checkpoint import ranks
-from tests.util.checkpoint.helpers import (
-    KEYS,
-    build,
-    content_of,
-    published,
-    raising,
-    steps,
-    training,
-    write,
-)
+from tests.util.checkpoint.helpers import KEYS, build, content_of, published, steps, training, write
 from util.checkpoint import files, sharded
 from util.checkpoint.files import NAME, NAME_SHARDED, NEXT_SHARDED, candidates, find, recorded_step, recover
 from util.checkpoint.published import load, load_weights, whole
@@ -86,12 +78,6 @@ def shard_files(path):
     return sorted(path.glob("*.safetensors"))
 
 
-def flip_a_bit(path, where=0.9):
-    content = bytearray(path.read_bytes())
-    content[int(where * len(content))] ^= 1
-    path.write_bytes(content)
-
-
 def go_back(run):
     """Let another checkpoint take the place of the newest, as when a run continues in that folder."""
     shutil.rmtree(run / NAME_SHARDED)
@@ -100,14 +86,11 @@ def go_back(run):
 
 def comparable(content):
     """All that training changes, unsharded; the optimizer's state in the order of its slots."""
-
-    def unsharded(value):
-        if isinstance(value, dict):
-            return {key: unsharded(part) for key, part in value.items()}
-        return value.full_tensor() if isinstance(value, DTensor) else value
-
-    states = {**{key: content[key] for key in KEYS}, **dict(enumerate(content["optimizer"]["state"].values()))}
-    return unsharded(states)
+    states = [*(content[key] for key in KEYS), *content["optimizer"]["state"].values()]
+    return [
+        {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+        for state in states
+    ]
 
 
 # --- a run with shards, without, and from published files -------------------------------------------------------------
@@ -153,7 +136,7 @@ def test_a_misfit_is_told_from_a_disk_that_fails(run, monkeypatch):
     checkpoint = load(run)
     with pytest.raises(UserError, match=r"does not fit the network: .* is missing"):
         load_weights(build(model="JiT-Demo/8"), checkpoint.weights["model"], checkpoint.path)
-    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", raising(OSError(5, "Input/output error")))
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(UserError, match=r"cannot be read: .*Input/output error"):
         load_weights(build(), checkpoint.weights["model"], checkpoint.path)
 
@@ -161,26 +144,26 @@ def test_a_misfit_is_told_from_a_disk_that_fails(run, monkeypatch):
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "damage", ["bit", "header", "cut", "missing", "number", "settings", "no settings", "empty settings"]
-)
+DAMAGE = {  # -> a function of the bytes of a shard and of the settings
+    "bit": lambda shard, about: (shard[:-9] + bytes([shard[-9] ^ 1]) + shard[-8:], about),
+    "cut": lambda shard, about: (shard[:-1], about),
+    "missing": lambda shard, about: (None, about),
+    "number": lambda shard, about: (shard, about.replace(b'"step": 4', b'"step": 5')),
+    "settings": lambda shard, about: (shard, b'{"epoch": 1}'),
+    "empty settings": lambda shard, about: (shard, b""),
+    "no settings": lambda shard, about: (shard, None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_newest_is_passed_over(run, damage):
     newest = run / NAME_SHARDED
-    file = shard_files(newest)[2]
-    if damage in ("bit", "header"):
-        flip_a_bit(file, 0.9 if damage == "bit" else 0.001)
-    elif damage == "cut":
-        file.write_bytes(file.read_bytes()[:-1])
-    elif damage == "missing":
-        file.unlink()
-    elif damage == "number":
-        text = (newest / SETTINGS).read_text()
-        assert text.count('"step": 4') == 1
-        (newest / SETTINGS).write_text(text.replace('"step": 4', '"step": 5'))
-    elif damage == "no settings":
-        (newest / SETTINGS).unlink()
-    else:
-        (newest / SETTINGS).write_text("" if damage == "empty settings" else json.dumps({"epoch": 1}))
+    damaged = [shard_files(newest)[2], newest / SETTINGS]
+    intact = [path.read_bytes() for path in damaged]
+    contents = DAMAGE[damage](*intact)
+    assert list(contents) != intact
+    for path, content in zip(damaged, contents, strict=True):
+        path.unlink() if content is None else path.write_bytes(content)
     checkpoint = load(run)
     assert checkpoint.path.name == STEP_2 and checkpoint.run["step"] == 2
     assert damage == "no settings" or (str(newest) in checkpoint.notes[0] and "step 2 instead" in checkpoint.notes[0])

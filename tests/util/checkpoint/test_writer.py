@@ -2,12 +2,13 @@
 
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from tests.conftest import ONE, differences
-from tests.util.checkpoint.helpers import DISK_FULL, raising
+from tests.util.checkpoint.helpers import DISK_FULL
 from tests.util.checkpoint.test_files import content, names, save_steps, step_of, steps_of
 from util.checkpoint import files
 from util.checkpoint.files import NAME
@@ -37,7 +38,7 @@ def test_an_old_one_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch, 
     writer = make(tmp_path, keep_last=1, last_step=2)
     save_steps(tmp_path, 1, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "prune", raising(OSError(39, "Directory not empty")))
+        patch.setattr(files, "prune", Mock(side_effect=OSError(39, "Directory not empty")))
         writer.save(content(3), 3)
         writer.wait()
     assert "an old checkpoint could not be removed" in capsys.readouterr().err
@@ -81,7 +82,7 @@ def test_errors_surface_once_and_the_last_good_one_stays(tmp_path, monkeypatch):
     writer.save(content(1), 1)
     writer.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", raising(DISK_FULL))
+        patch.setattr(torch, "save", Mock(side_effect=DISK_FULL))
         writer.save(content(2), 2)
         seen = []
         with pytest.raises(UserError, match="No space left"):
