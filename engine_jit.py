@@ -458,6 +458,12 @@ class Trainer:
         self.log.log("eval", step, loggable(report))
         self.log.info(f"epoch {epoch + 1}: {metric_line(report)}  ({config.num_images} images)")
 
+    def _write_samples(self, epoch: int) -> None:
+        try:
+            self.sample_and_evaluate(epoch)
+        except OSError as error:
+            raise UserError(f"The samples cannot be written to {self.folder}: {error}.") from error
+
     def _validate(self, epoch: int) -> None:
         start, step = time.perf_counter(), (epoch + 1) * self.steps_per_epoch
         values = self.validation.measure(self.denoiser, self.emas, self.ctx, self.time_sampler)
@@ -513,7 +519,7 @@ class Trainer:
             self.writer.keep(epochs_done - 1)
         if run_on_rank0(self.ctx, lambda: samples_are_missing(self.config, epochs_done)):
             self.log.info(f"Samples for epoch {epochs_done} are missing; generating them first.")
-            self.sample_and_evaluate(epochs_done - 1)
+            self._write_samples(epochs_done - 1)
 
     def _end_epoch(self, epoch: int) -> None:
         config, done = self.config, epoch + 1
@@ -527,7 +533,7 @@ class Trainer:
             self._stop()
         if samples_due:
             self._wait_for_saves()
-            self.sample_and_evaluate(epoch)
+            self._write_samples(epoch)
 
     def _open_log(self) -> RunLog:
         try:
@@ -541,6 +547,9 @@ class Trainer:
         needed = 20 * sum(p.numel() for p in self.denoiser.parameters())  # bytes: weights, two EMAs, two moments
         content = {"args": self.config.as_dict(), "resolved": self._resolved(), **provenance(self.ctx.device)}
         try:
+            for folder in (self.folder, self.folder / "samples", self.folder / "eval"):
+                if folder.exists() and not folder.is_dir():
+                    raise UserError(f"{folder} is a file where the run needs a folder. Move it away.")
             self.folder.mkdir(parents=True, exist_ok=True)
             files.recover(self.folder, self.newest_step)
             free = shutil.disk_usage(self.folder).free

@@ -69,14 +69,17 @@ def run_sample(given: Mapping[str, Any], ctx: DistContext) -> str:
     with process_group(ctx, config.dist_timeout):
         assert_same_across_ranks("checkpoint", checkpoint.identity, ctx)
         run_on_rank0(ctx, lambda: make_folder(folder.parent))
-        images = sample_grid(denoiser, config, labels, ctx, folder / "grid.png", f"{title}  seed {config.seed}")
-    if ctx.is_main:
-        for i, image in enumerate(images):
-            save_png(to_pil(image), folder / f"{i:06d}.png")
-        settings = {**sampling_settings(config), "ema": config.ema, "labels": labels}
-        settings |= {"checkpoint": str(checkpoint.path), "denoiser": denoiser_settings(config)}
-        settings["precision"] = str(denoiser.autocast_dtype or "float32").removeprefix("torch.")
-        write_json(folder / "settings.json", {**settings, **provenance(ctx.device)})
+        try:
+            images = sample_grid(denoiser, config, labels, ctx, folder / "grid.png", f"{title}  seed {config.seed}")
+            if ctx.is_main:
+                for i, image in enumerate(images):
+                    save_png(to_pil(image), folder / f"{i:06d}.png")
+                settings = {**sampling_settings(config), "ema": config.ema, "labels": labels}
+                settings |= {"checkpoint": str(checkpoint.path), "denoiser": denoiser_settings(config)}
+                settings["precision"] = str(denoiser.autocast_dtype or "float32").removeprefix("torch.")
+                write_json(folder / "settings.json", {**settings, **provenance(ctx.device)})
+        except OSError as error:
+            raise UserError(f"The samples cannot be written to {folder}: {error}.") from error
     return f"grid: {folder / 'grid.png'}   images: {folder}/000000.png to {len(labels) - 1:06d}.png"
 
 

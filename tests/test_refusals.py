@@ -203,6 +203,22 @@ def test_seed_that_is_too_large(refuses):
     refuses(arguments(output_dir="out", seed=2**64), "--seed")
 
 
+def test_texts_and_numbers_without_bounds(here, run, refuses):
+    for flag in ("output_dir", "output_root", "resume", "init_from"):
+        refuses(arguments(**{"output_dir": "out", flag: "x" * 5000}), f"--{flag} has 5000 characters")
+    refuses(of_run(run, sample=True, checkpoint="."), "is a folder; --checkpoint names a file")
+    refuses(of_run(run, sample=True, labels="0-99999999999"), "names the class 99999999999")
+    for name, value in {"cfg": 1e300, "num_workers": 10**20, "dist_timeout": 1e300, "epochs": 10**30}.items():
+        refuses(arguments(**{"output_dir": "out", name: value}), f"--{name}", "at most")
+    refuses(of_run(run, sample=True, num_per_class=3 * 10**9), "--num_per_class", "at most")
+
+
+def test_a_file_in_the_place_of_a_folder(here, refuses):
+    (here / "out").mkdir()
+    (here / "out" / "samples").touch()
+    refuses(arguments(output_dir="out"), "samples is a file where the run needs a folder")
+
+
 def test_labels(run, refuses):
     for labels in ("10", "3,12", "5-3", "x", "-1"):
         refuses([*of_run(run, sample=True), f"--labels={labels}"], labels)

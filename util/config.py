@@ -49,7 +49,7 @@ class TaskConfig:
     sample: bool = flag(False, PER_CALL, "sample --labels from the checkpoint in --resume")
     dry_run: bool = flag(False, PER_CALL, "time a few training steps, print what the run takes, write nothing")
     labels: str | None = flag(None, PER_CALL, "classes to sample, as in 0,1,2 or 0-9 (default: the first ten)")
-    num_per_class: int = flag(8, PER_CALL, "images for each of --labels", ge=1)
+    num_per_class: int = flag(8, PER_CALL, "images for each of --labels", ge=1, le=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ class DataConfig:
     on_bad_image: str = flag(
         "error", OVERRIDABLE, "an image that cannot be read: stop, or use another one of its class", ("error", "skip")
     )
-    num_workers: int | None = flag(None, PER_CALL, "loader processes (default: up to 12; 0 for data in memory)", ge=0)
+    num_workers: int | None = flag(
+        None, PER_CALL, "loader processes (default: up to 12; 0 for data in memory)", ge=0, le=1024
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class ValidationConfig:
 class TrainConfig:
     """Training"""
 
-    epochs: int = flag(600, OVERRIDABLE, "epochs in all", ge=1)
+    epochs: int = flag(600, OVERRIDABLE, "epochs in all", ge=1, le=1_000_000_000)
     batch_size: int = flag(128, OVERRIDABLE, "images per rank and microbatch", ge=1)
     global_batch: int | None = flag(None, LOCKED_FOR_TRAINING, "images per step; sets gradient accumulation", ge=1)
     lr: float | None = flag(None, LOCKED_FOR_TRAINING, "peak learning rate; wins over --blr", ge=0)
@@ -188,11 +190,11 @@ class TrainConfig:
 class SampleConfig:
     """Sampling"""
 
-    cfg: float = flag(2.9, OVERRIDABLE, "guidance scale; 1 is none")
+    cfg: float = flag(2.9, OVERRIDABLE, "guidance scale; 1 is none", ge=-1e6, le=1e6)
     interval_min: float = flag(0.1, OVERRIDABLE, "guidance acts above this t (0: from the start)", ge=0, le=1)
     interval_max: float = flag(1.0, OVERRIDABLE, "guidance acts below this t", ge=0, le=1)
     sampling_method: str = flag("heun", OVERRIDABLE, "solver", SOLVERS)
-    num_sampling_steps: int = flag(50, OVERRIDABLE, "steps of the solver", ge=1)
+    num_sampling_steps: int = flag(50, OVERRIDABLE, "steps of the solver", ge=1, le=100_000)
     gen_bsz: int = flag(128, OVERRIDABLE, "images per rank and batch", ge=1)
     ema: str = flag("ema1", PER_CALL, "weights to sample or evaluate", WEIGHTS)
 
@@ -244,7 +246,7 @@ class RunConfig:
     compile: str = flag("auto", OVERRIDABLE, "torch.compile; auto: block on CUDA, off on CPU", COMPILE_MODES)
     parallel: str = flag("ddp", OVERRIDABLE, "replicate or shard the model over ranks", PARALLEL)
     activation_checkpointing: bool = flag(False, OVERRIDABLE, "recompute blocks in the backward pass: less memory")
-    dist_timeout: float = flag(30.0, PER_CALL, "minutes to wait for another rank", gt=0)
+    dist_timeout: float = flag(30.0, PER_CALL, "minutes to wait for another rank", gt=0, le=1e6)
     wandb_project: str = flag("jit", PER_CALL, "Weights & Biases project")
     wandb_entity: str | None = flag(None, PER_CALL, "Weights & Biases user or team")
     wandb_run_name: str | None = flag(None, PER_CALL, "name of the run (default: made from the settings)")
@@ -285,7 +287,11 @@ def parse_args(argv: Sequence[str] | None = None) -> dict[str, Any]:
     ignored = [f"--{name}" for name in IGNORED if name in given]
     if ignored and os.environ.get("RANK", "0") == "0":
         print(f"warning: {', '.join(ignored)}: flags of the published release without effect here", file=sys.stderr)
-    return {name: value for name, value in given.items() if name not in IGNORED}
+    given = {name: value for name, value in given.items() if name not in IGNORED}
+    for name, field in all_flags().items():
+        if name in given:
+            check_value(name, field, given[name])
+    return given
 
 
 # -------------------------------------------------------------------------------------------------------- resolving
@@ -339,6 +345,8 @@ def _merge(
         values |= {field.name: saved.get(field.name) for field in fields if field.metadata["lock"] is None}
     for name in flags if only is None else only:
         lock = flags[name].metadata["lock"]
+        if saved.get(name) is None and flags[name].default is not None:
+            continue  # the checkpoint does not say
         if name not in saved or lock == PER_CALL:
             continue
         locked = lock == LOCKED or (lock == LOCKED_FOR_TRAINING and training and _is_trained(name, saved["t_sampler"]))
@@ -478,7 +486,10 @@ def parse_labels(text: str | None, class_num: int) -> list[int]:
     try:
         for part in (text or f"0-{min(class_num, 10) - 1}").split(","):
             first, _, last = part.strip().partition("-")
-            labels += range(int(first), int(last or first) + 1)
+            first, last = int(first), int(last or first)
+            if last >= class_num:
+                raise UserError(f"--labels {text} names the class {last}; the classes are 0 to {class_num - 1}.")
+            labels += range(first, last + 1)
     except ValueError:
         raise UserError(f"--labels {text!r} must be class numbers such as 0,1,2 or 0-9.") from None
     outside = [label for label in labels if label >= class_num]

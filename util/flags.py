@@ -16,6 +16,7 @@ LOCKED_FOR_TRAINING = "locked for training"  # refused when training resumes, ov
 OVERRIDABLE = "overridable"  # the given value wins; the checkpoint's value applies where none is given
 PER_CALL = "per call"  # the checkpoint's value never applies
 
+MAX_LENGTH = 1000  # characters of a text
 RANGES = {
     "ge": ("at least", lambda value, bound: value >= bound),
     "gt": ("above", lambda value, bound: value > bound),
@@ -94,7 +95,11 @@ def build_parser(groups: Sequence[type], description: str) -> argparse.ArgumentP
 
 def check_value(name: str, field: dataclasses.Field, value: Any) -> None:
     """Raise a UserError if a flag's value is not among its choices or outside of its range."""
-    choices = tuple(field.metadata["choices"])
+    choices, kind = tuple(field.metadata["choices"]), flag_type(field)
+    if not isinstance(value, (kind, types.NoneType)) and not (kind is float and isinstance(value, int)):
+        raise UserError(f"--{name} {value!r} must be of the type {kind.__name__}.")
+    if isinstance(value, str) and ("\0" in value or len(value) > MAX_LENGTH):
+        raise UserError(f"--{name} has {len(value)} characters; at most {MAX_LENGTH} are accepted, and no NUL.")
     if choices and value not in choices:
         raise UserError(f"--{name} {value} is unknown; it must be one of {', '.join(choices)}.")
     if isinstance(value, float) and not math.isfinite(value):

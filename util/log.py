@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ class RunLog:
         if self.upload:  # all parts of a run that was resumed
             self.info(self.upload)
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # of a full disk, which `log` has reported
+                self.file.close()
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -92,6 +92,8 @@ def _read(path: Path) -> Checkpoint:
         others = ", ".join(other.name for other in files.candidates(path.parent)) or "no checkpoint"
         there = f"that folder has {others}" if path.parent.is_dir() else "there is no such folder"
         raise UserError(f"No checkpoint {path}: {there}.")
+    if path.is_dir() and path.suffix != ".dcp":
+        raise UserError(f"{path} is a folder; --checkpoint names a file in the folder of the run.")
     if path.suffix == ".dcp":
         return _understand(path, sharded.load(path))
     if path.suffix == ".safetensors":
@@ -163,6 +165,10 @@ def _understand(path: Path, content: Any) -> Checkpoint:
     if isinstance(args.get("window_size"), int) and args["window_size"] <= 0:
         args["window_size"] = None  # the whole image
     run = dict(run) if isinstance(run, dict) else {}
+    numbers = [run.get("step", 0), run.get("steps_per_epoch", 0)]
+    groups = [run.get("metrics", {}), run.get("machine", {})]
+    if not all(type(n) is int and n >= 0 for n in numbers) or not all(isinstance(group, dict) for group in groups):
+        raise UserError(f"{foreign}: its entry run is damaged.")
     if "window" in run:  # earlier names
         run["metrics"] = {{"in_a_row": "consecutive"}.get(name, name): v for name, v in run.pop("window").items()}
     return Checkpoint(path, states, content.get("optimizer"), epoch, args, source, run)
@@ -170,15 +176,19 @@ def _understand(path: Path, content: Any) -> Checkpoint:
 
 def _state_dict(state: Any, foreign: str) -> Mapping[str, Tensor]:
     """Return a state dict with this project's keys and its patch projection as a convolution."""
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{foreign}: its weights are not a state dict.")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+            raise UserError(f"{foreign}: {key} is not a dense tensor of floating-point numbers.")
     if not isinstance(state, sharded.Section):
         state = {_key(key): value for key, value in state.items()}
     if PROJ1 not in state:
         raise UserError(f"{foreign}: its weights lack {PROJ1}.")
     weight = state[PROJ1]  # convolution (bottleneck, C, p, p), or linear (bottleneck, C*p*p)
-    p = round((weight[0].numel() / 3) ** 0.5)
-    if 3 * p * p != weight[0].numel():
+    size = weight[0].numel() if weight.dim() in (2, 4) and len(weight) else 0
+    p = round((size / 3) ** 0.5)
+    if size == 0 or 3 * p * p != size:
         raise UserError(f"{foreign}: {PROJ1} is {list(weight.shape)}, not for square patches of 3 channels.")
     return state if weight.dim() == 4 else {**state, PROJ1: weight.reshape(-1, 3, p, p)}
 
@@ -202,12 +212,15 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path, kee
     own = {name: value for name, value in module.state_dict().items() if name not in keep}
     check_fit(own, state, path)
     copy_into(own, state)
-    for name, value in own.items():
+    check_finite(own, path)
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise a UserError that names a tensor with NaN or infinite numbers."""
+    for name, value in tensors.items():
         local = value.to_local() if isinstance(value, DTensor) else value
         if not local.isfinite().all():
-            raise UserError(
-                f"{path}: {name} holds NaN or infinite numbers. Use an earlier checkpoint or other weights."
-            )
+            raise UserError(f"{path}: {name} holds NaN or infinite numbers. Use another checkpoint or other weights.")
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
@@ -248,17 +261,20 @@ def whole(state: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
     """Fill an AdamW, sharded or not, from a checkpoint's `optimizer`; UserError if groups or shapes differ."""
     own, theirs = optimizer.param_groups, state["param_groups"]
-    values = {slot: {"step": torch.as_tensor(step).clone()} for slot, step in state["step"].items()}
     # The checkpoint says what the optimizer computes; how it is executed is for this process to say.
     execution = {key: own[0][key] for key in ("fused", "foreach", "capturable", "differentiable")}
-    slots = [slot for group in theirs for slot in group["params"]]
     try:
+        values = {slot: {"step": torch.as_tensor(step).clone()} for slot, step in state["step"].items()}
+        slots = [slot for group in theirs for slot in group["params"]]
         parameters = dict(zip(slots, (p for group in own for p in group["params"]), strict=True))
+        for part in (values, *(state[moment] for moment in sharded.MOMENTS)):
+            if part and part.keys() != parameters.keys():  # before the first step there is none
+                raise ValueError("it lacks the state of some parameters")
         for moment in sharded.MOMENTS:
             targets = {slot: torch.zeros_like(parameters[slot], requires_grad=False) for slot in values}
             copy_into(targets, state[moment])
             for slot, target in targets.items():
                 values[slot][moment] = target
         optimizer.load_state_dict({"state": values, "param_groups": [{**group, **execution} for group in theirs]})
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its optimizer does not fit the network: {error}") from error

@@ -8,7 +8,15 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import Optimizer
 
 from denoiser import Denoiser
-from util.checkpoint.published import OPTIONAL, Checkpoint, check_fit, copy_into, load_optimizer, load_weights
+from util.checkpoint.published import (
+    OPTIONAL,
+    Checkpoint,
+    check_finite,
+    check_fit,
+    copy_into,
+    load_optimizer,
+    load_weights,
+)
 from util.dist.parallel import is_sharded
 from util.errors import UserError
 from util.optim import EMA
@@ -42,6 +50,7 @@ def load_train_state(checkpoint: Checkpoint, denoiser: Denoiser, optimizer: Opti
     for ema, state in zip(emas, (checkpoint.state("ema1"), checkpoint.state("ema2")), strict=True):
         check_fit(ema.state_dict(), state, checkpoint.path)
         copy_into(ema.shadow, state)
+        check_finite(ema.shadow, checkpoint.path)
     load_optimizer(optimizer, checkpoint.optimizer, checkpoint.path)
 
 

@@ -4,6 +4,7 @@ Shapes: an image is uint8 (H, W, 3); a crop is (size, size, 3).
 """
 
 import os
+import stat
 from io import BytesIO
 
 import numpy as np
@@ -58,15 +59,18 @@ def read_crop(path: str, size: int) -> np.ndarray:
     content (BadImage): no image, a damaged one, one with more than MAX_PIXELS, or one that cannot be converted to RGB.
     """
     try:
-        with open(path, "rb") as file:
-            too_large = os.fstat(file.fileno()).st_size > MAX_BYTES
-            content = b"" if too_large else file.read()
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe would wait for a writer
+            status = os.fstat(file.fileno())
+            too_large, regular = status.st_size > MAX_BYTES, stat.S_ISREG(status.st_mode)
+            content = b"" if too_large or not regular else file.read()
     except OSError as e:
         raise DataError(
             f"cannot read the file {path}: {e.strerror or e}. This is an error of the file system, not a bad image, so "
             "the image is not replaced: check the disk, permissions and limits, and start again."
         ) from None
     try:
+        if not regular:
+            raise DataError("it is no regular file.")
         if too_large:
             raise DataError(f"the file has more than {MAX_BYTES} bytes.")
         with Image.open(BytesIO(content)) as image:

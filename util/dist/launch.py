@@ -37,10 +37,10 @@ def launch(arguments: Sequence[str]) -> int:
     os.environ.update(JIT_STATE_DIR=str(state), JIT_LAUNCHER_PID=str(os.getpid()))
     signal.signal(signal.SIGUSR2, signal.default_int_handler)  # until torchrun handles it
     interrupted: list[int] = []  # the exit code, once everything is to end at once
-    threading.Thread(target=_handle_signals, args=(state, interrupted), daemon=True).start()
-    threading.Thread(target=_say_what_is_missing, args=(arguments, state), daemon=True).start()
     codes = [1]
-    try:
+    try:  # a signal may be pending since the shell
+        threading.Thread(target=_handle_signals, args=(state, interrupted), daemon=True).start()
+        threading.Thread(target=_say_what_is_missing, args=(arguments, state), daemon=True).start()
         run.main(["--signals_to_handle=SIGUSR2", f"--log_dir={state}", *arguments])
         codes = [0]
     except (SignalException, KeyboardInterrupt):
@@ -48,6 +48,9 @@ def launch(arguments: Sequence[str]) -> int:
     except Exception as error:  # ChildFailedError is torchrun's summary
         if "EADDRINUSE" in str(error):
             _info("MASTER_PORT is in use on this node, perhaps by another run: choose another one, on all nodes")
+            return 2
+        if "C10d store has failed" in str(error):
+            _info("node 0 cannot be reached at MASTER_ADDR:MASTER_PORT, or the port is in use there: set other ones")
             return 2
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:

@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,9 +58,18 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     launcher = os.environ.get("JIT_LAUNCHER_PID")
+    if launcher:
+        threading.Thread(target=_obey_torchrun, args=(int(launcher),), daemon=True).start()
     if launcher and os.getppid() != int(launcher):
         os.write(2, b"main_jit.py: the launcher has ended, and so does this process\n")
         os._exit(1)
+
+
+def _obey_torchrun(launcher: int) -> None:
+    """End at torchrun's SIGTERM: another rank has ended. A scheduler's, to all processes, reaches the launcher too."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != launcher:
+        pass
+    os._exit(1)
 
 
 def _note(number: int, frame: object) -> None:

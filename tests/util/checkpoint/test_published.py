@@ -336,3 +336,49 @@ def test_optional_modules_are_taken_where_the_checkpoint_has_them(tmp_path):
     with pytest.raises(UserError, match="is unknown"):  # and are not dropped
         load_initial_weights(checkpoint, "model", build())
     assert differences(whole(checkpoint.weights["model"]), content["model"]) == []
+
+
+DAMAGED = {  # what an entry becomes -> part of the message
+    "integers": (lambda c: c["model"].update({PROJ1: c["model"][PROJ1].long()}), "dense tensor of floating-point"),
+    "a key that is no text": (lambda c: c["model"].update({3: torch.zeros(1)}), "not a state dict"),
+    "an empty projection": (lambda c: c["model"].update({PROJ1: torch.zeros(0, 3, 8, 8)}), "square patches"),
+    "a step that is no number": (lambda c: c.update(run={"step": "x"}), "entry run is damaged"),
+    "metrics that are none": (lambda c: c.update(run={"step": 1, "metrics": None}), "entry run is damaged"),
+    "a setting of another type": (
+        lambda c: vars(c["args"]).update(noise_scale="1"),
+        "--noise_scale '1' must be of the type float",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_entries_of_wrong_types_are_refused(tmp_path, capsys, what):
+    content = published()[0]
+    DAMAGED[what][0](content)
+    folder = write(tmp_path / "run", content)
+    for argv in (flags(resume=folder, sample=True, device="cpu"), arguments(output_dir=folder)):
+        assert main_jit.main(argv) == 2
+        assert DAMAGED[what][1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["x", [], {}, {"state": {}, "param_groups": []}])
+def test_another_optimizers_state_does_not_matter_to_sampling(tmp_path, capsys, optimizer):
+    folder = write(tmp_path / "run", {**published()[0], "optimizer": optimizer})
+    sampling = flags(resume=folder, sample=True, labels="1", num_sampling_steps=1, num_per_class=1, device="cpu")
+    assert main_jit.main(sampling) == 0
+    assert main_jit.main(arguments(output_dir=folder, epochs=9)) == 2
+    assert "optimizer" in capsys.readouterr().err
+
+
+def test_training_resumes_neither_from_half_an_optimizer_nor_from_emas_that_are_not_finite(tmp_path, capsys):
+    state = training()
+    content = content_of(*state)
+    content["optimizer"]["state"].pop(0)
+    save(tmp_path, content)
+    with pytest.raises(UserError, match="lacks the state of some parameters"):
+        load_train_state(load(tmp_path), *state)
+    content = content_of(*state)
+    content["model_ema2"] = {**content["model_ema2"], "net.final_layer.linear.bias": torch.full((192,), float("nan"))}
+    save(tmp_path, content)
+    with pytest.raises(UserError, match=r"net\.final_layer\.linear\.bias holds NaN"):
+        load_train_state(load(tmp_path), *state)

@@ -4,6 +4,7 @@ Shapes: images (H, W, 3) uint8.
 """
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -125,3 +126,10 @@ def test_a_huge_file_is_not_taken_into_memory(file, monkeypatch):
         read_crop(file(bytes(1001)), SIZE)
     with pytest.raises(BadImage, match="no such format"):
         read_crop(file(bytes(1000)), SIZE)
+
+
+def test_a_named_pipe_is_a_bad_image(tmp_path):
+    """Reading it would wait for whoever writes into it."""
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(BadImage, match="no regular file"):
+        read_crop(str(tmp_path / "x.png"), 8)
