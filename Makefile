@@ -38,12 +38,12 @@ $(READY_DEV): requirements-dev.txt requirements-effnet.txt $(READY)
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements-dev.txt
 	@touch $@
 
-# 56 epochs of 28 steps; `make demo EPOCHS=112` continues. The settings are in output/demo/config.json. Two threads:
+# 48 epochs of 28 steps; `make demo EPOCHS=96` continues. The settings are in output/demo/config.json. Two threads:
 # more hardly help so small a network, and on a busy machine they wait for each other.
 demo: setup
-	DATASET=digits MODEL=JiT-Demo/8 BATCH_SIZE=64 EPOCHS=$${EPOCHS:-56} WARMUP_EPOCHS=1 CFG=1.5 NUM_IMAGES=500 \
+	DATASET=digits MODEL=JiT-Demo/8 BATCH_SIZE=64 EPOCHS=$${EPOCHS:-48} WARMUP_EPOCHS=1 CFG=1.5 NUM_IMAGES=500 \
 	WANDB_NUM_VIS=100 ENABLE_WANDB=0 OUTPUT_DIR=output/demo OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} PYTHON=$(BIN)/python bash run_jit_multinode.sh \
-	  --lr 5e-4 --ema_decay1 0.995 --ema_decay2 0.98 --num_sampling_steps 20 --eval_freq 56
+	  --lr 5e-4 --ema_decay1 0.995 --ema_decay2 0.98 --num_sampling_steps 20 --eval_freq 48
 
 # Two processes of one thread each: the tests use small tensors, and threads would wait for each other.
 test: $(READY_DEV)
