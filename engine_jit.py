@@ -456,7 +456,7 @@ class Trainer:
             target = EvalTarget(self.denoiser, config, epoch, path)
             report, self.products["metrics"] = evaluate_and_write(target, self.suite, self.folder / "eval", ctx)
         self.log.log("eval", step, loggable(report))
-        self.log.info(f"epoch {epoch + 1}: {metric_line(report)}  ({config.num_images} images)")
+        self.log.info(f"epoch {epoch + 1}: {metric_line(report)}")
 
     def _write_samples(self, epoch: int) -> None:
         try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache
@@ -23,6 +24,7 @@ from util.errors import UserError
 REPOSITORY = Path(__file__).resolve().parent.parent
 FID_STATS = REPOSITORY / "fid_stats"  # found relative to the code, whatever the working directory
 SHARED_FILE_SECONDS = 60.0  # a network file system may show a file that late
+MAX_EXPANSION = 20  # of a file that is unpacked
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "torch-fidelity", "wandb", "pillow", "safetensors")
 
 
@@ -75,6 +77,18 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def check_zip(path: str | os.PathLike) -> None:
+    """Raise a ValueError for a zip file (.npz) that hides members, or unpacks to far more than numbers compress to."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        members = archive.infolist()
+        file.seek(archive.start_dir)
+        if file.read().count(b"PK\1\2") != len(members):
+            raise ValueError("its list of members is damaged")
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > MAX_EXPANSION * os.path.getsize(path) + 2**20:
+        raise ValueError(f"it would unpack to {unpacked} bytes")
 
 
 def sha256_file(path: str | os.PathLike) -> str:

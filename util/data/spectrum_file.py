@@ -7,7 +7,6 @@ Shapes: K rings of frequency, N images, C classes; FIT has 4 numbers (spectral_o
 """
 
 import json
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from spectral_forcing import num_rings
 from spectral_ops.schedule import FitDistribution, TightSchedule
 from util.errors import UserError
-from util.io import FID_STATS, replacing, sha256_file
+from util.io import FID_STATS, check_zip, replacing, sha256_file
 
 COMMAND = "python -m tools.measure_spectrum"
 
@@ -83,11 +82,12 @@ def load_spectrum(path: str | Path, img_size: int, class_num: int) -> DataSpectr
         make = f"{COMMAND} --dataset ... --img_size {img_size} --out {path}"
         raise UserError(f"The spectrum file {path} does not exist. Make it with `{make}`.")
     try:
+        check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             arrays, meta = {name: file[name] for name in ARRAYS}, json.loads(str(file["meta"]))
         measured = {key: meta[key] for key in ("img_size", "class_num")}
         sha256 = sha256_file(path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes raise many types
         raise UserError(
             f"{path} is not an npz of `{COMMAND}`, or cannot be read ({error!r}). Measure the spectrum again."
         ) from error

@@ -109,6 +109,7 @@ class FeatureCache:
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
         """Return the features {stream: (B, F)} in a file and their "image_index" (B,)."""
+        io.check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in ("image_index", *self.streams)}
 
@@ -269,4 +270,7 @@ def loggable(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metric_line(report: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in report["metrics"].items())
+    """Return the numbers with what they can be compared with: as many images, and the protocol of FID and IS."""
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in report["metrics"].items())
+    protocol = report["measured_with"].get("protocol")
+    return f"{numbers}  ({report['num_images']} images{f', {protocol}' if protocol else ''})"

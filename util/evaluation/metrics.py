@@ -311,6 +311,7 @@ class MetricSuite:
         """Return for reports what decides the numbers, and warnings: ready for JSON."""
         return {
             "metrics": list(self.names),
+            "protocol": "torch-fidelity" if any(isinstance(e, InceptionV3) for e in self.extractors) else None,
             "extractors": [extractor.describe() for extractor in self.extractors],
             "references": {value: file.describe() for value, file in self.references.items()},
             "tf32": {"matmul": False, "cudnn": torch.backends.cudnn.allow_tf32},

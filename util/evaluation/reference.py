@@ -22,8 +22,9 @@ from spectral_forcing import num_rings
 from util.data.datasets import DATASETS
 from util.errors import UserError
 from util.evaluation.features import Extractor
-from util.io import FID_STATS, replacing, sha256_file
+from util.io import FID_STATS, check_zip, replacing, sha256_file
 
+PUBLISHED_ARRAYS = {"mu_s", "sigma_s", "arr_0"}  # of ADM's files, which are not read
 SPECTRA = ("grey_spectrum", "rapsd", "rapsd_centred")
 META = ("dataset", "img_size", "extractor", "extractor_sha256", "num_images")  # the keys that are read
 
@@ -108,8 +109,11 @@ def load_reference(
     name = extractor.name if extractor else "inception"
     try:
         sha256 = sha256_file(path)
+        check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             optional = [key for key in ("features", *SPECTRA) if key in file.files]
+            if unknown := set(file.files) - {"mu", "sigma", "meta", *optional} - PUBLISHED_ARRAYS:
+                raise ValueError(f"unknown arrays {unknown}")  # a damaged name: what it was may be missed
             arrays = {key: file[key] for key in ("mu", "sigma", *optional)}
             meta = json.loads(str(file["meta"])) if "meta" in file.files else None
         dim = extractor.streams[stream] if extractor else arrays["mu"].size

@@ -86,3 +86,14 @@ def test_pickled_content_is_not_loaded(written, tmp_path):
     with pytest.raises(UserError, match="is not an npz of"):
         load_spectrum(rewrite(written, power=hostile), 16, 10)
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(written):
+    content, expected = written.read_bytes(), load_spectrum(written, 16, 10)
+    for i in range(0, len(content), 5):
+        written.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
+        try:
+            found = load_spectrum(written, 16, 10)
+        except UserError:
+            continue
+        assert found.meta == expected.meta and all((getattr(found, n) == getattr(expected, n)).all() for n in ARRAYS)

@@ -303,7 +303,10 @@ def test_the_report_says_what_was_measured(folder):
     assert path.with_suffix(".png").is_file() and path.name == "epoch0001-ema1-heun2-cfg2-seed3-n150.json"
     assert report_exists(folder / "eval", CONFIG, 0) and not report_exists(folder / "eval", CONFIG, 1)
     assert evaluate.report_name(CONFIG, 3, "-step7") == "epoch0004-ema1-heun2-cfg2-step7-seed3-n150"
-    assert evaluate.metric_line(report) == "class_agreement 0.5  spectrum_gap 0.25"
+    report |= {"num_images": 10, "measured_with": {}}
+    assert evaluate.metric_line(report) == "class_agreement 0.5  spectrum_gap 0.25  (10 images)"
+    report["measured_with"]["protocol"] = "torch-fidelity"
+    assert evaluate.metric_line(report).endswith("  (10 images, torch-fidelity)")
     logged = evaluate.loggable(report)
     assert logged["class_agreement"] == 0.5 and logged["cfg"] == 2.0
     assert all(isinstance(value, int | float) for value in logged.values())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from spectral_forcing import num_rings
 from tests.conftest import Payload
 from tests.util.evaluation.colours import DIM, SIZE, Colours, meta
 from util.errors import UserError
@@ -177,3 +178,37 @@ def test_files_that_are_not_npz_are_refused_and_nothing_in_them_is_executed(tmp_
         with pytest.raises(UserError, match="not a reference file"):
             load(path)
     assert not marker.exists()
+
+
+# --- every byte ------------------------------------------------------------------------------------------------------
+
+
+def outcomes(path, read):
+    """What `read` returns for a file in which one bit is flipped, at each byte; None where it refuses."""
+    content = path.read_bytes()
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
+        try:
+            yield read(path)
+        except UserError:
+            yield None
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path, statistics):
+    """Nothing but a refusal is raised; what is read has the metadata and, to the bit, the arrays."""
+    spectra = {name: np.ones(num_rings(SIZE)) for name in ("grey_spectrum", "rapsd", "rapsd_centred")}
+    save_reference(tmp_path / "a.npz", {**statistics, **spectra}, meta())
+    expected = load(tmp_path / "a.npz")
+    found = list(outcomes(tmp_path / "a.npz", load))
+    assert found.count(None) > 0.5 * len(found)
+    for reference in filter(None, found):
+        assert reference.meta == expected.meta and reference.arrays.keys() == expected.arrays.keys()
+        assert all(torch.equal(reference.arrays[key], value) for key, value in expected.arrays.items())
+
+
+def test_a_file_that_would_unpack_to_far_more_is_refused_unread(tmp_path, statistics):
+    np.savez_compressed(tmp_path / "a.npz", **statistics)
+    load(tmp_path / "a.npz")
+    np.savez_compressed(tmp_path / "a.npz", **statistics, features=np.zeros((200_000, DIM)))
+    with pytest.raises(UserError, match="not a reference file"):
+        load(tmp_path / "a.npz")
