@@ -57,7 +57,7 @@ from util.evaluation.images import spread_labels
 from util.evaluation.metrics import MetricSuite
 from util.evaluation.validation import Validation, hold_out, init_overlap_warnings
 from util.io import commit, hardware, provenance, versions, wait_for_file, write_json
-from util.log import LOG_NAME, RunLog, duration, progress, wandb_settings, warn
+from util.log import LOG_NAME, WANDB_ID_NAME, RunLog, duration, progress, wandb_settings, warn
 from util.optim import EMA, build_optimizer, learning_rate, peak_lr
 from util.profile import dry_run
 from util.resume import init_warnings, load_for_training, start_step
@@ -206,7 +206,7 @@ class Trainer:
                 f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
             ]
             if changed:
-                warn([f"resumed on another machine, so numbers agree to rounding: {', '.join(changed)}"], self.ctx)
+                warn([f"resumed under other conditions, so numbers agree to rounding: {', '.join(changed)}"], self.ctx)
             return f"resumed {checkpoint.path}"
         if source is None:
             return "fresh weights"
@@ -550,6 +550,9 @@ class Trainer:
             for folder in (self.folder, self.folder / "samples", self.folder / "eval"):
                 if folder.exists() and not folder.is_dir():
                     raise UserError(f"{folder} is a file where the run needs a folder. Move it away.")
+            for name in (LOG_NAME, WANDB_ID_NAME, files.NAME, files.NEXT):
+                if (path := self.folder / name).exists() and not path.is_file():
+                    raise UserError(f"{path} is no file, and the run writes one of that name. Move it away.")
             self.folder.mkdir(parents=True, exist_ok=True)
             files.recover(self.folder, self.newest_step)
             free = shutil.disk_usage(self.folder).free

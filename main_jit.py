@@ -126,7 +126,7 @@ def check_tasks(given: Mapping[str, Any]) -> None:
 
 
 def check_start(given: Mapping[str, Any], ctx: DistContext) -> None:
-    """Check what a start with these flags would, up to opening the data. Raises UserError."""
+    """Check what a start with these flags would, before it computes: settings, files, data. Raises UserError."""
     check_tasks(given)
     if given.get("sample") or given.get("evaluate_gen"):
         task = "sample" if given.get("sample") else "evaluate_gen"
@@ -134,8 +134,12 @@ def check_start(given: Mapping[str, Any], ctx: DistContext) -> None:
         warn(check(config, evaluates=task == "evaluate_gen"), ctx)
         parse_labels(config.labels, config.class_num)
         plan_sweep(config)
+        if task == "evaluate_gen":
+            warn(build_suite(config, dataclasses.replace(ctx, world_size=1), config.num_images).warnings, ctx)
     else:
-        engine_jit.open_run(given, ctx)
+        config, *_ = engine_jit.open_run(given, ctx)
+        if config.online_eval:
+            engine_jit.build_online_suite(config, dataclasses.replace(ctx, world_size=1))
 
 
 def run(argv: Sequence[str] | None = None) -> str:

@@ -68,8 +68,8 @@ OMP_NUM_THREADS, NCCL_*     -                       passed through when set, nev
 NCCL_SOCKET_IFNAME          NCCL's choice           network interface between nodes for GPUs
 GLOO_SOCKET_IFNAME          that of the host's name for what processes tell each other, also in runs on GPUs
 JIT_DIR                     SLURM_SUBMIT_DIR        folder of main_jit.py, for sbatch from elsewhere
-DRY_RUN                     0                       1 checks settings, checkpoint and data, prints the
-                                                    command and starts nothing (before srun: prints)
+DRY_RUN                     0                       1 checks settings, checkpoint, data and what metrics
+                                                    need, prints the command and starts nothing
 
 TERM, HUP, USR1 and Ctrl-C: training stops after the current step and writes a checkpoint, an evaluation keeps what it
 has; a second Ctrl-C stops at once. With srun, which starts this on each of several nodes, USR1 is forwarded
@@ -139,11 +139,9 @@ if [[ ${AUTO_SRUN:-1} == 1 && -n ${SLURM_JOB_ID:-} && ${JIT_SRUN_JOB:-} != "${SL
     command=(env -u NODE_RANK JIT_SRUN_JOB="$SLURM_JOB_ID" srun --nodes="$nnodes" --ntasks="$nnodes"
         --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 --wait=60
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash "$script" "$@")
-    if [[ ${DRY_RUN:-0} == 1 ]]; then
-        printf '%q ' "${command[@]}" && echo
-        exit 0
-    fi
-    exec "${command[@]}"
+    if [[ ${DRY_RUN:-0} != 1 ]]; then exec "${command[@]}"; fi
+    printf '%q ' "${command[@]}" && echo
+    unset NODE_RANK  # what the first node would start is checked below
 fi
 
 ((!in_step)) || [[ ${SLURM_LOCALID:-0} == 0 ]] ||
@@ -157,7 +155,8 @@ if ((nnodes == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
     # torchrun finds a free port. The address spares looking up a host name that may not resolve.
     rendezvous=(--standalone --local_addr=127.0.0.1)
 else
-    master_addr=${MASTER_ADDR:-127.0.0.1}
+    master_addr=127.0.0.1  # one node needs no name, which may not resolve
+    if ((nnodes > 1)); then master_addr=${MASTER_ADDR:-127.0.0.1}; fi
     if [[ -z ${MASTER_ADDR:-} ]] && ((nnodes > 1)); then
         if [[ -n ${SLURM_JOB_ID:-} && -n $slurm_list ]] && ((slurm_nodes > 1)); then
             hosts=$(scontrol show hostnames "$slurm_list") || die "scontrol could not list the nodes: set MASTER_ADDR."

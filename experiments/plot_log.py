@@ -19,6 +19,8 @@ figure = Figure(figsize=(6, 3.2), layout="constrained")
 axes = figure.subplots()
 for run in args.runs:
     lines = []
+    if not (run / "log.jsonl").is_file():
+        sys.exit(f"{run / 'log.jsonl'} does not exist: name the folder of a run.")
     for text in (run / "log.jsonl").read_bytes().splitlines():
         with suppress(ValueError):  # the last line of a run that was killed may be half
             lines.append(json.loads(text))

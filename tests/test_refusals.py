@@ -1,6 +1,7 @@
 """Requests that cannot be fulfilled are refused: exit code 2, one sentence, and no file is touched."""
 
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -206,7 +207,7 @@ def test_seed_that_is_too_large(refuses):
 def test_texts_and_numbers_without_bounds(here, run, refuses):
     for flag in ("output_dir", "output_root", "resume", "init_from"):
         refuses(arguments(**{"output_dir": "out", flag: "x" * 5000}), f"--{flag} has 5000 characters")
-    refuses(of_run(run, sample=True, checkpoint="."), "is a folder; --checkpoint names a file")
+    refuses(of_run(run, sample=True, checkpoint="."), "is no file; --checkpoint names a file")
     refuses(of_run(run, sample=True, labels="0-99999999999"), "names the class 99999999999")
     for name, value in {"cfg": 1e300, "num_workers": 10**20, "dist_timeout": 1e300, "epochs": 10**30}.items():
         refuses(arguments(**{"output_dir": "out", name: value}), f"--{name}", "at most")
@@ -217,6 +218,15 @@ def test_a_file_in_the_place_of_a_folder(here, refuses):
     (here / "out").mkdir()
     (here / "out" / "samples").touch()
     refuses(arguments(output_dir="out"), "samples is a file where the run needs a folder")
+
+
+def test_something_else_in_the_place_of_a_file(here, refuses):
+    """A pipe would be waited for, and a folder replaced."""
+    (here / "pipe").mkdir()
+    os.mkfifo(here / "pipe" / "log.jsonl")
+    refuses(arguments(output_dir="pipe"), "log.jsonl is no file")
+    (here / "folder" / "checkpoint-last.pth").mkdir(parents=True)
+    refuses(arguments(output_dir="folder"), "checkpoint-last.pth is no file")
 
 
 def test_labels(run, refuses):

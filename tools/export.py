@@ -24,12 +24,14 @@ from util.checkpoint.published import WEIGHTS, load, load_weights, read_safetens
 from util.checkpoint.sharded import MOMENTS
 from util.config import resolve
 from util.errors import UserError
-from util.io import replacing
+from util.io import make_folder, replacing
+from util.resume import require_architecture
 
 
 def export(folder: str | Path, out: str | Path, ema: str = "ema1", name: str | None = None) -> Any:
     """Write the weights `ema` of a run's newest checkpoint, or of the one called `name`. Return the configuration."""
     checkpoint = load(folder, name)
+    require_architecture({}, checkpoint)
     config = resolve({}, checkpoint.args, training=False)
     denoiser = build_denoiser(config)
     load_weights(denoiser, checkpoint.state(ema), checkpoint.path)
@@ -67,7 +69,7 @@ def merge(folder: str | Path, out: str | Path, name: str | None = None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resume", required=True, help="folder of the run")
-    parser.add_argument("--out", required=True, help="file to write, in an existing folder")
+    parser.add_argument("--out", required=True, help="file to write")
     parser.add_argument("--checkpoint", help="file in the folder of the run (default: the newest)")
     parser.add_argument("--ema", default="ema1", choices=tuple(WEIGHTS), help="which weights, for safetensors")
     parser.add_argument("--format", default="safetensors", choices=("safetensors", "pth"))
@@ -76,6 +78,7 @@ def main() -> int:
     try:
         if Path(args.out).exists() and not args.overwrite:
             raise UserError(f"{args.out} exists. --overwrite replaces it, or name another --out.")
+        make_folder(Path(args.out).parent)
         if args.format == "pth":
             merge(args.resume, args.out, args.checkpoint)
             print(args.out)

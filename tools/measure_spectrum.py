@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         spectrum.meta.update(split=args.split, data_path=args.data_path, **provenance(torch.device(args.device)))
         save_spectrum(spectrum, out)
     except UserError as error:
-        print(f"measure_spectrum: {error}", file=sys.stderr, flush=True)
+        print(f"measure_spectrum: error: {error}", file=sys.stderr, flush=True)
         return 2
     bounds, (alpha, spread) = spectrum.meta["bounds"], spectrum.meta["fit_mean_and_std"]["alpha"]
     bounds = f"lambda from {bounds['lambda_0']:.3f} to {bounds['lambda_1']:.3f} with delta {DELTA}"

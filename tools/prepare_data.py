@@ -83,6 +83,7 @@ def measure(args: argparse.Namespace) -> None:
     """Print images per second of one loader, in the order of an epoch of training, measured for SECONDS."""
     img_size = args.img_size or DATASETS[args.dataset].img_size
     images = build_dataset(args.dataset, args.data_path, img_size)
+    args.batch_size = min(args.batch_size, len(images))
     sampler = GlobalBatchSampler(len(images), args.batch_size, 0, 1, 1, seed=0)
     loader = ImageLoader(images, sampler, args.num_workers, pin_memory=False)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))

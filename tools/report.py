@@ -45,7 +45,8 @@ def read(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str], list[s
             elif file in paths:
                 warnings.append(f"{file} is skipped: it is not the report of an evaluation")
         except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-            warnings.append(f"{file} is skipped: {type(error).__name__}: {error}")
+            reason = "there is no such file or folder" if not file.exists() else f"{type(error).__name__}: {error}"
+            warnings.append(f"{file} is skipped: {reason}")
     if not rows:
         given = ", ".join(map(str, paths))
         expected = "expected eval/*.json or sweep/**/*.json, which main_jit.py --evaluate_gen --resume DIR writes"

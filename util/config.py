@@ -336,10 +336,13 @@ def _merge(
 ) -> dict[str, Any]:
     """Return the given values and those of a checkpoint that apply; raise a UserError if they contradict each other."""
     flags = all_flags()
-    saved = {name: field.default for name, field in flags.items() if field.metadata["added"]} | dict(saved_args)
+    added = {name: field.default for name, field in flags.items() if field.metadata["added"]}
+    saved = added | dict(saved_args) if "model" in saved_args else dict(saved_args)  # else it is of weights alone
     if saved.get("disable_dct_patchify"):  # the published name of --input_operator none
         saved["input_operator"] = "none"
-    values, contradictions = dict(given), []
+    elif "disable_dct_patchify" in saved:
+        saved.setdefault("input_operator", "spectral_forcing")
+    values, contradictions, t_sampler = dict(given), [], saved.get("t_sampler", "")
     if only is None:  # what training has recorded
         fields = dataclasses.fields(config_class())
         values |= {field.name: saved.get(field.name) for field in fields if field.metadata["lock"] is None}
@@ -349,13 +352,14 @@ def _merge(
             continue  # the checkpoint does not say
         if name not in saved or lock == PER_CALL:
             continue
-        locked = lock == LOCKED or (lock == LOCKED_FOR_TRAINING and training and _is_trained(name, saved["t_sampler"]))
+        locked = lock == LOCKED or (lock == LOCKED_FOR_TRAINING and training and _is_trained(name, t_sampler))
         if name not in given:
             values[name] = saved[name]
         elif locked and given[name] != saved[name]:
             contradictions.append(f"--{name} {given[name]} (the checkpoint has {saved[name]})")
     if contradictions:
-        raise UserError(f"Flags contradict the checkpoint: {', '.join(contradictions)}. Leave them out.")
+        way_out = "Leave them out, or start a new run in another --output_dir." if training else "Leave them out."
+        raise UserError(f"Flags contradict the checkpoint: {', '.join(contradictions)}. {way_out}")
     return values
 
 
@@ -446,7 +450,10 @@ def check(config: Any, evaluates: bool) -> list[str]:
         )
     if config.input_operator not in ("none", *INPUT_OPERATORS):
         known = ", ".join(("none", *INPUT_OPERATORS))
-        raise UserError(f"--input_operator {config.input_operator} is unknown; it must be one of {known}.")
+        raise UserError(
+            f"--input_operator {config.input_operator} is unknown; it must be one of {known}. An operator of "
+            "your own must be registered first, also for its checkpoints (docs/extending.md)."
+        )
     if config.interval_min > config.interval_max:
         raise UserError(
             f"--interval_min {config.interval_min} is above --interval_max {config.interval_max}; "

@@ -26,7 +26,7 @@ def load_for_inference(given: Mapping[str, Any], task: str) -> tuple[Any, Checkp
     folder = given.get("resume") or given.get("output_dir")
     if folder is None:
         raise UserError(f"--{task} needs a trained model; name its folder with --resume (RESUME in the launcher).")
-    checkpoint = load(folder, given.get("checkpoint"))
+    checkpoint = load(folder, given.get("checkpoint")).with_operator(given)
     require_architecture(given, checkpoint)
     config = resolve(given, checkpoint.args, training=False)
     return replace(config, resume=folder, output_dir=given.get("output_dir") or folder), checkpoint

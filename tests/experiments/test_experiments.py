@@ -46,6 +46,8 @@ def test_pictures_are_drawn(run, tmp_path, trained):
 def test_a_log_that_was_cut_off_or_has_no_loss_yet(run, tmp_path):
     lines = [{"time": 1, "event": "start", "step": 0}, {"time": 2, "event": "train", "step": 0, "loss": None}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit, match="does not exist"):
+        run("plot_log.py", tmp_path / "missing", "--out", tmp_path / "a.png")
     with pytest.raises(SystemExit, match="has no loss yet"):
         run("plot_log.py", tmp_path, "--out", tmp_path / "a.png")
     with (tmp_path / "log.jsonl").open("a") as file:

@@ -90,7 +90,7 @@ def test_export_keeps_all_that_decides_the_velocity(trained, tmp_path, settings)
 
 
 def test_export_as_a_program(trained, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "x.safetensors"
+    out = tmp_path / "missing" / "x.safetensors"
     monkeypatch.setattr(sys, "argv", ["export", *flags(resume=trained, out=out, ema="ema2", checkpoint=NAME)])
     assert main() == 0 and out.exists() and TINY in capsys.readouterr().out
     before = out.read_bytes()
@@ -99,7 +99,7 @@ def test_export_as_a_program(trained, tmp_path, monkeypatch, capsys):
     assert main() == 0
     monkeypatch.setattr(sys, "argv", ["export", *flags(resume=trained, out=out, ema="ema1"), "--overwrite"])
     assert main() == 0 and out.read_bytes() != before
-    for resume, where in ((tmp_path, out), (trained, tmp_path / "missing" / "x.pth")):
+    for resume, where in ((tmp_path, out), (trained, trained / "config.json" / "x.pth")):
         for kind in ("safetensors", "pth"):
             monkeypatch.setattr(sys, "argv", ["export", *flags(resume=resume, out=where, format=kind)])
             assert main() == 2 and "tools.export: error: " in capsys.readouterr().err

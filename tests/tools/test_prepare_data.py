@@ -44,7 +44,6 @@ def refused(capsys, *words):
 def test_wrong_input_is_refused_in_a_sentence(folder, capsys):
     before = sorted(folder.rglob("*"))
     for words, part in (
-        (("measure", "--data_path", "images", "--img_size", str(SIZE)), "fewer than one global batch of 128"),
         ((*CACHE, "--out", "x", "--img_size", "0"), "img_size is 0"),
         ((*CACHE, "--out", "images/train/a/0.png"), "Not a directory"),
         (("cache", "--data_path", "cache", "--out", "x"), "is an image cache already"),

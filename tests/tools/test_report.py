@@ -173,4 +173,4 @@ def test_no_reports_is_an_error(tmp_path, show):
     code, lines, err = show(tmp_path / "run")
     assert (code, lines) == (2, []) and str(bad) in err and "expected eval/*.json" in err
     code, _, err = show(tmp_path / "nowhere")
-    assert code == 2 and f"No such file or directory: '{tmp_path / 'nowhere'}'" in err
+    assert code == 2 and f"{tmp_path / 'nowhere'} is skipped: there is no such file or folder" in err

@@ -162,6 +162,17 @@ def test_dry_run_knows_the_number_of_ranks_and_checkpoints(dry_run, tmp_path):
     assert dry_run("--evaluate_gen", "--resume", folder, "--num_images", "20")[0] == 0
 
 
+def test_dry_run_looks_for_what_metrics_need(dry_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("INCEPTION_WEIGHTS", str(tmp_path / "missing.pth"))
+    online = [word for word in arguments(metrics="fid", num_images=20) if word != "--no-online_eval"]
+    code, said = dry_run(*online)
+    assert code == 2 and "missing.pth (--inception_weights) cannot be read" in said.err and "ONLINE_EVAL=0" in said.err
+    assert dry_run(*online, "--no-online_eval")[0] == 0
+    folder = train(tmp_path / "run", epochs=1)
+    code, said = dry_run("--evaluate_gen", "--resume", folder, "--num_images", "20", "--metrics", "fid")
+    assert code == 2 and "missing.pth" in said.err
+
+
 def test_a_variable_that_is_wrong_ends_the_launcher_with_a_sentence():
     env = {**os.environ, "NUM_GPU": "1"}
     command = [sys.executable, "-m", "tools.launch", "--nproc_per_node=1", "main_jit.py"]

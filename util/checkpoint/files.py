@@ -96,7 +96,8 @@ def save(folder: Path, content: dict[str, Any], previous_step: int | None = None
             write(file, content)
         return put_in_place(folder / NEXT, previous_step)
     except (OSError, RuntimeError, UserError) as error:
-        raise UserError(f"The checkpoint cannot be written to {folder / NAME}: {error}") from error
+        room = f" ({shutil.disk_usage(folder).free / 1e9:.3g} GB are free there)" if folder.is_dir() else ""
+        raise UserError(f"The checkpoint cannot be written to {folder / NAME}: {error}{room}") from error
 
 
 def put_in_place(path: Path, previous_step: int | None = None) -> Path:

@@ -44,7 +44,8 @@ class Checkpoint:
     args: dict[str, Any]  # the flags it was trained with; disable_dct_patchify alone if the file has none
     sf_source: str  # where that one comes from, for a message
     run: dict[str, Any]  # our additions; empty for a published file
-    notes: tuple[str, ...] = ()  # warnings about newer checkpoints that are damaged
+    sf_is_guess: bool = False  # weights alone, whose patch projection a plain JiT and a run of this code both have
+    notes: tuple[str, ...] = ()  # warnings, as on newer checkpoints that are damaged
 
     def state(self, name: str) -> Mapping[str, Tensor]:
         """Return the weights "model", "ema1" or "ema2". Raises UserError if the file lacks them."""
@@ -54,6 +55,20 @@ class Checkpoint:
                 f"{self.path} has no weights {name}, only {there}: choose them with --ema or --init_weights."
             )
         return self.weights[WEIGHTS[name]]
+
+    def with_operator(self, given: Mapping[str, Any]) -> "Checkpoint":
+        """Return it with the input operator that the flags name, if its own is a guess, or with a warning."""
+        if not self.sf_is_guess:
+            return self
+        flag = next((name for name in ("input_operator", "disable_dct_patchify") if name in given), None)
+        if flag is None:
+            note = (
+                f"{self.path} does not say whether it was trained with Spectral Forcing; it is taken as plain JiT, the "
+                "published one with such weights. If one of this project's runs made it: --input_operator"
+            )
+            return replace(self, notes=(*self.notes, f"{note} spectral_forcing"))
+        args = {name: value for name, value in self.args.items() if name != "disable_dct_patchify"}
+        return replace(self, args=args, sf_source=f"--{flag} says so", sf_is_guess=False)
 
     @property
     def at(self) -> str:
@@ -92,8 +107,8 @@ def _read(path: Path) -> Checkpoint:
         others = ", ".join(other.name for other in files.candidates(path.parent)) or "no checkpoint"
         there = f"that folder has {others}" if path.parent.is_dir() else "there is no such folder"
         raise UserError(f"No checkpoint {path}: {there}.")
-    if path.is_dir() and path.suffix != ".dcp":
-        raise UserError(f"{path} is a folder; --checkpoint names a file in the folder of the run.")
+    if not path.is_file() and path.suffix != ".dcp":
+        raise UserError(f"{path} is no file; --checkpoint names a file in the folder of the run.")
     if path.suffix == ".dcp":
         return _understand(path, sharded.load(path))
     if path.suffix == ".safetensors":
@@ -155,10 +170,11 @@ def _understand(path: Path, content: Any) -> Checkpoint:
     args, epoch, run = content.get("args", Namespace()), content.get("epoch", -1), content.get("run")
     if not isinstance(args, Namespace) or not isinstance(epoch, int):
         raise UserError(f"{foreign}: args must be a Namespace and epoch an integer.")
-    args, source = dict(vars(args)), "its settings say so"
+    args, source, guess = dict(vars(args)), "its settings say so", False
     if "disable_dct_patchify" not in args:
         linear = _is_linear(content["model"])
         args["disable_dct_patchify"] = not linear
+        guess = not linear and "model" not in args
         source = f"its settings do not say, and its patch projection is {'linear' if linear else 'a convolution'}"
     if isinstance(args.get("batch_size"), int) and isinstance(args.get("world_size"), int):
         args.setdefault("global_batch", args["batch_size"] * args["world_size"])  # published runs do not record it
@@ -171,7 +187,7 @@ def _understand(path: Path, content: Any) -> Checkpoint:
         raise UserError(f"{foreign}: its entry run is damaged.")
     if "window" in run:  # earlier names
         run["metrics"] = {{"in_a_row": "consecutive"}.get(name, name): v for name, v in run.pop("window").items()}
-    return Checkpoint(path, states, content.get("optimizer"), epoch, args, source, run)
+    return Checkpoint(path, states, content.get("optimizer"), epoch, args, source, run, guess)
 
 
 def _state_dict(state: Any, foreign: str) -> Mapping[str, Tensor]:

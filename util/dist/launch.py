@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,10 @@ def _missing_nodes(options: Mapping[str, str], nodes: int) -> str:
     if "rdzv_backend" in options:
         return f"some of {nodes} nodes to join at {options['rdzv_endpoint']}"
     host, port = options["master_addr"], options["master_port"]
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        return f"MASTER_ADDR {host} to be a name that this node knows ({error})"
     try:  # with the static rendezvous each node writes itself into node 0's store
         store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
     except RuntimeError:

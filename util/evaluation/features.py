@@ -94,10 +94,11 @@ def ensure_inception_weights(weights: str | Path | None = None) -> tuple[Path, s
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
         sha256 = sha256_file(path)
     except (OSError, RuntimeError, HTTPException) as error:
-        source = "--inception_weights" if weights else INCEPTION_VARIABLE if given else "downloaded"
+        source = "--inception_weights" if weights else INCEPTION_VARIABLE
+        what = f"{path} ({source}) cannot be read" if given else "cannot be downloaded"
         raise UserError(
-            f"The Inception weights {path} ({source}) cannot be read: {error}. Set --inception_weights or the "
-            f"environment variable {INCEPTION_VARIABLE} to a copy of {INCEPTION_URL}."
+            f"The Inception weights {what}: {error}. Set --inception_weights or the environment variable "
+            f"{INCEPTION_VARIABLE} to a copy of {INCEPTION_URL}."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

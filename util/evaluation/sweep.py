@@ -179,7 +179,8 @@ def write_tables(
         writer.writerows(rows)
     common = {name: reports[0][name] for name in ("num_images", "seed", "solver", "steps", "checkpoint", "epoch")}
     io.write_json(folder / "table.json", {**common, **about, "points": rows})
-    plot_sweep(folder / "metrics.png", rows, names)
+    varying = [name for name in names if len({row[name] for row in rows}) > 1]  # not what is known of real images
+    plot_sweep(folder / "metrics.png", rows, varying or names)
     lines = [["", "ema", "interval", "cfg", *names]]
     for row in rows:
         interval = "-" if row["interval_min"] is None else f"{row['interval_min']:g}:{row['interval_max']:g}"

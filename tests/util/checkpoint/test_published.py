@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 import main_jit
 from tests.conftest import TINY, Payload, arguments, differences, flags, raw
 from tests.util.checkpoint.helpers import KEYS, PATH, build, content_of, plain_adamw, published, steps, training, write
+from tools.export import export
 from util.checkpoint.files import NAME, find, save
 from util.checkpoint.published import OPTIONAL, PROJ1, load, load_optimizer, load_weights, whole
 from util.checkpoint.train_state import load_initial_weights, load_train_state
 from util.errors import UserError
 from util.optim import EMA, build_optimizer
+from util.resume import load_for_inference
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -166,6 +168,30 @@ def test_weights_without_settings_need_the_architecture(tmp_path, capsys):
     assert "cannot be resumed: it lacks its settings" in capsys.readouterr().err
     init = arguments(output_dir=tmp_path / "new", epochs=1, init_from=folder / NAME, class_num=10)
     assert main_jit.main(init) == 0
+
+
+def test_weights_that_do_not_say_whether_they_had_spectral_forcing(tmp_path, capsys):
+    """A plain JiT's convolution is also that of this project's runs: the guess is said, and a flag wins over it."""
+    folder = write(tmp_path / "run", VARIANTS["weights alone"](published()[0]))
+    given = {"model": TINY, "img_size": 16, "class_num": 10, "resume": str(folder)}
+
+    def settle(**more):
+        config, checkpoint = load_for_inference(given | more, "sample")
+        return config.input_operator, config.disable_dct_patchify, checkpoint.notes, checkpoint.sf_source
+
+    name, disabled, notes, source = settle()
+    assert (name, disabled) == ("none", True) and "does not say" in notes[0] and "a convolution" in source
+    assert settle(input_operator="spectral_forcing") == ("spectral_forcing", False, (), "--input_operator says so")
+    assert settle(disable_dct_patchify=False)[:3] == ("spectral_forcing", False, ())
+    assert settle(disable_dct_patchify=True)[:3] == ("none", True, ())
+    config, _ = load_for_inference(given | {"input_operator": "spectral_forcing", "sf_schedule": "power"}, "sample")
+    assert config.sf_schedule == "power"
+    write(folder, VARIANTS["weights alone"](published(linear=True)[0]))
+    assert settle()[:3] == ("spectral_forcing", False, ())
+    with pytest.raises(UserError, match="contradict"):
+        settle(input_operator="none")
+    with pytest.raises(UserError, match="weights without settings"):
+        export(folder, tmp_path / "x.safetensors", ema="model")
 
 
 def test_a_compressed_file_is_not_unpacked(tmp_path):
