@@ -6,13 +6,15 @@ At time t the data rises above the noise only up to some spatial frequency. The 
 cutoff c(t), which opens as t goes from noise (0) to data (1). It acts on the input of the network alone, never on the
 z of the loss, of the velocity, or of the sampler's state.
 
-Ring k of the spectrum has the signal-to-noise ratio P_k (t / (1 - t))^2, since the noise has power 1. There are three
+Ring k of the spectrum has the signal-to-noise ratio P_k (t / (1 - t))^2, since the noise has power 1. There are four
 schedules of c(t), all between c_min and c_max:
 
     linear   c_min + (c_max - c_min) t, the published one
     power    the frequency at which the SNR of the spectrum k^-alpha is `snr_floor`:
              k*(t) = ((t / (1 - t))^2 / snr_floor)^(1 / alpha)
     snr      the frequency at which the SNR of a measured spectrum P_k is `snr_floor`
+    budget   the lowest frequency above which everything can be hidden for at most a share `budget` of the least
+             possible loss, by a measured spectrum, plus 3 / kappa: up to there the mask is at least 0.95
 
 For a spectrum A k^-alpha, use `power` with the floor divided by A. DCT index u is u / 2 cycles per window, so k cycles
 per image are at the radius r = 2 k (n / H) / (sqrt(2) (n - 1)): the same frequency in a window as in the image.
@@ -27,7 +29,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-SCHEDULES = ("linear", "power", "snr")
+SCHEDULES = ("linear", "power", "snr", "budget")
 T_MIN, T_MAX = 1e-12, 1 - 2.0**-24  # the odds t / (1 - t) are finite between them, and so are derivatives
 
 
@@ -75,6 +77,14 @@ def separable_transform(matrix: Tensor, z: Tensor) -> Tensor:
     return matrix @ z @ matrix.T
 
 
+@lru_cache(maxsize=8)
+def dct_rings(n: int) -> tuple[Tensor, Tensor]:
+    """Return the ring floor(|f|) of each DCT mode (n, n), f = (u, v) / 2 cycles per image, and the modes per ring."""
+    u = torch.arange(n, dtype=torch.float64, device="cpu")
+    ring = (torch.hypot(u[:, None], u[None, :]) / 2).floor().long()
+    return ring, torch.bincount(ring.flatten())
+
+
 def snr_cutoffs(power: Sequence[float], img_size: int, snr_floor: float) -> tuple[Tensor, Tensor]:
     """Return the knots of the schedule `snr`: log-SNR (K,), non-decreasing, and cutoff (K,) in cycles per image.
 
@@ -84,6 +94,32 @@ def snr_cutoffs(power: Sequence[float], img_size: int, snr_floor: float) -> tupl
     """
     envelope = torch.as_tensor(power, dtype=torch.float64, device="cpu").flip(0).cummax(0).values.flip(0)  # (K,)
     return (snr_floor / envelope).log(), ring_radii(img_size)
+
+
+def budget_cutoffs(power: Tensor, img_size: int, budget: float) -> tuple[Tensor, Tensor]:
+    """Return the knots of the schedule `budget`: log-SNR (K,), increasing, and cutoff (K,) in cycles per image.
+
+    A mode of variance P and SNR s = P e^lambda has the least possible error P / (1 + s) of x, and the error P if it is
+    not seen. So hiding the rings from j on costs, summed over modes and colour axes,
+
+        H_j(lambda) = sum_{k >= j} n_k P_k s_k / (1 + s_k)     of     E(lambda) = sum_k n_k P_k / (1 + s_k)
+
+    H_j / E grows with lambda and reaches `budget` at lambda_j. From there on ring j must be seen: the cutoff is then
+    j + 1. Below lambda_0 nothing need be seen. The division of a velocity by 1 - t cancels.
+
+    Args:
+        power: variance P of the DCT modes in each ring, (K,), or (A, K) along A uncorrelated colour axes.
+    """
+    power, count = power.double().reshape(-1, power.shape[-1]), dct_rings(img_size)[1]  # (A, K), (K,)
+    low, high = (torch.full((power.shape[-1],), end, dtype=torch.float64) for end in (-60.0, 60.0))
+    for _ in range(60):
+        middle = (low + high) / 2  # (K,): lambda_j is in low .. high
+        seen = 1 / (1 + power[:, None] * middle.exp()[None, :, None])  # (A, j, k)
+        hidden = ((1 - seen) * (power * count)[:, None]).sum(0).triu().sum(1)  # (j,)
+        least = (seen * (power * count)[:, None]).sum((0, 2))
+        below = hidden < budget * least
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low, torch.arange(1.0, power.shape[-1] + 1, dtype=torch.float64)
 
 
 class SpectralForcing(nn.Module):
@@ -103,7 +139,9 @@ class SpectralForcing(nn.Module):
             frequencies pass, and at t = 1 as much as in `linear`.
         alpha: exponent of the spectrum, for `power`: 2 to 3 for natural images, 2.9 for CIFAR-10.
         snr_floor: SNR at the cutoff, for `power` and `snr`; a smaller one opens the filter earlier.
-        power: P_k (K,) of the images, divided by noise_scale^2, for `snr`.
+        power: of the images, divided by noise_scale^2: P_k (K,) of the Fourier transform for `snr`, and for `budget`
+            the variances of DCT modes, (K,) or (A, K) along A colour axes.
+        budget: share of the least possible loss that hiding may cost, for `budget`.
 
     Raises:
         ValueError: a window that does not divide the image or is below 2; a setting out of range or not finite; a
@@ -121,13 +159,14 @@ class SpectralForcing(nn.Module):
         schedule: str = "linear",
         alpha: float | None = None,
         snr_floor: float = 1.0,
-        power: Sequence[float] | None = None,
+        power: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        budget: float = 0.003,
     ):
         super().__init__()
         self.img_size, self.window_size = img_size, img_size if window_size is None else window_size
         self.c_min, self.c_max, self.kappa, self.fixed_scale = c_min, c_max, kappa, fixed_scale
-        self.schedule, self.alpha, self.snr_floor = schedule, alpha, snr_floor
-        self.power = None if power is None else tuple(float(p) for p in power)
+        self.schedule, self.alpha, self.snr_floor, self.budget = schedule, alpha, snr_floor, budget
+        self.power = None if power is None else torch.as_tensor(power, dtype=torch.float64, device="cpu")
         self._check()
         for name, table in self._tables().items():
             self.register_buffer(name, table, persistent=False)
@@ -140,7 +179,7 @@ class SpectralForcing(nn.Module):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} {value} must be a finite number.")
-        for name in ("kappa", "snr_floor", "alpha"):
+        for name in ("kappa", "snr_floor", "alpha", "budget"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} {value} must be a positive number.")
@@ -154,18 +193,24 @@ class SpectralForcing(nn.Module):
             raise ValueError(f"c_min {self.c_min} must not exceed c_max {self.c_max} in schedule {self.schedule!r}.")
         if self.schedule == "power" and self.alpha is None:
             raise ValueError("The schedule 'power' needs alpha, the exponent of the spectrum.")
-        if self.schedule == "snr":
-            power, count = self.power or (), num_rings(size)
-            if len(power) != count:
-                raise ValueError(f"The schedule 'snr' needs the power of {count} rings, not {len(power)}.")
-            if not all(0 < p < math.inf for p in power):
-                raise ValueError("The schedule 'snr' needs a power above 0 and finite in each ring.")
+        if self.schedule in ("snr", "budget"):
+            count = num_rings(size) if self.schedule == "snr" else len(dct_rings(size)[1])
+            given = torch.zeros(0) if self.power is None else self.power
+            if given.ndim not in (1, 2) or given.shape[-1] != count or (self.schedule == "snr" and given.ndim == 2):
+                raise ValueError(
+                    f"The schedule {self.schedule!r} needs the power of {count} rings, not {tuple(given.shape)}."
+                )
+            if not ((given > 0) & given.isfinite()).all():
+                raise ValueError(f"The schedule {self.schedule!r} needs a power above 0 and finite in each ring.")
 
     def _tables(self) -> dict[str, Tensor]:
         tables = {"dct": dct_matrix(self.window_size), "radius": radius_grid(self.window_size)}
         if self.schedule == "snr":
             tables["log_snr"], cycles = snr_cutoffs(self.power, self.img_size, self.snr_floor)
             tables["cutoffs"] = self.radius_per_cycle * cycles
+        if self.schedule == "budget":
+            tables["log_snr"], cycles = budget_cutoffs(self.power, self.img_size, self.budget)
+            tables["cutoffs"] = self.radius_per_cycle * cycles + 3 / self.kappa
         return {name: table.float().to(tables["dct"].device) for name, table in tables.items()}
 
     def _apply(self, fn, recurse=True):

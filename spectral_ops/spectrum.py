@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectral_forcing import num_rings, rings
+from spectral_forcing import dct_matrix, dct_rings, num_rings, rings, separable_transform
 
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 NO_POWER = 1e-12  # rounding leaves less than this in a ring without power; 8-bit images have far more, or none
@@ -124,3 +124,33 @@ class SpectrumSums:
         power = self.power / self.count
         centred = power - rapsd(mean_image)[0]
         return {"grey_spectrum": self.grey / self.count, "rapsd": power, "rapsd_centred": centred}
+
+
+class DCTSums:
+    """Sums over real images, batch by batch, for the variance of DCT modes along colour axes.
+
+    Colour axes are the eigenvectors of the covariance of the channels, the largest variance first: along them channels
+    are uncorrelated, and an orthonormal change of axes leaves white noise white.
+    """
+
+    def __init__(self, n: int):
+        self.dct, (self.ring, self.modes), self.count = dct_matrix(n), dct_rings(n), 0
+        self.products = torch.zeros(3, 3, n, n, dtype=torch.float64)  # of the coefficients of two channels
+        self.total = torch.zeros(3, n, n, dtype=torch.float64)
+
+    def update(self, images: Tensor) -> None:
+        """Add uint8 images (B, 3, n, n), on any device."""
+        dct = self.dct.to(images.device)
+        x = separable_transform(dct, images.double() / 127.5 - 1)  # (B, 3, n, n)
+        self.products += torch.einsum("bcuv,bduv->cduv", x, x).cpu()
+        self.total += x.sum(0).cpu()
+        self.count += len(images)
+
+    def finish(self) -> Tensor:
+        """Return the variance of the modes in each ring along each colour axis, float64 (3, K)."""
+        mean = self.total / self.count
+        covariance = self.products / self.count - mean[:, None] * mean[None, :]  # (3, 3, n, n)
+        axes = torch.linalg.eigh(covariance.sum((2, 3)))[1].flip(1)  # (3, 3), in columns
+        variance = torch.einsum("ca,cduv,da->auv", axes, covariance, axes).flatten(1)  # (3, n*n)
+        rings = variance.new_zeros(3, len(self.modes)).index_add_(1, self.ring.flatten(), variance)
+        return rings / self.modes

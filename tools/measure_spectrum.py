@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from spectral_forcing import rings
 from spectral_ops.schedule import FIT, noise_bounds
-from spectral_ops.spectrum import NO_POWER, SpectrumSums, image_fits
+from spectral_ops.spectrum import NO_POWER, DCTSums, SpectrumSums, image_fits
 from util.data.datasets import DATASETS, Images, build_dataset
 from util.data.loader import ImageLoader
 from util.data.spectrum_file import DataSpectrum, default_spectrum_file, save_spectrum
@@ -32,10 +32,11 @@ def measure(images: Images, index: np.ndarray, batch_size=256, num_workers=None,
     if len(absent := np.setdiff1d(np.arange(images.num_classes), labels)):
         raise UserError(f"Class {absent[0]} has no image among the {len(index)} measured ones. Measure more.")
     batches = [index[i : i + batch_size].tolist() for i in range(0, len(index), batch_size)]
-    sums, powers, levels = SpectrumSums(n), [], []
+    sums, dct_sums, powers, levels = SpectrumSums(n), DCTSums(n), [], []
     for x, _ in tqdm(ImageLoader(images, batches, num_workers, pin_memory=False), unit="batch", disable=None):
         x = x.to(device)  # uint8 (B, 3, H, W)
         powers.append(sums.update(x).float().cpu())  # (B, K)
+        dct_sums.update(x)
         levels.append((x.double().mean((2, 3)) / 127.5 - 1).cpu())  # (B, 3)
     level, spectra = torch.cat(levels), sums.finish()
     if spectra["rapsd_centred"].min() <= NO_POWER:
@@ -43,6 +44,7 @@ def measure(images: Images, index: np.ndarray, batch_size=256, num_workers=None,
     fits = image_fits(torch.cat(powers), level, level.mean(0), n).numpy()  # (N, 4)
     of_classes = [fits[labels == c] for c in range(images.num_classes)]
     return DataSpectrum(
+        dct_power=dct_sums.finish().numpy(),
         power=spectra["rapsd"].numpy(),
         centred=spectra["rapsd_centred"].numpy(),
         counts=rings(n)[1].numpy(),

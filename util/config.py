@@ -403,7 +403,7 @@ NEEDS = {
     "spectral_variant": (lambda c: spectral(c.t_sampler, c.sampling_grid), "a spectral --t_sampler or --sampling_grid"),
     "spectral_delta": (lambda c: spectral(c.t_sampler, c.sampling_grid), "a spectral --t_sampler or --sampling_grid"),
     "spectrum_file": (
-        lambda c: spectral(c.t_sampler, c.sampling_grid) or c.sf_schedule == "snr",
+        lambda c: spectral(c.t_sampler, c.sampling_grid) or c.sf_schedule in ("snr", "budget"),
         "a setting that uses a spectrum",
     ),
     "P_mean": (lambda c: c.t_sampler == "logit_normal", "--t_sampler logit_normal"),
@@ -416,7 +416,8 @@ NEEDS = {
         for name in ("mode", "power", "min", "max")
     },
     "sf_alpha": (lambda c: c.sf_schedule == "power", "--sf_schedule power"),
-    "sf_snr_floor": (lambda c: c.sf_schedule != "linear", "--sf_schedule power or snr"),
+    "sf_snr_floor": (lambda c: c.sf_schedule in ("power", "snr"), "--sf_schedule power or snr"),
+    "sf_budget": (lambda c: c.sf_schedule == "budget", "--sf_schedule budget"),
     "dct_fixed_scale": (lambda c: c.disable_dct_scale_schedule, "--disable_dct_scale_schedule"),
     "window_size": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
     "sf_schedule": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from spectral_forcing import SCHEDULES, SpectralForcing
@@ -67,11 +68,14 @@ class SpectralForcingConfig:
     sf_c_max: float = flag(1.0, LOCKED, "cutoff at t = 1")
     sf_kappa: float = flag(30.0, LOCKED, "steepness of the mask")
     sf_schedule: str = flag(
-        "linear", LOCKED, "schedule of the cutoff; snr needs --spectrum_file", SCHEDULES, added=True
+        "linear", LOCKED, "schedule of the cutoff; snr and budget need --spectrum_file", SCHEDULES, added=True
     )
     sf_alpha: float | None = flag(None, LOCKED, "exponent of the spectrum, for power", added=True)
     sf_snr_floor: float = flag(1.0, LOCKED, "SNR at the cutoff, for power and snr", added=True, gt=0)
-    sf_power: list[float] | None = recorded()  # P_k of the data set, for the schedule snr
+    sf_budget: float = flag(
+        0.003, LOCKED, "share of the least possible loss that hiding may cost, for budget", added=True, gt=0
+    )
+    sf_power: list | None = recorded()  # spectrum of the data set: P_k for snr, variances of DCT modes for budget
 
 
 def _build_spectral_forcing(config) -> SpectralForcing:
@@ -86,7 +90,8 @@ def _build_spectral_forcing(config) -> SpectralForcing:
         config.sf_schedule,
         config.sf_alpha,
         config.sf_snr_floor * (variance if config.sf_schedule == "power" else 1),
-        None if config.sf_power is None else [power / variance for power in config.sf_power],
+        None if config.sf_power is None else torch.tensor(config.sf_power, dtype=torch.float64) / variance,
+        config.sf_budget,
     )
 
 
@@ -96,6 +101,8 @@ def _describe_spectral_forcing(config) -> str:
     if config.sf_schedule != "linear":
         exponent = f" (alpha {config.sf_alpha})" if config.sf_schedule == "power" else ""
         f = f"schedule {config.sf_schedule}{exponent}, SNR {config.sf_snr_floor} at the cutoff"
+    if config.sf_schedule == "budget":
+        f = f"schedule budget, {100 * config.sf_budget:g}% of the least possible loss"
     return f"{window}, cutoff from {config.sf_c_min} to {config.sf_c_max} with {f}, kappa {config.sf_kappa}"
 
 

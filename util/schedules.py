@@ -38,9 +38,10 @@ def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:
 
     Raises UserError if a run that resumes is given another spectrum file than it was trained with.
     """
-    snr = config.sf_schedule == "snr" and config.input_operator == "spectral_forcing" and saved_args is None
+    measured = config.sf_schedule in ("snr", "budget") and config.input_operator == "spectral_forcing"
+    measured = measured and saved_args is None
     trained = config.t_sampler.startswith("spectral_")
-    if not (snr or trained or config.sampling_grid != "uniform"):
+    if not (measured or trained or config.sampling_grid != "uniform"):
         return config
     spectrum = open_spectrum(config)
     if saved_args is not None:
@@ -48,8 +49,11 @@ def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:
             known = f"the spectrum file that this run was trained with (sha256 {config.spectrum_sha256})"
             raise UserError(f"{spectrum.path} is not {known}. Name that one with --spectrum_file.")
         return config
-    if snr:
-        config = replace(config, sf_power=spectrum.power.tolist())
+    if measured:
+        power = spectrum.power if config.sf_schedule == "snr" else spectrum.dct_power
+        if power is None:
+            raise UserError(f"{spectrum.path} is from before --sf_schedule budget. Measure the spectrum again.")
+        config = replace(config, sf_power=power.tolist())
     if trained:
         config = replace(config, spectrum_sha256=spectrum.sha256)
     if config.t_sampler == "spectral_instance":

@@ -37,6 +37,7 @@ class DataSpectrum:
     low: np.ndarray  # (C, 4)
     high: np.ndarray  # (C, 4)
     meta: dict
+    dct_power: np.ndarray | None = None  # (3, K') variance of DCT modes along colour axes; earlier files have none
     path: Path | None = None
     sha256: str | None = None
 
@@ -64,7 +65,7 @@ def save_spectrum(spectrum: DataSpectrum, path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            arrays = {name: getattr(spectrum, name) for name in ARRAYS}
+            arrays = {name: getattr(spectrum, name) for name in (*ARRAYS, "dct_power")}
             np.savez(file, meta=np.array(json.dumps(spectrum.meta)), **arrays)
     except OSError as error:
         raise UserError(f"The spectrum file {path} cannot be written ({error.strerror}). Name another one.") from error
@@ -84,7 +85,8 @@ def load_spectrum(path: str | Path, img_size: int, class_num: int) -> DataSpectr
     try:
         check_zip(path)
         with np.load(path, allow_pickle=False) as file:
-            arrays, meta = {name: file[name] for name in ARRAYS}, json.loads(str(file["meta"]))
+            names = [*ARRAYS, *(["dct_power"] if "dct_power" in file.files else [])]
+            arrays, meta = {name: file[name] for name in names}, json.loads(str(file["meta"]))
         measured = {key: meta[key] for key in ("img_size", "class_num")}
         sha256 = sha256_file(path)
     except Exception as error:  # damaged bytes raise many types

@@ -1,0 +1,110 @@
+"""The arms of the studies: by what a run differs from plain JiT.
+
+An arm is a name and some words: what the network sees (`input`), the correction of blocks (`residual`) and the
+distribution of training times (`times`). Everything else is the same in all arms of a study, random numbers included.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from denoiser import LogitNormal, TimeSampler
+from experiments.data import dct_ring_power, fft_ring_power, open_data
+from spectral_forcing import SpectralForcing, dct_matrix, separable_transform
+from spectral_ops.residual import SpectralResidual
+from spectral_ops.schedule import GlobalTimeSampler, TightSchedule
+from spectral_ops.spectrum import fit_power_law
+
+FLOORS = (1.0, 0.3, 0.1, 0.03)
+BUDGETS = (0.001, 0.003, 0.01, 0.03)
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scale": {"input": "scale"},  # control: only the loudness of z changes, as linear Spectral Forcing changes it
+    "linear": {"input": "linear"},  # the published setting
+    "power": {"input": "power"},  # the theory's contour, with the measured amplitude and exponent
+    **{f"snr{floor:g}": {"input": "snr", "snr_floor": floor} for floor in FLOORS},
+    **{f"budget{budget:g}": {"input": "budget", "budget": budget} for budget in BUDGETS},
+    "wiener": {"input": "wiener"},  # each mode times SNR / (1 + SNR)
+    "residual": {"residual": "time"},
+    "times_mixed": {"times": "mixed"},
+    "times_logsnr": {"times": "logsnr"},
+    "uniform": {"times": "uniform"},
+    "linear_uniform": {"input": "linear", "times": "uniform"},
+    "budget_residual": {"input": "budget", "budget": 0.003, "residual": "time"},
+}
+
+
+class ModeGain(nn.Module):
+    """Multiplies DCT modes of z by gain(odds), (B, n, n), with odds = (t / (1 - t))^2 (B, 1, 1)."""
+
+    def __init__(self, size: int, gain: Any):
+        super().__init__()
+        self.gain = gain
+        self.register_buffer("dct", dct_matrix(size).float(), persistent=False)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        odds = (t.double() / (1 - t.double())).square()[:, None, None]
+        gain = self.gain(odds).float()[:, None]  # (B, 1, n, n)
+        return separable_transform(self.dct.T, separable_transform(self.dct, z) * gain)
+
+
+class ScaleControl(nn.Module):
+    """Multiplies z by rms(SF_t(z)) / rms(z), the mean effect of Spectral Forcing on its loudness at time t."""
+
+    def __init__(self, size: int, second_moment: Tensor):
+        super().__init__()
+        self.forcing, self.second_moment = SpectralForcing(size), second_moment.mean(0)  # (n, n)
+
+    def scale(self, t: Tensor) -> Tensor:
+        """Return the factor (B,) at t (B,)."""
+        t = t.double()
+        power = t[:, None, None].square() * self.second_moment + (1 - t[:, None, None]).square()  # of z, in DCT modes
+        seen = (self.forcing.mask(t).square() * power).sum((1, 2))
+        return (seen / power.sum((1, 2))).sqrt()
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        return z * self.scale(t).to(z.dtype)[:, None, None, None]
+
+
+def input_operator(arm: Mapping[str, Any], data: str) -> nn.Module | None:
+    """Build what the network of an arm sees z through; None for z itself."""
+    kind, size = arm.get("input"), open_data(data).size
+    variance, second_moment = open_data(data).mode_power()
+    if kind is None:
+        return None
+    if kind == "linear":
+        return SpectralForcing(size)
+    if kind == "power":
+        a, alpha = fit_power_law(fft_ring_power(data)[0]).tolist()
+        return SpectralForcing(size, schedule="power", alpha=alpha, snr_floor=math.exp(-a))
+    if kind == "snr":
+        power = fft_ring_power(data)[0].tolist()
+        return SpectralForcing(size, schedule="snr", power=power, snr_floor=arm["snr_floor"])
+    if kind == "budget":
+        return SpectralForcing(size, schedule="budget", power=dct_ring_power(data), budget=arm["budget"])
+    if kind == "wiener":  # 1 of all modes at t = 1
+        power = variance.mean(0)
+        return ModeGain(size, lambda odds: torch.where(odds.isinf(), 1.0, power * odds / (1 + power * odds)))
+    if kind == "scale":
+        return ScaleControl(size, second_moment)
+    raise ValueError(f"The input {kind!r} of an arm is unknown.")
+
+
+def block_operators(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what JiT takes as block_operators."""
+    return {"spectral_residual": partial(SpectralResidual, mode=arm["residual"])} if "residual" in arm else {}
+
+
+def time_sampler(arm: Mapping[str, Any], data: str) -> TimeSampler:
+    """Return the distribution of training times of an arm."""
+    times = arm.get("times", "logit_normal")
+    if times == "logit_normal":
+        return LogitNormal()
+    if times == "uniform":
+        return GlobalTimeSampler()
+    power, centred = fft_ring_power(data)
+    return GlobalTimeSampler(TightSchedule.of_spectrum(power, centred, open_data(data).size, variant=times), 0.1)

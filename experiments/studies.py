@@ -1,0 +1,95 @@
+"""The studies: arms x data x patch x seed x steps x lr, and the question that each one answers.
+
+    python -m experiments.run cifar10 --processes 2
+
+Arms are in experiments/arms.py, data in experiments/data.py, all other settings of a run in experiments/train.py. The
+number that decides was chosen before the runs: the mean over held-out images of excess or loss, weighted by the default
+density of training times, against the arm `plain` with the same seed.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+from experiments.train import Run
+
+SEEDS = (0, 1, 2)
+CUTOFFS = ("power", "snr1", "snr0.3", "snr0.1", "snr0.03", "budget0.001", "budget0.003", "budget0.01", "budget0.03")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs are all combinations of the fields below `question`."""
+
+    question: str
+    data: tuple[str, ...]
+    patches: tuple[int, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...] = SEEDS
+    steps: tuple[int, ...] = (600,)
+    lr: tuple[float, ...] = (3e-3,)
+    images: int = 256  # held out
+
+    def runs(self, quick: bool = False) -> list[Run]:
+        """Return the runs, seeds last; with `quick` few steps and one seed, to see that everything works."""
+        combinations = product(self.seeds, self.steps, self.lr, self.data, self.patches, self.arms)
+        runs = [Run(d, p, a, seed, steps, lr, images=self.images) for seed, steps, lr, d, p, a in combinations]
+        if not quick:
+            return runs
+        few = [replace(run, seed=0, steps=5, images=16) for run in runs]
+        return list(dict.fromkeys(few))
+
+
+STUDIES = {
+    "cifar10": Study(
+        "On photographs: which cutoff lowers the held-out loss, and is it more than a change of scale?",
+        data=("cifar10",),
+        patches=(16, 8),
+        arms=("plain", "scale", "linear", *CUTOFFS, "wiener", "residual", "budget_residual"),
+        images=1000,
+    ),
+    "synthetic": Study(
+        "Where the best denoiser is known: for which data and patch does Spectral Forcing bring networks nearer to it?",
+        data=("power2", "floor", "noise", "essential"),
+        patches=(16, 8),
+        arms=("plain", "scale", "linear", "budget0.003"),
+    ),
+    "cifar10_lr": Study(
+        "Does the verdict depend on the learning rate?",
+        data=("cifar10",),
+        patches=(16, 8),
+        arms=("plain", "linear", "budget0.003", "residual"),
+        seeds=(0,),
+        lr=(1e-3, 2e-3, 6e-3),
+        images=1000,
+    ),
+    "cifar10_long": Study(
+        "Does the gain survive training?",
+        data=("cifar10",),
+        patches=(16,),
+        arms=("plain", "linear", "budget0.003"),
+        steps=(2400,),
+        images=1000,
+    ),
+    "cifar10_longest": Study(
+        "Does the gain survive ten times as much training?",
+        data=("cifar10",),
+        patches=(16,),
+        arms=("plain", "linear", "budget0.003"),
+        seeds=(0,),
+        steps=(6000,),
+        images=1000,
+    ),
+    "synthetic_patch4": Study(
+        "Is Spectral Forcing on a par at fine patches?",
+        data=("power2", "floor", "noise", "essential"),
+        patches=(4,),
+        arms=("plain", "linear"),
+    ),
+    "synthetic_long": Study(
+        "Does the gain survive training, where the best denoiser is known?",
+        data=("power2", "floor", "noise", "essential"),
+        patches=(16,),
+        arms=("plain", "linear"),
+        steps=(2400,),
+    ),
+}

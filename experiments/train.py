@@ -1,0 +1,137 @@
+"""One run of a study: train a small JiT, then measure it by time and by ring of frequency.
+
+    excess   mean of |x_hat - E[x | z, y]|^2 / max(1 - t, t_eps)^2 per pixel, where the best prediction is known
+    loss     mean of |v - v_pred|^2 per pixel, elsewhere
+
+Both are tables (T, K) over T times, the middles of equal bins, and K rings of DCT frequency, on held-out images and
+noise that are the same for all runs. Their sum over rings, weighted by modes, is the value at t.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from denoiser import Denoiser, LogitNormal, sample_step
+from experiments.arms import ARMS, block_operators, input_operator, time_sampler
+from experiments.data import open_data
+from model_jit import JiT
+from spectral_forcing import dct_matrix, dct_rings, separable_transform
+from util.cpu_layers import speed_up_on_cpu
+from util.optim import build_optimizer
+from util.rng import CounterRNG
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run: everything that decides its numbers."""
+
+    data: str
+    patch: int
+    arm: str
+    seed: int
+    steps: int = 600
+    lr: float = 3e-3  # falls to 0 along a cosine
+    batch: int = 64
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    bottleneck: int = 48
+    images: int = 256  # held out
+    times: int = 20
+
+
+def build_denoiser(run: Run) -> Denoiser:
+    """Build the denoiser of a run with fresh weights, the same in all arms with the same seed."""
+    data, arm = open_data(run.data), ARMS[run.arm]
+    operator = input_operator(arm, run.data)
+    torch.manual_seed(run.seed)
+    net = JiT(
+        data.size,
+        run.patch,
+        data.channels,
+        data.channels,
+        run.width,
+        run.depth,
+        run.heads,
+        num_classes=data.classes,
+        bottleneck_dim=run.bottleneck,
+        in_context_len=0,
+        block_operators=block_operators(arm),
+    )
+    return Denoiser(net, operator)
+
+
+def train(run: Run, report: Any = None) -> tuple[Denoiser, float]:
+    """Train. Return the denoiser and the mean training loss of the last tenth of the steps.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    data, sampler = open_data(run.data), time_sampler(ARMS[run.arm], run.data)
+    denoiser = build_denoiser(run).train()
+    speed_up_on_cpu(denoiser)
+    optimizer, losses = build_optimizer(denoiser, 0.0, (0.9, 0.95)), []
+    shape, index = (data.channels, data.size, data.size), torch.arange(run.batch)
+    for step in range(run.steps):
+        x, y = data.batch(run.seed, step, run.batch)
+        s = sample_step(CounterRNG(run.seed, step, index), y, shape, sampler, 0.0, data.classes)
+        loss = denoiser(x, s.y, s.t, s.noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * 0.5 * (1 + math.cos(math.pi * step / run.steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        if step % 100 == 99 and not losses[-1].isfinite():
+            raise FloatingPointError(f"the loss is not finite at step {step}")
+    return denoiser.eval(), float(torch.stack(losses[-max(1, run.steps // 10) :]).mean())
+
+
+def by_ring(residual: Tensor) -> Tensor:
+    """Return the mean power of each ring of DCT modes over images and channels: (B, C, n, n) -> (K,) float64."""
+    n = residual.shape[-1]
+    ring, modes = dct_rings(n)
+    power = separable_transform(dct_matrix(n), residual.double()).square().mean((0, 1)).flatten()  # (n*n,)
+    return power.new_zeros(len(modes)).index_add_(0, ring.flatten(), power) / modes
+
+
+@torch.no_grad()
+def measure(denoiser: Denoiser, run: Run) -> dict[str, Any]:
+    """Return {"excess" or "loss": table (T, K), "least": (T,) or None}, ready for JSON."""
+    data, rows = open_data(run.data), []
+    x, y = data.held_out(run.images)
+    exact = hasattr(data, "posterior_mean")
+    times = (torch.arange(run.times) + 0.5) / run.times
+    for b, middle in enumerate(times):
+        noise = CounterRNG(0, b, torch.arange(len(x))).normal("validation", x[0].numel()).view_as(x)
+        t = middle.expand(len(x))
+        z, v = denoiser.noisy_images(x, noise, t)
+        predicted = denoiser.velocity(z, t, y)
+        if exact:
+            v = (data.posterior_mean(z, t, y) - z) / (1 - middle).clamp_min(denoiser.loss.t_eps)
+        rows.append(by_ring(v - predicted))
+    table = [[float(f"{value:.5g}") for value in row] for row in torch.stack(rows).tolist()]
+    if not exact:
+        return {"loss": table, "least": None}
+    least = data.least_loss(times) / (1 - times.double()).clamp_min(denoiser.loss.t_eps).square()
+    return {"excess": table, "least": least.tolist()}
+
+
+def density(times: int) -> Tensor:
+    """Return the mass of the default density of training times in each of `times` equal bins, (T,) float64."""
+    return LogitNormal().cdf(torch.linspace(0, 1, times + 1, dtype=torch.float64)).diff()
+
+
+def do(run: Run) -> dict[str, Any]:
+    """Train and measure: what a line of the results holds beside its provenance."""
+    start = time.perf_counter()
+    denoiser, train_loss = train(run)
+    trained = time.perf_counter()
+    result = {"train_loss": round(train_loss, 6), **measure(denoiser, run)}
+    seconds = {"train_s": round(trained - start, 1), "measure_s": round(time.perf_counter() - trained, 1)}
+    return {"run": asdict(run), **result, **seconds}
