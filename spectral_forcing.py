@@ -200,7 +200,7 @@ class SpectralForcing(nn.Module):
                 raise ValueError(
                     f"The schedule {self.schedule!r} needs the power of {count} rings, not {tuple(given.shape)}."
                 )
-            if not ((given > 0) & given.isfinite()).all():
+            if not (given.isfinite() & ((given > 0) | (self.schedule == "budget") & (given == 0))).all():
                 raise ValueError(f"The schedule {self.schedule!r} needs a power above 0 and finite in each ring.")
 
     def _tables(self) -> dict[str, Tensor]:

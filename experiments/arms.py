@@ -28,6 +28,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "power": {"input": "power"},  # the theory's contour, with the measured amplitude and exponent
     **{f"snr{floor:g}": {"input": "snr", "snr_floor": floor} for floor in FLOORS},
     **{f"budget{budget:g}": {"input": "budget", "budget": budget} for budget in BUDGETS},
+    "budget0.1": {"input": "budget", "budget": 0.1},
+    "unit": {"unit": True},  # what the network sees has a mean square of 1 at each t
+    "linear_unit": {"input": "linear", "unit": True},
+    "snr0.1_unit": {"input": "snr", "snr_floor": 0.1, "unit": True},
     "wiener": {"input": "wiener"},  # each mode times SNR / (1 + SNR)
     "residual": {"residual": "time"},
     "times_mixed": {"times": "mixed"},
@@ -52,26 +56,48 @@ class ModeGain(nn.Module):
         return separable_transform(self.dct.T, separable_transform(self.dct, z) * gain)
 
 
+class Loudness:
+    """Root mean square of z and of what is seen of it at t (B,), for data with the second moment (n, n) of modes."""
+
+    def __init__(self, second_moment: Tensor):
+        self.second_moment = second_moment
+
+    def __call__(self, t: Tensor, forcing: SpectralForcing | None = None) -> Tensor:
+        """Return (B,), of z or of forcing(z, t)."""
+        t = t.double()[:, None, None]
+        power = t.square() * self.second_moment + (1 - t).square()  # of z, in DCT modes
+        mask = 1.0 if forcing is None else forcing.mask(t.flatten())
+        return (mask * mask * power).mean((1, 2)).sqrt()
+
+
 class ScaleControl(nn.Module):
     """Multiplies z by rms(SF_t(z)) / rms(z), the mean effect of Spectral Forcing on its loudness at time t."""
 
     def __init__(self, size: int, second_moment: Tensor):
         super().__init__()
-        self.forcing, self.second_moment = SpectralForcing(size), second_moment.mean(0)  # (n, n)
-
-    def scale(self, t: Tensor) -> Tensor:
-        """Return the factor (B,) at t (B,)."""
-        t = t.double()
-        power = t[:, None, None].square() * self.second_moment + (1 - t[:, None, None]).square()  # of z, in DCT modes
-        seen = (self.forcing.mask(t).square() * power).sum((1, 2))
-        return (seen / power.sum((1, 2))).sqrt()
+        self.forcing, self.loudness = SpectralForcing(size), Loudness(second_moment)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        return z * self.scale(t).to(z.dtype)[:, None, None, None]
+        return z * (self.loudness(t, self.forcing) / self.loudness(t)).to(z.dtype)[:, None, None, None]
+
+
+class UnitVariance(nn.Module):
+    """Divides what is seen of z by its root mean square, which depends on t alone."""
+
+    def __init__(self, forcing: SpectralForcing | None, second_moment: Tensor):
+        super().__init__()
+        self.forcing, self.loudness = forcing, Loudness(second_moment)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        seen = z if self.forcing is None else self.forcing(z, t)
+        return seen / self.loudness(t, self.forcing).to(z.dtype)[:, None, None, None]
 
 
 def input_operator(arm: Mapping[str, Any], data: str) -> nn.Module | None:
     """Build what the network of an arm sees z through; None for z itself."""
+    if arm.get("unit"):
+        forcing = input_operator({name: value for name, value in arm.items() if name != "unit"}, data)
+        return UnitVariance(forcing, open_data(data).mode_power()[1].mean(0))
     kind, size = arm.get("input"), open_data(data).size
     variance, second_moment = open_data(data).mode_power()
     if kind is None:
@@ -90,7 +116,7 @@ def input_operator(arm: Mapping[str, Any], data: str) -> nn.Module | None:
         power = variance.mean(0)
         return ModeGain(size, lambda odds: torch.where(odds.isinf(), 1.0, power * odds / (1 + power * odds)))
     if kind == "scale":
-        return ScaleControl(size, second_moment)
+        return ScaleControl(size, second_moment.mean(0))
     raise ValueError(f"The input {kind!r} of an arm is unknown.")
 
 

@@ -53,6 +53,13 @@ STUDIES = {
         patches=(16, 8),
         arms=("plain", "scale", "linear", "budget0.003"),
     ),
+    "cifar10_scale": Study(
+        "Does it help to keep what the network sees at unit variance, or to hide more?",
+        data=("cifar10",),
+        patches=(16, 8),
+        arms=("plain", "unit", "linear", "linear_unit", "snr0.1", "snr0.1_unit", "budget0.1"),
+        images=1000,
+    ),
     "cifar10_lr": Study(
         "Does the verdict depend on the learning rate?",
         data=("cifar10",),

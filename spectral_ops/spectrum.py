@@ -153,4 +153,4 @@ class DCTSums:
         axes = torch.linalg.eigh(covariance.sum((2, 3)))[1].flip(1)  # (3, 3), in columns
         variance = torch.einsum("ca,cduv,da->auv", axes, covariance, axes).flatten(1)  # (3, n*n)
         rings = variance.new_zeros(3, len(self.modes)).index_add_(1, self.ring.flatten(), variance)
-        return rings / self.modes
+        return (rings / self.modes).clamp_min(0)  # grey images have one axis; the others are 0 up to rounding

@@ -285,9 +285,10 @@ def test_a_ring_that_shows_opens_all_below_it(spectrum):
 
 @pytest.mark.parametrize("window", [None, 8, 2])
 @pytest.mark.parametrize("spectrum", [SPECTRUM, [1.0] * 23, BUMPY[::-1], [p * 1e-9 for p in SPECTRUM]])
-@pytest.mark.parametrize("schedule", ["snr", "power"])
+@pytest.mark.parametrize("schedule", ["snr", "power", "budget"])
 def test_cutoffs_are_monotone_and_bounded(window, spectrum, schedule):
     settings = {"power": spectrum} if schedule == "snr" else {"alpha": 2.0, "snr_floor": spectrum[3]}
+    settings = {"power": spectrum[:22]} if schedule == "budget" else settings
     operator = SpectralForcing(32, window, schedule=schedule, **settings)
     t = torch.cat([torch.linspace(0, 1, 1001), 1 - torch.logspace(-7, -3, 50)]).sort().values
     c = operator.cutoff(t)
@@ -295,6 +296,49 @@ def test_cutoffs_are_monotone_and_bounded(window, spectrum, schedule):
     assert float(c[0]) == pytest.approx(0.05) and float(c[-1]) == 1.0
     z = noise(2, 1, 32, 32)
     assert_same(operator(z, t[[0, -1]]), SpectralForcing(32, window)(z, t[[0, -1]]), 1e-5)  # the published one's
+
+
+def hiding_costs(power: np.ndarray, cycles: float, t: float, n: int) -> float:
+    """By a loop over the modes: the cost of not seeing those from `cycles` on, relative to the least possible loss."""
+    hidden = least = 0.0
+    for u in range(n):
+        for v in range(n):
+            frequency = math.hypot(u, v) / 2
+            for p in power[:, int(frequency)]:
+                seen = p * (1 - t) ** 2 / (t**2 * p + (1 - t) ** 2)  # the posterior variance of the mode
+                least += seen
+                hidden += p - seen if frequency >= cycles else 0.0
+    return hidden / least
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.03])
+def test_budget_is_what_hiding_costs(budget):
+    """Rings above the cutoff, less the width of the edge, cost at most the budget; with one ring more, too much."""
+    n, k = 16, np.arange(11) + 0.5
+    power = np.stack([3 * k**-2.5, 0.2 * k**-1.5])
+    operator = SpectralForcing(n, schedule="budget", power=power, budget=budget, c_min=0.0, c_max=9.0)
+    for t in np.linspace(0.05, 0.95, 19):
+        cutoff = operator.cutoff(torch.tensor([t], dtype=torch.float64)).item()
+        cycles = (cutoff - 3 / 30) / operator.radius_per_cycle
+        assert hiding_costs(power, math.ceil(cycles - 1e-9), t, n) <= budget * 1.0001
+        if 2 <= cycles <= 11:  # the cutoff is interpolated, upwards by at most a ring
+            assert hiding_costs(power, math.floor(cycles + 1e-9) - 1, t, n) > budget
+
+
+def test_budget_and_colour_axes():
+    """Equal axes are one axis; one that is weaker is hidden longer; one without power changes nothing."""
+    k, t = np.arange(22) + 0.5, torch.linspace(0.02, 0.98, 25)
+    power = 5 * k**-2.9
+
+    def cutoff(*axes):
+        return SpectralForcing(32, schedule="budget", power=np.stack(axes)).cutoff(t)
+
+    alone = SpectralForcing(32, schedule="budget", power=power).cutoff(t)
+    for axes in ((power, power, power), (power, 0 * power)):
+        assert_same(cutoff(*axes), alone, 1e-6)
+    assert (cutoff(power, power / 50) <= alone + 1e-6).all() and not cutoff(power, power / 50).equal(alone)
+    at_30 = SpectralForcing(32, schedule="budget", power=power, budget=0.3).cutoff(t)
+    assert (at_30 < alone).any() and (at_30 <= alone + 1e-6).all()
 
 
 # --- state and precision
@@ -352,13 +396,18 @@ def test_float64_is_computed_in_float64():
         *(({"window_size": n}, "divide the image size 32") for n in (5, 1, 0, -4, 64)),
         *(({"kappa": k}, "kappa .* positive") for k in (0.0, -30.0, math.nan, math.inf)),
         *(({name: math.inf}, f"{name} inf must be a finite") for name in ("c_min", "c_max", "fixed_scale")),
-        ({"schedule": "cosine"}, "'cosine' must be one of linear, power, snr"),
+        ({"schedule": "cosine"}, "'cosine' must be one of linear, power, snr, budget"),
         ({"schedule": "power"}, "'power' needs alpha"),
         ({"schedule": "power", "alpha": math.nan}, "alpha nan"),
         ({"schedule": "power", "alpha": 2.0, "snr_floor": 0.0}, "snr_floor 0.0"),
         ({"schedule": "power", "alpha": 2.0, "fixed_scale": 0.5}, "fixed_scale 0.5 needs the schedule 'linear'"),
         ({"schedule": "power", "alpha": 2.0, "c_min": 0.9, "c_max": 0.1}, "must not exceed c_max"),
-        ({"schedule": "snr", "power": SPECTRUM[:9]}, "23 rings, not 9"),
+        ({"schedule": "snr", "power": SPECTRUM[:9]}, r"23 rings, not \(9,\)"),
+        ({"schedule": "snr", "power": [SPECTRUM, SPECTRUM]}, r"23 rings, not \(2, 23\)"),
+        ({"schedule": "snr"}, r"23 rings, not \(0,\)"),
+        ({"schedule": "budget", "power": SPECTRUM}, r"22 rings, not \(23,\)"),
+        ({"schedule": "budget", "power": [-1.0] * 22}, "above 0 and finite"),
+        ({"schedule": "budget", "power": [1.0] * 22, "budget": 0.0}, "budget 0.0 must be a positive"),
         *(({"schedule": "snr", "power": [p, *SPECTRUM[1:]]}, "above 0 and finite") for p in (0.0, math.nan, math.inf)),
     ],
 )

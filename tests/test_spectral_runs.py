@@ -44,6 +44,7 @@ FACTORS = {  # option -> {choice: its flags}
         "linear": {},
         "power": {"sf_schedule": "power", "sf_alpha": 2.5},
         "snr": {"sf_schedule": "snr"},
+        "budget": {"sf_schedule": "budget", "sf_budget": 0.01},
     },
     "times": {
         name: {"t_sampler": name} for name in ("logit_normal", "uniform", "spectral_global", "spectral_instance")
@@ -303,6 +304,7 @@ def test_sampling_is_refused_like_training(trained, capsys):
         ({"sample_t_eps": 0.01, "pred_param": "v"}, {"pred_param": "x"}),
         ({"sf_alpha": 2.0}, {"sf_schedule": "power"}),
         ({"sf_snr_floor": 0.5}, {"sf_schedule": "snr"}),
+        ({"sf_budget": 0.5}, {"sf_schedule": "budget"}),
         ({"sf_schedule": "snr", "disable_dct_patchify": True}, {"disable_dct_patchify": False}),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.fft
 
 from spectral_ops.spectrum import QUANTISATION
 from tests.conftest import few_digits
@@ -37,6 +38,12 @@ def test_spectra_fits_and_statistics_are_numpys():
     np.testing.assert_allclose(found.centred, np.mean([power_of(image) for image in x - x.mean(0)], 0), rtol=1e-6)
     np.testing.assert_allclose(found.level, level, atol=1e-7)
     np.testing.assert_allclose(found.fits, fits, rtol=1e-4, atol=1e-5)
+    modes = np.array([scipy.fft.dctn(image, axes=(1, 2), norm="ortho") for image in x - x.mean(0)])  # (40, 3, n, n)
+    _, axes = np.linalg.eigh(np.einsum("icuv,iduv->cd", modes, modes))
+    dct_ring = (np.hypot(*np.mgrid[:n, :n]) / 2).astype(int)
+    along = np.mean(np.einsum("ca,icuv->iauv", axes[:, ::-1], modes) ** 2, 0)
+    expected = [[along[a][dct_ring == j].mean() for j in range(dct_ring.max() + 1)] for a in range(3)]
+    np.testing.assert_allclose(found.dct_power, expected, atol=1e-12)
     rows = np.array(fits)[found.labels == 3]
     np.testing.assert_allclose(found.mean[3], rows.mean(0), atol=1e-4)
     np.testing.assert_allclose(found.covariance[3], np.cov(rows.T, bias=True), atol=1e-4)

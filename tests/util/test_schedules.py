@@ -57,6 +57,8 @@ def test_recorded_settings(make, files):
     assert record_spectrum(plain, None) == plain
     snr = record_spectrum(make(sf_schedule="snr"), None)
     assert snr.sf_power == spectrum.power.tolist() and snr.spectrum_sha256 is snr.schedule_delta is None
+    budget = record_spectrum(make(sf_schedule="budget"), None)
+    assert budget.sf_power == spectrum.dct_power.tolist() and np.shape(budget.sf_power) == (3, 11)
     assert record_spectrum(make(sf_schedule="snr", disable_dct_patchify=True), None).sf_power is None
     config = record_spectrum(make(t_sampler="spectral_instance", spectral_delta=0.2), None)
     assert (config.schedule_delta, config.schedule_level) == (0.2, spectrum.level.tolist())

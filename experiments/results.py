@@ -1,0 +1,183 @@
+"""Tables of a study from its JSON lines alone.
+
+    python -m experiments.results cifar10 [--against plain]
+
+Arms are compared with one arm, seed by seed: the same initial weights, data, times and noise. An interval is that of
+the mean of the paired differences, 95%, by Student's t. Three numbers for each run, in this order of importance:
+
+    density   excess or loss weighted by the default density of training times: the number that decides
+    low       the same in the rings 0 to 5 alone
+    uniform   with equal weight for all t
+
+Shapes: T times, K rings.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from experiments.run import read_lines, results_file
+from experiments.studies import STUDIES
+from experiments.train import density
+from spectral_forcing import dct_rings
+from util.errors import UserError
+
+SIZE, LOW_RINGS = 32, 6
+NUMBERS = ("density", "low", "uniform")
+VARIES = ("arm", "seed")  # within a group of runs that are compared
+
+
+def table_of(line: Mapping[str, Any]) -> np.ndarray:
+    """Return what each ring adds to the excess or loss per pixel, (T, K)."""
+    modes = dct_rings(SIZE)[1].numpy()
+    return np.array(line.get("excess") or line["loss"]) * modes / SIZE**2
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return NUMBERS of a run."""
+    table, weight = table_of(line), density(line["run"]["times"]).numpy()
+    by_time = table.sum(1)
+    return {
+        "density": float(weight @ by_time),
+        "low": float(weight @ table[:, :LOW_RINGS].sum(1)),
+        "uniform": float(by_time.mean()),
+    }
+
+
+def load(study: str, quick: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the lines of a study's finished runs, and what is to be said of the others. Raises UserError for no line.
+
+    A line of a run that the study does not list is refused: it was made with other settings.
+    """
+    lines, notes = list(read_lines(results_file(study, quick))), []
+    if not lines:
+        raise UserError(f"The study {study} has no results yet: python -m experiments.run {study}")
+    expected = [run.__dict__ for run in STUDIES[study].runs(quick)]
+    other = [line["run"] for line in lines if line["run"] not in expected]
+    if other:
+        raise UserError(f"{results_file(study, quick)} has {len(other)} runs of other settings, such as {other[0]}.")
+    done = [line["run"] for line in lines]
+    notes += [f"failed: {short(line['run'])}: {line['failed']}" for line in lines if "failed" in line]
+    if missing := [run for run in expected if run not in done]:
+        notes.append(f"{len(missing)} of {len(expected)} runs are missing, such as {short(missing[0])}")
+    return [line for line in lines if "failed" not in line], notes
+
+
+def short(run: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {run[name]}" for name in ("data", "patch", "arm", "seed", "steps", "lr"))
+
+
+def groups(lines: Iterable[Mapping[str, Any]]) -> dict[tuple, list[Mapping[str, Any]]]:
+    """Return the lines by all settings but arm and seed: within a group they can be compared."""
+    found: dict[tuple, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        key = tuple((name, value) for name, value in line["run"].items() if name not in VARIES)
+        found.setdefault(key, []).append(line)
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences and half of its 95% interval; relative to the mean of what is compared with."""
+
+    mean: float
+    half: float  # infinite for a single pair
+    reference: float
+    pairs: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.mean / self.reference
+
+    def __str__(self) -> str:
+        if self.pairs == 1:
+            return f"{self.percent:+.1f}%"
+        return f"{self.percent:+.1f}% ± {100 * self.half / self.reference:.1f}"
+
+
+def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
+    """Compare {seed: value} with {seed: value} of another arm, over the seeds of both."""
+    seeds = sorted(values.keys() & reference.keys())
+    if not seeds:
+        raise UserError("Arms without a common seed cannot be compared.")
+    differences = [values[seed] - reference[seed] for seed in seeds]
+    half = math.inf
+    if len(seeds) > 1:
+        error = statistics.stdev(differences) / math.sqrt(len(seeds))
+        half = float(student.ppf(0.975, len(seeds) - 1)) * error
+    return Difference(statistics.mean(differences), half, statistics.mean(reference[s] for s in seeds), len(seeds))
+
+
+def compare(lines: Sequence[Mapping[str, Any]], against: str) -> dict[str, dict[str, Difference]]:
+    """Return {arm: {number: difference from `against`}} of comparable runs.
+
+    Raises:
+        UserError: runs that differ in more than arm and seed, or none of the arm `against`.
+    """
+    if len(kinds := groups(lines)) != 1:
+        settings = [dict(key) for key in kinds]
+        names = [name for name in settings[0] if len({s[name] for s in settings}) > 1]
+        raise UserError(f"Runs of different {', '.join(names)} are not to be compared in one table.")
+    values: dict[str, dict[int, dict[str, float]]] = {}
+    for line in lines:
+        values.setdefault(line["run"]["arm"], {})[line["run"]["seed"]] = numbers(line)
+    if against not in values:
+        raise UserError(f"There is no run of the arm {against}, only of {', '.join(values)}.")
+    by_number = {
+        arm: {name: {seed: v[name] for seed, v in seeds.items()} for name in NUMBERS} for arm, seeds in values.items()
+    }
+    return {arm: {name: paired(v[name], by_number[against][name]) for name in NUMBERS} for arm, v in by_number.items()}
+
+
+def markdown(lines: Sequence[Mapping[str, Any]], against: str) -> str:
+    """Return a table for each group of comparable runs."""
+    out = []
+    for key, group in groups(lines).items():
+        run, what = dict(key), "excess" if "excess" in group[0] else "loss"
+        out.append(f"{run['data']}, patch {run['patch']}, {run['steps']} steps, learning rate {run['lr']:g}:\n")
+        out.append(f"| arm | {what} | against {against} | rings 0 to 5 | equal weight for all t | seeds |")
+        out.append("|---|---|---|---|---|---|")
+        found = compare(group, against)
+        for arm, by_number in found.items():
+            mean = by_number["density"].reference + by_number["density"].mean
+            cells = ["", "", ""] if arm == against else [str(by_number[name]) for name in NUMBERS]
+            out.append(f"| {arm} | {mean:.4f} | " + " | ".join(cells) + f" | {by_number['density'].pairs} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def provenance_line(lines: Sequence[Mapping[str, Any]], study: str) -> str:
+    """Return command, commits, hardware and the time that the runs took."""
+    commits = sorted({str(line["commit"])[:9] for line in lines})
+    hardware = sorted({line["hardware"] for line in lines})
+    hours = sum(line["train_s"] + line["measure_s"] for line in lines) / 3600
+    return f"python -m experiments.run {study}; commit {', '.join(commits)}; {', '.join(hardware)}; {hours:.2f} hours"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.results", description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES, metavar="STUDY")
+    parser.add_argument("--against", default="plain", metavar="ARM")
+    parser.add_argument("--quick", action="store_true", help="the results of --quick")
+    args = parser.parse_args(argv)
+    try:
+        lines, notes = load(args.study, args.quick)
+        print(markdown(lines, args.against))
+        print(provenance_line(lines, args.study))
+    except UserError as error:
+        print(f"experiments.results: error: {error}", file=sys.stderr)
+        return 2
+    for note in notes:
+        print(note)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
