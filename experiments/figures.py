@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments.results import compare, groups, load, table_of
 from experiments.run import RESULTS
+from experiments.studies import STUDIES
 from util.errors import UserError
 from util.io import REPOSITORY
 
@@ -40,7 +41,7 @@ def mean_table(lines: Lines, arm: str) -> np.ndarray:
 
 
 def excess_maps(path: Path) -> None:
-    """Above: the excess of plain JiT on the (t, ring) plane. Below: by what factor linear Spectral Forcing changes it."""
+    """Above: the excess of plain JiT on the (t, ring) plane. Below: the factor by which linear SF changes it."""
     lines = select(load("synthetic")[0], patch=16)
     kinds = list(dict.fromkeys(line["run"]["data"] for line in lines))
     figure = Figure(figsize=(3 * len(kinds), 5.2), layout="constrained")
@@ -61,7 +62,7 @@ def excess_maps(path: Path) -> None:
 
 
 def where_it_helps(path: Path) -> None:
-    """Change of the excess by linear Spectral Forcing for each data and patch, relative and absolute, with intervals."""
+    """Change of the excess by linear SF for each data and patch, relative and absolute, with intervals."""
     lines = load("synthetic")[0]
     try:
         lines += load("synthetic_patch4")[0]
@@ -113,11 +114,13 @@ def cutoffs_on_photographs(path: Path) -> None:
     """Change of the held-out loss on CIFAR-10 for each arm and patch, with 95% intervals of three paired seeds."""
     lines = load("cifar10")[0]
     patches = sorted({line["run"]["patch"] for line in lines}, reverse=True)
+    arms = [arm for arm in STUDIES["cifar10"].arms if arm != "plain"]
     figure = Figure(figsize=(4.6 * len(patches), 4.4), layout="constrained")
     for ax, patch in zip(figure.subplots(1, len(patches), sharey=True, squeeze=False)[0], patches, strict=True):
         found = compare(select(lines, patch=patch), "plain")
-        arms = [arm for arm in found if arm != "plain"]
         for row, arm in enumerate(arms):
+            if arm not in found:
+                continue
             result = found[arm]["density"]
             half = 0 if math.isinf(result.half) else 100 * result.half / result.reference
             ax.errorbar(result.percent, row, xerr=half, fmt="o", color="C3" if result.mean > 0 else "C0", capsize=3)
