@@ -8,6 +8,7 @@ its own grid.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,20 +56,64 @@ def guided(
     return v
 
 
-def euler_step(velocity: Velocity, z: Tensor, t: Tensor, t_next: Tensor, h: Tensor) -> Tensor:
+@dataclass
+class Trajectory:
+    """What a solver may look at beside the current step, and keep for the next one."""
+
+    noise: Callable[[], Tensor]  # draws (B, C, H, W) of the path's noise, anew for each step
+    previous: tuple[Tensor, Tensor] | None = None  # v and h of the step before
+
+
+def euler_step(velocity: Velocity, z: Tensor, t: Tensor, t_next: Tensor, h: Tensor, trajectory: Trajectory) -> Tensor:
     return z + h * velocity(z, t)
 
 
-def heun_step(velocity: Velocity, z: Tensor, t: Tensor, t_next: Tensor, h: Tensor) -> Tensor:
+def heun_step(velocity: Velocity, z: Tensor, t: Tensor, t_next: Tensor, h: Tensor, trajectory: Trajectory) -> Tensor:
     v = velocity(z, t)
     return z + h * (0.5 * (v + velocity(z + h * v, t_next)))
 
 
-#: Name -> step(velocity, z, t, t_next, h) -> z at t_next; t on the CPU, h = t_next - t (B or 1, 1, 1, 1) beside z.
-SOLVERS: dict[str, Callable[..., Tensor]] = {"heun": heun_step, "euler": euler_step}
+def ab2_step(velocity: Velocity, z: Tensor, t: Tensor, t_next: Tensor, h: Tensor, trajectory: Trajectory) -> Tensor:
+    """Adams-Bashforth of order 2 for steps of any length, with one evaluation a step; the first step is Euler's.
+
+    z + h ((1 + w) v - w v_previous), w = h / (2 h_previous)
+    """
+    v = velocity(z, t)
+    slope = v
+    if trajectory.previous is not None:
+        v_previous, h_previous = trajectory.previous
+        slope = v + h / (2 * h_previous) * (v - v_previous)
+    trajectory.previous = v, h
+    return z + h * slope
 
 
-def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") -> Tensor:
+def sde_step(velocity: Velocity, z: Tensor, t: Tensor, t_next: Tensor, h: Tensor, trajectory: Trajectory) -> Tensor:
+    """Euler-Maruyama step of the stochastic equation with the marginals of the path (arXiv 2401.08740, w_t = 1 - t):
+
+    dz = (v - (z - t v)) dt + sqrt(2 (1 - t)) dW, where z - t v is the expected noise
+    """
+    v = velocity(z, t)
+    t = t.to(z)[:, None, None, None]
+    return z + h * (v - (z - t * v)) + (2 * (1 - t) * h).sqrt() * trajectory.noise()
+
+
+#: Name -> step(velocity, z, t, t_next, h, trajectory) -> z at t_next; t on the CPU, h = t_next - t (B or 1, 1, 1, 1)
+#: beside z.
+SOLVERS: dict[str, Callable[..., Tensor]] = {"heun": heun_step, "euler": euler_step, "ab2": ab2_step, "sde": sde_step}
+
+
+def evaluations(method: str, steps: int) -> int:
+    """Return how often a solver evaluates the velocity in so many steps: NFE."""
+    return 2 * steps - 1 if method == "heun" else steps
+
+
+def sample(
+    velocity: Velocity,
+    z: Tensor,
+    grid: Tensor,
+    method: str = "heun",
+    noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
     """Integrate from z at grid[0] to grid[-1] and return z there.
 
     Args:
@@ -76,6 +121,7 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
         z: the start, (B, C, H, W) in float32 or float64, on the device of the computation.
         grid: increasing times on the CPU.
         method: a key of SOLVERS. The last step is Euler's for all of them: none asks for the velocity at t = 1.
+        noise: step i -> (B, C, H, W) of the path's noise, for a stochastic solver (default: of torch's generator).
     """
     if method not in SOLVERS:
         raise ValueError(f"The sampling method is {method!r}; it must be one of {', '.join(SOLVERS)}.")
@@ -83,7 +129,8 @@ def sample(velocity: Velocity, z: Tensor, grid: Tensor, method: str = "heun") ->
     if grid.dim() == 1:
         grid = grid[:, None]  # (S + 1, 1): operations on t alone are done once for all samples
     lengths = (grid[1:] - grid[:-1]).to(z.device, non_blocking=True)[..., None, None, None]  # (S, B or 1, 1, 1, 1)
+    trajectory = Trajectory(lambda: torch.randn_like(z) if noise is None else noise(i))
     for i in range(len(lengths)):
         step = SOLVERS[method] if i < len(lengths) - 1 else euler_step
-        z = step(velocity, z, grid[i], grid[i + 1], lengths[i])
+        z = step(velocity, z, grid[i], grid[i + 1], lengths[i], trajectory)
     return z

@@ -11,7 +11,16 @@ import scipy.fft
 import torch
 
 from denoiser import Denoiser
-from sampler import SOLVERS, guidance_scale, guided, sample, uniform_grid
+from sampler import (
+    SOLVERS,
+    Trajectory,
+    evaluations,
+    guidance_scale,
+    guided,
+    sample,
+    sde_step,
+    uniform_grid,
+)
 from tests.golden_inputs import normals
 
 NULL = 10
@@ -37,7 +46,7 @@ def order(steps, errors):
     return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
 
 
-@pytest.mark.parametrize(("method", "expected"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("method", "expected"), [("euler", 1), ("heun", 2), ("ab2", 2)])
 @pytest.mark.parametrize("power", [0.2, 3.0])
 def test_order_of_convergence(method, expected, power):
     """Heun's last step is Euler's: its local error h^2 is as large as the global error of the others."""
@@ -46,6 +55,52 @@ def test_order_of_convergence(method, expected, power):
     errors = [abs(end - math.sqrt(power)) for end in ends]
     assert order(steps, errors) == pytest.approx(expected, abs=0.15)
     assert errors[-1] < (0.01 if method == "euler" else 2e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("power", [0.2, 3.0])
+def test_the_stochastic_solver_keeps_the_marginals(power, scale):
+    """Of weak order 1: at t = 0.75 the variance of Gaussian data is off by an error that halves with the step.
+
+    A step is linear in z and noise, so the variance follows from what it does with (1, 0) and with (0, 1).
+    """
+    velocity = gaussian_velocity(power / scale**2)
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    steps, errors = (64, 128, 256, 512), []
+    for count in steps:
+        grid, variance = torch.linspace(0, 0.75, count + 1), scale**2
+        for t, t_next in zip(grid[:-1, None], grid[1:, None], strict=True):
+            h = (t_next - t).double().view(1, 1, 1, 1)
+            kept = sde_step(velocity, one, t, t_next, h, Trajectory(lambda: zero))
+            added = sde_step(velocity, zero, t, t_next, h, Trajectory(lambda: scale * one))
+            variance = float(kept**2 * variance + added**2)
+        errors.append(abs(variance - (0.75**2 * power + 0.25**2 * scale**2)))
+    assert order(steps, errors) == pytest.approx(1, abs=0.2) and errors[-1] < 0.01 * max(power, scale**2)
+
+
+def test_the_stochastic_solver_takes_the_noise_of_its_step():
+    z, grid, seen = normals(0, 2, 1, 2, 2), uniform_grid(4), []
+    x = sample(gaussian_velocity(1.0), z, grid, "sde", lambda i: seen.append(i) or normals(i, 2, 1, 2, 2))
+    assert seen == [0, 1, 2]  # the last step is Euler's
+    assert x.equal(sample(gaussian_velocity(1.0), z, grid, "sde", lambda i: normals(i, 2, 1, 2, 2)))
+    assert not x.equal(sample(gaussian_velocity(1.0), z, grid, "sde", lambda i: normals(i + 1, 2, 1, 2, 2)))
+    torch.manual_seed(0)
+    assert not x.equal(sample(gaussian_velocity(1.0), z, grid, "sde"))
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_evaluations_are_counted(method):
+    velocity = Recorder()
+    sample(lambda z, t: velocity(z, t, torch.zeros(1)), normals(0, 1, 1, 2, 2), uniform_grid(7), method)
+    assert len(velocity) == evaluations(method, 7)
+
+
+def test_ab2_on_an_uneven_grid():
+    """Exact where v is linear in t, but for the first step and the last, which are Euler's."""
+    grid = torch.tensor([0.0, 0.1, 0.4, 0.5, 1.0])
+    z = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    x = sample(lambda z, t: t.double()[:, None, None, None] + 0 * z, z, grid, "ab2")
+    assert_same(x, 0 + (0.5**2 - 0.1**2) / 2 + 0.5 * 0.5)
 
 
 def test_heun_is_the_trapezoidal_rule_and_the_last_step_takes_the_left_end():
@@ -81,7 +136,7 @@ def test_samples_of_a_gaussian_field_have_its_spectrum():
     np.testing.assert_allclose(scipy.fft.dctn(x.numpy(), axes=(2, 3), norm="ortho"), expected, atol=0.01)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler", "heun", "ab2"])
 def test_a_grid_for_each_sample(method):
     z = normals(0, 3, 1, 2, 2)
     grids = torch.stack([torch.linspace(0, 1, 7) ** p for p in (0.5, 1.0, 2.0)], dim=1)  # (S + 1, B)
@@ -97,9 +152,11 @@ def test_solvers_are_a_registry(monkeypatch):
     z, seen = normals(0, 2, 1, 2, 2), []
     with pytest.raises(ValueError, match="0 sampling steps are too few"):
         uniform_grid(0)
-    with pytest.raises(ValueError, match="'Heun'; it must be one of heun, euler"):
+    with pytest.raises(ValueError, match="'Heun'; it must be one of heun, euler, ab2, sde"):
         sample(gaussian_velocity(1.0), z, uniform_grid(2), "Heun")
-    monkeypatch.setitem(SOLVERS, "still", lambda velocity, z, t, t_next, h: seen.append((t, t_next, h)) or z)
+    monkeypatch.setitem(
+        SOLVERS, "still", lambda velocity, z, t, t_next, h, trajectory: seen.append((t, t_next, h)) or z
+    )
     before, grid = z.clone(), uniform_grid(3)
     assert_same(sample(lambda z, t: 3 * z, z, grid, "still"), 2 * z)  # the last step is Euler's
     assert z.equal(before) and [(t, t_next) for t, t_next, _ in seen] == [(grid[0], grid[1]), (grid[1], grid[2])]

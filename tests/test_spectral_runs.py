@@ -53,7 +53,7 @@ FACTORS = {  # option -> {choice: its flags}
     "residual": {name: {"spectral_residual": name} for name in ("off", "time", "time_label", "static")},
     "prediction": {
         "x": {"sampling_method": "heun"},
-        "v": {"pred_param": "v", "t_eps": 0.0, "sampling_method": "euler"},
+        "v": {"pred_param": "v", "t_eps": 0.0, "sampling_method": "sde"},
         "hybrid": {"pred_param": "hybrid", "hybrid_x_weight_mode": "snr_inverse", "sampling_method": "heun"},
     },
 }

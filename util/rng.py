@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 #: What the numbers are for -> its part of the counter. No two uses share a stream; a number here never changes.
-STREAMS = {"time": 0, "noise": 1, "label_drop": 2, "flip": 3, "start_noise": 4, "validation": 5, "schedule": 6}
+STREAMS = {
+    "time": 0,
+    "noise": 1,
+    "label_drop": 2,
+    "flip": 3,
+    "start_noise": 4,
+    "validation": 5,
+    "schedule": 6,
+    "solver": 7,
+}
 CPU_BLOCKS = 2**15  # that a CPU draws at a time: its cache holds them
 _MASK = 0xFFFFFFFF
 

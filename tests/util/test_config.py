@@ -358,7 +358,7 @@ AT_LEAST_ONE = """epochs batch_size num_sampling_steps gen_bsz num_per_class wan
         ({"cfg": float("nan")}, ["--cfg nan", "finite"]),
         ({"img_size": 400_000}, ["--img_size 400000", "GB for its position table"]),
         ({"lr_schedule": "linear"}, ["--lr_schedule linear", "constant, cosine"]),
-        ({"sampling_method": "dpm"}, ["--sampling_method dpm", "heun, euler"]),
+        ({"sampling_method": "dpm"}, ["--sampling_method dpm", "heun, euler, ab2, sde"]),
         ({"precision": "fp16"}, ["--precision fp16", "bf16"]),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

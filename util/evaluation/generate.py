@@ -122,8 +122,12 @@ def _sample_batch(
         both = None if logsnr_range is None else logsnr_range.repeat(len(z) // len(index), 1)  # guided: the batch twice
         return denoiser.velocity(z, t, y, t_eps, both)
 
+    def noise_of_step(i: int) -> Tensor:
+        rng = CounterRNG(config.seed, i, torch.tensor(index, device=noise.device))
+        return denoiser.noise_scale * rng.normal("solver", noise[0].numel()).view_as(noise)
+
     v = guided(velocity, y, config.null_class, config.cfg, (config.interval_min, config.interval_max))
-    x = sample(v, denoiser.noise_scale * noise, grid, config.sampling_method)
+    x = sample(v, denoiser.noise_scale * noise, grid, config.sampling_method, noise_of_step)
     if bad := (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
         which = ", ".join(f"image {index[b]} (label {int(y[b])})" for b in bad[:5])
         raise UserError(

@@ -59,6 +59,14 @@ def test_an_image_does_not_depend_on_its_batch_or_rank():
     assert not images(denoiser, labels, seed=5).int().equal(whole)
 
 
+def test_noise_of_a_stochastic_solver_belongs_to_the_image():
+    settings = {"sampling_method": "sde", "num_sampling_steps": 4}
+    labels = [3, 2, 4, 1, 5]
+    whole = images(toy_denoiser(), labels, gen_bsz=5, **settings).int()
+    assert (images(toy_denoiser(), labels, gen_bsz=2, **settings).int() - whole).abs().max() <= 1  # a rounding at most
+    assert not images(toy_denoiser(), labels, gen_bsz=5, **settings | {"sampling_method": "euler"}).int().equal(whole)
+
+
 @pytest.mark.parametrize(
     ("solver", "cfg", "interval"),
     [("heun", 2.0, (0.25, 0.8)), ("euler", 2.0, (0.25, 0.8)), ("heun", 1.0, (0.0, 1.0)), ("heun", 3.0, (0.0, 1.0))],
