@@ -8,6 +8,7 @@
 #   make bench     the benchmarks, in small: one JSON line each (docs/performance.md)
 #   make gpu-report MINUTES=9         what a GPU measures, most important first: benchmarks/results/
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
+#   make results   do all runs of docs/results.md that have no line yet      make figures   draw its figures
 #   make evaluate-cifar10 RUN=DIR     reference statistics and a small sweep of a CIFAR-10 run
 
 SHELL  := /bin/bash
@@ -18,7 +19,7 @@ READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 UV     := uv==0.13.8
 
-.PHONY: help setup demo bench gpu-report test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 clean
+.PHONY: help setup demo bench gpu-report test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 results figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -73,10 +74,22 @@ bench: setup
 gpu-report: setup
 	$(BIN)/python -m benchmarks.gpu_report $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REFERENCE),--reference $(REFERENCE))
 
+# A run that has a line in experiments/results/ is not done again: move the files away to do all of them.
+results: $(READY_DEV) cifar10
+	@echo "All runs take about 4 hours on two cores. Interrupted, the same command goes on."
+	for study in $$($(BIN)/python -c 'from experiments.studies import STUDIES; print(*STUDIES)'); do \
+	  $(BIN)/python -m experiments.run $$study --processes 2 || exit; done
+	$(BIN)/python -m experiments.principle
+	$(BIN)/python -m experiments.few_steps
+	$(BIN)/python -m experiments.figures
+
+figures: $(READY_DEV)
+	$(BIN)/python -m experiments.figures
+
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck run_jit_multinode.sh .ci/run
+	$(BIN)/shellcheck run_jit_multinode.sh .ci/run experiments/imagenet/*.sh
 
 cifar10: setup
 	$(BIN)/python -m util.data.cifar10

@@ -6,6 +6,7 @@ distribution of training times (`times`). Everything else is the same in all arm
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,12 +35,25 @@ ARMS: dict[str, dict[str, Any]] = {
     "snr0.1_unit": {"input": "snr", "snr_floor": 0.1, "unit": True},
     "wiener": {"input": "wiener"},  # each mode times SNR / (1 + SNR)
     "residual": {"residual": "time"},
-    "times_mixed": {"times": "mixed"},
-    "times_logsnr": {"times": "logsnr"},
-    "uniform": {"times": "uniform"},
-    "linear_uniform": {"input": "linear", "times": "uniform"},
+    "linear_half": {"input": "linear", "times": "half"},
+    "linear_mixed": {"input": "linear", "times": "mixed"},
     "budget_residual": {"input": "budget", "budget": 0.003, "residual": "time"},
 }
+
+
+@dataclass(frozen=True)
+class HalfUniform:
+    """The default density of t for half of the draws, uniform t for the others."""
+
+    def for_images(self, x: Tensor) -> "HalfUniform":
+        return self
+
+    def sample(self, rng: Any) -> Tensor:
+        u, v = rng.uniform("time", 2).unbind(1)
+        return torch.where(v < 0.5, u, torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * torch.special.ndtri(u)))
+
+    def cdf(self, t: Tensor) -> Tensor:
+        return (LogitNormal().cdf(t) + t.double()) / 2
 
 
 class ModeGain(nn.Module):
@@ -130,7 +144,7 @@ def time_sampler(arm: Mapping[str, Any], data: str) -> TimeSampler:
     times = arm.get("times", "logit_normal")
     if times == "logit_normal":
         return LogitNormal()
-    if times == "uniform":
-        return GlobalTimeSampler()
+    if times == "half":
+        return HalfUniform()
     power, centred = fft_ring_power(data)
     return GlobalTimeSampler(TightSchedule.of_spectrum(power, centred, open_data(data).size, variant=times), 0.1)

@@ -133,7 +133,7 @@ def test_a_run(combination, settings, tmp_path):
     assert ("net.schedule_embedder.weight" in raw(folder)["model"]) == conditioned
     assert ("spectrum_sha256" in report) == (conditioned or combination["grid"] != "uniform")
     on = "" if combination["grid"] == "uniform" else f" {combination['grid']} mixed 0.1"
-    assert row_of(report)["solver"] == f"{'euler' if combination['prediction'] == 'v' else 'heun'}3{on}"
+    assert row_of(report)["solver"] == f"{'sde' if combination['prediction'] == 'v' else 'heun'}3{on}"
 
 
 # --- two processes --------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ import scipy.stats
 import torch
 
 from denoiser import Denoiser
-from experiments import data, figures, principle, results, run, studies, synthetic, train
+from experiments import arms, data, few_steps, figures, principle, results, run, studies, synthetic, train
 from experiments.arms import ARMS, input_operator
 from experiments.train import Run
+from sampler import SOLVERS, evaluations
 from spectral_forcing import SpectralForcing, dct_rings
 from util.errors import UserError
 
@@ -405,3 +406,44 @@ def test_costs_agree_with_values_that_are_known():
     assert found["lost_percent"]["bf16"] == pytest.approx(0.79, rel=0.1)
     assert found["lost_percent"]["hard"] == pytest.approx(4.2, rel=0.1)
     assert principle.costs("power2", "linear")["lost_percent"]["hard"] == pytest.approx(0.49, rel=0.1)
+
+
+# --- few steps ------------------------------------------------------------------------------------------------------
+
+
+def test_density_of_half_of_the_draws():
+    sampler, rng = arms.HalfUniform(), train.CounterRNG(0, 0, torch.arange(50_000))
+    t, edges = sampler.sample(rng), torch.linspace(0, 1, 11, dtype=torch.float64)
+    counted = torch.histc(t, 10, 0, 1).double() / len(t)
+    torch.testing.assert_close(sampler.cdf(edges).diff(), counted, atol=6e-3, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_steps_use_up_the_evaluations(solver):
+    for count in (1, 8, 9, 64):
+        steps = few_steps.steps_for(solver, count)
+        assert evaluations(solver, steps) <= count < evaluations(solver, steps + 1)
+
+
+def test_own_gap_is_the_one_of_the_exact_solver():
+    """Against the schedule's own prediction of a fine grid: next to nothing is left."""
+    gaps = [few_steps.own_gap("heun", "logsnr", steps) for steps in (8, 32)]
+    assert 0 < gaps[1] < gaps[0] and gaps[1] < 0.1
+    assert few_steps.own_gap("sde", "uniform", 8) is few_steps.own_gap("heun", "instance", 8) is None
+
+
+def test_few_steps_quick(here, monkeypatch, capsys):
+    class Pixels:
+        def __call__(self, images):
+            return {"effnet_lite0": images.float().mean((2, 3))}
+
+    monkeypatch.setattr(few_steps, "EffNetLite0", Pixels)
+    monkeypatch.setattr(few_steps, "REPOSITORY", here)
+    monkeypatch.setattr(few_steps, "NETWORK", replace(few_steps.NETWORK, patch=16))
+    monkeypatch.setattr(few_steps, "GRIDS", ("uniform", "instance"))
+    assert few_steps.main(["--quick"]) == 0
+    lines = lines_of(here / "output" / "quick" / "few_steps.jsonl")
+    assert len(lines) == len(few_steps.ARMS) * 2 * len(SOLVERS)
+    assert all(x["setting"]["steps"] == (4 if x["setting"]["solver"] == "heun" else 8) for x in lines)
+    assert capsys.readouterr().out.count("| linear_mixed | ") == 2 * len(SOLVERS)
+    assert torch.equal(*(few_steps.network(replace(few_steps.NETWORK, steps=20)).net.pos_embed for _ in range(2)))
