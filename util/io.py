@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FID_STATS = REPOSITORY / "fid_stats"  # found relative to the code, whatever the working directory
 SHARED_FILE_SECONDS = 60.0  # a network file system may show a file that late
 MAX_EXPANSION = 20  # of a file that is unpacked
+RESULTS = ":(exclude,top,glob)*/results/**"  # they change while they are made
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "torch-fidelity", "wandb", "pillow", "safetensors")
 
 
@@ -122,11 +123,11 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The git commit of the code, with "+changes" if tracked files differ from it; "unknown" outside a checkout."""
+    """The git commit of the code, "+changes" if tracked files but results differ; "unknown" outside a checkout."""
     try:
         head, changes = (
             subprocess.run(["git", "-C", str(REPOSITORY), *what], capture_output=True, text=True, check=True).stdout
-            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", ":/", RESULTS])
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
