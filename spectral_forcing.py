@@ -160,7 +160,7 @@ class SpectralForcing(nn.Module):
         alpha: float | None = None,
         snr_floor: float = 1.0,
         power: Sequence[float] | Sequence[Sequence[float]] | None = None,
-        budget: float = 0.003,
+        budget: float = 0.03,
     ):
         super().__init__()
         self.img_size, self.window_size = img_size, img_size if window_size is None else window_size

@@ -369,7 +369,14 @@ def test_power_counts_the_scale_of_the_noise():
     rings = num_rings(32)
     k = np.arange(rings) + 0.5
     k[0] = 1
-    shared = {"dataset": "digits", "noise_scale": 2.0, "sf_alpha": 2.5, "sf_c_min": 0.0, "sf_c_max": 2.0}
+    shared = {
+        "dataset": "digits",
+        "noise_scale": 2.0,
+        "sf_alpha": 2.5,
+        "sf_c_min": 0.0,
+        "sf_c_max": 2.0,
+        "sf_snr_floor": 1.0,
+    }
     power = config.resolve({**shared, "sf_schedule": "power"})
     snr = config.resolve({**shared, "sf_schedule": "snr"})
     snr = dataclasses.replace(snr, sf_power=(k**-2.5).tolist())

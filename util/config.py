@@ -37,6 +37,7 @@ from util.io import json_hash
 from util.operators import BLOCK_OPERATORS, INPUT_OPERATORS
 
 WEIGHTS = ("ema1", "ema2", "model")
+SNR_FLOOR = 0.03  # of Spectral Forcing's cutoff, where none is given: the best one in docs/results.md
 # Flags of the published release that scripts pass; torchrun and the loader settle here what they say.
 IGNORED = ("pin_mem", "no_pin_mem", "world_size", "local_rank", "dist_on_itp", "dist_url")
 
@@ -324,6 +325,11 @@ def resolve(
     info = DATASETS[config.dataset]
     of_data_set = {"img_size": info.img_size, "class_num": info.class_num, "flip": info.flip, "metrics": info.metrics}
     unset = {name: value for name, value in of_data_set.items() if getattr(config, name) in (None, "")}
+    has_floor = config.sf_schedule in ("power", "snr")
+    if has_floor and config.sf_snr_floor is None:
+        unset["sf_snr_floor"] = SNR_FLOOR
+    elif not has_floor and config.sf_snr_floor == 1.0 and "sf_snr_floor" not in given:
+        unset["sf_snr_floor"] = None  # earlier runs record their default
     if config.disable_dct_patchify:
         unset["input_operator"] = "none"
     elif config.input_operator == "none":

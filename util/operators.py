@@ -71,9 +71,11 @@ class SpectralForcingConfig:
         "linear", LOCKED, "schedule of the cutoff; snr and budget need --spectrum_file", SCHEDULES, added=True
     )
     sf_alpha: float | None = flag(None, LOCKED, "exponent of the spectrum, for power", added=True)
-    sf_snr_floor: float = flag(1.0, LOCKED, "SNR at the cutoff, for power and snr", added=True, gt=0)
+    sf_snr_floor: float | None = flag(
+        None, LOCKED, "SNR at the cutoff, for power and snr (default: 0.03)", added=True, gt=0
+    )
     sf_budget: float = flag(
-        0.003, LOCKED, "share of the least possible loss that hiding may cost, for budget", added=True, gt=0
+        0.03, LOCKED, "share of the least possible loss that hiding may cost, for budget", added=True, gt=0
     )
     sf_power: list | None = recorded()  # spectrum of the data set: P_k for snr, variances of DCT modes for budget
 
@@ -89,7 +91,7 @@ def _build_spectral_forcing(config) -> SpectralForcing:
         config.dct_fixed_scale if config.disable_dct_scale_schedule else None,
         config.sf_schedule,
         config.sf_alpha,
-        config.sf_snr_floor * (variance if config.sf_schedule == "power" else 1),
+        (config.sf_snr_floor or 1.0) * (variance if config.sf_schedule == "power" else 1),
         None if config.sf_power is None else torch.tensor(config.sf_power, dtype=torch.float64) / variance,
         config.sf_budget,
     )

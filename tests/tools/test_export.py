@@ -171,3 +171,18 @@ def test_an_export_of_the_previous_version_loads(tmp_path, monkeypatch, fixed, f
     assert differences(dict(sorted(denoiser.state_dict().items())), dict(sorted(tensors.items()))) == []
     assert (denoiser.input_operator is None) != forcing and config.disable_dct_patchify != forcing
     assert (config.disable_dct_scale_schedule, config.dct_fixed_scale) == (fixed is not None, fixed or 1.0)
+
+
+def test_an_earlier_export_has_the_floor_that_was_the_default(trained, tmp_path):
+    """They left out what was at its default, 1, which is another one now."""
+    path = tmp_path / "x.safetensors"
+    export(trained, path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = file.metadata()
+    settings = json.loads(about["config"])
+    assert "sf_snr_floor" not in settings
+    settings |= {"sf_schedule": "power", "sf_alpha": 2.0, "disable_dct_patchify": False}
+    save_file(tensors, path, metadata={**about, "config": json.dumps(settings)})
+    denoiser, config = load_denoiser(path)
+    assert config.sf_snr_floor == denoiser.input_operator.snr_floor == 1.0

@@ -12,6 +12,7 @@ import main_jit
 from tests.conftest import TINY, arguments, config_of, listing, read_log
 from util import config as configuration
 from util.config import (
+    SNR_FLOOR,
     all_flags,
     check,
     config_class,
@@ -439,3 +440,13 @@ def test_default_output_folder_is_found_again(here):
     assert main_jit.main(arguments(epochs=1, seed=1)) == 0
     assert len(list((here / "output").iterdir())) == 2 and listing(folder) == before
     assert f"_{TINY.replace('/', '-')}_16_sf_x_" in folder.name
+
+
+def test_the_default_floor_is_that_of_new_runs():
+    """Earlier runs, and exports that leave it out, have the floor 1; without a use it is nothing."""
+    assert resolve({"sf_schedule": "snr"}).sf_snr_floor == SNR_FLOOR
+    assert resolve({"sf_schedule": "power", "sf_alpha": 2.0, "sf_snr_floor": 0.5}).sf_snr_floor == 0.5
+    assert resolve({}, saved(sf_schedule="snr", sf_snr_floor=1.0), training=False).sf_snr_floor == 1.0
+    old = resolve({"dataset": "digits"}, saved(sf_snr_floor=1.0), training=False)
+    assert old.sf_snr_floor is None and check(old, evaluates=False) == []
+    assert resolve({"sf_snr_floor": 1.0}).sf_snr_floor == 1.0  # is reported as without effect

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 
 import pytest
 
@@ -41,3 +42,23 @@ def test_file_that_never_appears(tmp_path, monkeypatch):
     assert not io.wait_for_file(tmp_path / "x")
     (tmp_path / "x").touch()
     assert io.wait_for_file(tmp_path / "x")
+
+
+def test_commit_ignores_results_that_are_being_written(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@x", *words], check=True)
+
+    monkeypatch.setattr(io, "REPOSITORY", tmp_path)
+    git("init", "-q")
+    (tmp_path / "experiments" / "results").mkdir(parents=True)
+    code, results = tmp_path / "code.py", tmp_path / "experiments" / "results" / "a.jsonl"
+    code.touch(), results.touch()
+    git("add", "-A")
+    git("commit", "-qm", "x")
+    commit = io.commit.__wrapped__  # which is not cached
+    clean = commit()
+    assert len(clean) == 40
+    results.write_text("line\n")
+    assert commit() == clean
+    code.write_text("x = 1\n")
+    assert commit() == f"{clean}+changes"

@@ -147,6 +147,8 @@ def read_safetensors(path: Path) -> dict[str, Any]:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         settings = json.loads(about.get("config", "{}"))
+        if settings and isinstance(settings, dict):
+            settings.setdefault("sf_snr_floor", 1.0)  # the default when exports left it out
         if "denoiser" in about:  # an earlier export, in which two settings had other names
             settings = json.loads(about["denoiser"])
             settings["disable_dct_patchify"] = not settings.pop("spectral_forcing")
