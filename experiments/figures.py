@@ -137,7 +137,7 @@ def gain_and_steps(path: Path) -> None:
     lines = select([line for s in ("cifar10", "cifar10_long", "cifar10_longest") for line in load(s)[0]], patch=16)
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     ax = figure.subplots()
-    for shift, arm in ((0.97, "linear"), (1.03, "budget0.003")):
+    for shift, arm in ((0.97, "linear"), (1.03, "budget0.03")):
         points = []
         for key, group in groups([line for line in lines if line["run"]["arm"] in ("plain", arm)]).items():
             found = compare(group, "plain")[arm]["density"]
