@@ -67,7 +67,8 @@ def load(study: str, quick: bool = False) -> tuple[list[dict[str, Any]], list[st
     notes += [f"failed: {short(line['run'])}: {line['failed']}" for line in lines if "failed" in line]
     if missing := [run for run in expected if run not in done]:
         notes.append(f"{len(missing)} of {len(expected)} runs are missing, such as {short(missing[0])}")
-    return [line for line in lines if "failed" not in line], notes
+    finished = [line for line in lines if "failed" not in line]
+    return sorted(finished, key=lambda line: expected.index(line["run"])), notes
 
 
 def short(run: Mapping[str, Any]) -> str:

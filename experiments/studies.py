@@ -77,6 +77,14 @@ STUDIES = {
         steps=(2400,),
         images=1000,
     ),
+    "residual_long": Study(
+        "Does the correction of blocks pay after more training?",
+        data=("cifar10",),
+        patches=(8,),
+        arms=("plain", "residual"),
+        steps=(2400,),
+        images=1000,
+    ),
     "cifar10_longest": Study(
         "Does the gain survive ten times as much training?",
         data=("cifar10",),
