@@ -36,7 +36,7 @@ PLAN = (  # (limit in seconds, arguments of python)
     (150, f"{STEP} --model JiT-700M --batch_size 256"),
     (120, "-m benchmarks.checkpoint --model JiT-B/16"),
     (150, f"{STEP} --model JiT-B/16 --batch_size 64 --versus=--disable_dct_patchify"),
-    (3600, "-m pytest -m gpu -v -p no:cacheprovider"),
+    (3600, "-m pytest -m gpu -v -n 6 -p no:cacheprovider"),
 )
 
 

@@ -33,9 +33,20 @@ KINDS = {  # kind of a kernel -> parts of its name; the first that fits
     "attention": ("flash", "fmha", "sdpa"),
     "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "wgrad", "dgrad", "conv"),
     "optimizer and EMA": ("adam", "multi_tensor", "foreach", "lerp"),
-    "compiled (norms, adaLN, rotary, SwiGLU, noise, losses)": ("triton",),
+    # Inductor names a kernel after the operations that are fused into it.
+    "norm of q and k, rotary": ("_flip_",),
+    "SwiGLU": ("triton_poi_fused_cat_mul_silu", "triton_poi_fused_mul_silu"),
+    "norms, adaLN, residual": ("rms_norm",),
+    "noise and flips": ("triton_poi_fused_bitwise", "bitwise_xor"),
+    "other compiled": ("triton",),
     "copies": ("memcpy", "memset", "copy"),
 }
+
+
+def kind_of(kernel: str) -> str:
+    """Return the kind of a kernel by its name."""
+    name = kernel.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "rest")
 
 
 class Steps:
@@ -76,8 +87,7 @@ def kernels(steps: Steps, seconds: float) -> dict:
     events = [e for e in profile.events() if e.device_type == cuda and not e.is_user_annotation]  # which span kernels
     milliseconds, launches, names = Counter(), Counter(), Counter()
     for event in events:
-        name = event.name.lower()
-        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "rest")
+        kind = kind_of(event.name)
         milliseconds[kind] += event.device_time / 1e3 / steps.steps
         launches[kind] += 1 / steps.steps
         names[event.name] += event.device_time / 1e3 / steps.steps

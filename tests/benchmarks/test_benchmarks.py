@@ -86,3 +86,19 @@ def test_nothing_of_a_measurement_survives_its_limit(tmp_path):
     line = gpu_report.measure(f"-S -c {shlex.quote(parent)}", 1.5)
     time.sleep(2)
     assert line["output"] == ["1"] and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_kernels_by_kind():
+    """Names that an H100 reported."""
+    kinds = {
+        "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN": "matrix products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64_1x4": "attention",
+        "triton_poi_fused_cat_mul_silu_silu_backward_split_view_2": "SwiGLU",
+        "triton_per_fused__fused_rms_norm__to_copy_add_flip_mul_unbind_unsqueeze_view_7": "norm of q and k, rotary",
+        "triton_red_fused__fused_rms_norm__fused_rms_norm_backward__to_copy_add_mul_split": "norms, adaLN, residual",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(a": "optimizer and EMA",
+        "Memcpy HtoD (Pinned -> Device)": "copies",
+        "triton_poi_fused_add_3": "other compiled",
+        "void at::native::reduce_kernel<512, 1>": "rest",
+    }
+    assert {name: step.kind_of(name) for name in kinds} == kinds
