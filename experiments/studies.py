@@ -64,9 +64,9 @@ STUDIES = {
         "Does the verdict depend on the learning rate?",
         data=("cifar10",),
         patches=(16, 8),
-        arms=("plain", "linear", "budget0.03", "residual"),
+        arms=("plain", "linear", "budget0.03"),
         seeds=(0,),
-        lr=(1e-3, 2e-3, 6e-3),
+        lr=(1e-3, 6e-3),
         images=1000,
     ),
     "cifar10_long": Study(
@@ -96,7 +96,7 @@ STUDIES = {
     ),
     "synthetic_patch4": Study(
         "Is Spectral Forcing on a par at fine patches?",
-        data=("power2", "floor", "noise", "essential"),
+        data=("noise", "essential"),
         patches=(4,),
         arms=("plain", "linear"),
     ),
