@@ -11,6 +11,7 @@ line is removed. After Ctrl-C or a kill the same command goes on with the runs t
 import argparse
 import json
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from experiments.studies import STUDIES
 from experiments.train import Run, do
 from util.data.images import DataError
+from util.dist.preemption import die_with_parent
 from util.errors import UserError
 from util.io import REPOSITORY, provenance
 
@@ -45,8 +47,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def start_process() -> None:
-    """Use one thread, and leave Ctrl-C to the parent."""
+def start_process(parent: int) -> None:
+    """Use one thread, leave Ctrl-C to the parent, and end with it."""
+    die_with_parent()
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -91,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     failed = 0
     spawn = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    pool = ProcessPoolExecutor(args.processes, spawn, start_process)
+    pool = ProcessPoolExecutor(args.processes, spawn, start_process, (os.getpid(),))
     try:
         tasks = [pool.submit(line_of, run) for run in missing]
         for task in tqdm(as_completed(tasks), args.study, len(tasks), unit="run"):

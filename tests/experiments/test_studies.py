@@ -2,8 +2,14 @@
 
 import json
 import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +24,7 @@ from experiments.train import Run
 from sampler import SOLVERS, evaluations
 from spectral_forcing import SpectralForcing, dct_rings
 from util.errors import UserError
+from util.io import REPOSITORY
 
 N = synthetic.SIZE
 
@@ -237,7 +244,7 @@ def here(tmp_path, monkeypatch):
     """Results and output in a folder of the test, and runs in this process."""
     monkeypatch.setattr(run, "REPOSITORY", tmp_path)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda n, context, start: ThreadPoolExecutor(1))
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda n, *settings: ThreadPoolExecutor(1))
     return tmp_path
 
 
@@ -316,6 +323,30 @@ def test_data_that_is_missing_ends_the_study(here, monkeypatch, capsys):
 
     monkeypatch.setattr(data.Cifar10, "_load", staticmethod(missing))
     assert run.main(["cifar10", "--quick"]) == 2 and "make cifar10" in capsys.readouterr().err
+
+
+def test_killed_or_interrupted_no_process_stays(tmp_path):
+    """In a copy, in which output/ is its own. Ctrl-C ends with one sentence, and the same command goes on."""
+    names = ["experiments", "spectral_ops", "util", "model_jit.py", "denoiser.py", "sampler.py", "spectral_forcing.py"]
+    for name in names:
+        if (REPOSITORY / name).is_dir():
+            shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(REPOSITORY / name, tmp_path)
+    command = [sys.executable, "-m", "experiments.run", "synthetic_long", "--quick", "--processes", "2"]
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 60
+        while len(workers := children.read_text().split()) < 3 and time.monotonic() < deadline:  # one tracks resources
+            time.sleep(0.05)
+        assert len(workers) == 3
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert (process.returncode, "Traceback" in said) == (-9 if number == signal.SIGKILL else 130, False), said
+        while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert "interrupted; the same command goes on" in said
 
 
 # --- tables and figures ---------------------------------------------------------------------------------------------

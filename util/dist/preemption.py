@@ -53,10 +53,15 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> None:
-    """Let the kernel kill this process when torchrun, which started it, ends, however it ends (prctl(2), Linux)."""
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it ends, however it ends (prctl(2), Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """End with torchrun, which started this process."""
+    die_with_parent()
     launcher = os.environ.get("JIT_LAUNCHER_PID")
     if launcher:
         threading.Thread(target=_obey_torchrun, args=(int(launcher),), daemon=True).start()
