@@ -67,7 +67,7 @@ def copy_operator(carrier: tuple[int, int]) -> Tensor:
 
 
 class GaussianImages:
-    """One of KINDS: images with their exact posterior mean. Everything is computed in float64."""
+    """One of KINDS: images, drawn in float32, with their exact posterior mean, in float64."""
 
     classes, channels, size = CLASSES, 1, SIZE
 
@@ -89,6 +89,7 @@ class GaussianImages:
                 self.variance = torch.einsum("pm,ypq,qm->ym", basis, covariances, basis)
         self.basis = self.basis.expand(CLASSES, -1, -1)  # (Y, N, N), in columns
         self.variance = self.variance.expand(CLASSES, -1)  # (Y, N)
+        self.root = (self.basis * self.variance.sqrt()[:, None]).float()  # (Y, N, N)
 
     @staticmethod
     def _with_copy(carrier: tuple[int, int]) -> Tensor:
@@ -103,12 +104,12 @@ class GaussianImages:
         """Draw images (B, 1, n, n) float32 and classes (B,): a function of (seed, step)."""
         rng = CounterRNG(seed, step, torch.arange(size))
         y = (rng.uniform("flip")[:, 0] * CLASSES).long()
-        n = rng.normal("start_noise", SIZE**2).double()  # (B, N)
+        n = rng.normal("start_noise", SIZE**2)  # (B, N)
         x = torch.empty_like(n)
         for c in range(CLASSES):
             own = y == c
-            x[own] = self.mean[c] + (n[own] * self.variance[c].sqrt()) @ self.basis[c].T
-        return x.float().view(-1, 1, SIZE, SIZE), y
+            x[own] = self.mean[c].float() + n[own] @ self.root[c].T
+        return x.view(-1, 1, SIZE, SIZE), y
 
     def posterior_mean(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return E[x | z, y], float64 (B, 1, n, n), for z (B, 1, n, n) at times t (B,)."""
