@@ -56,27 +56,29 @@ class HalfUniform:
         return (LogitNormal().cdf(t) + t.double()) / 2
 
 
-class ModeGain(nn.Module):
-    """Multiplies DCT modes of z by gain(odds), (B, n, n), with odds = (t / (1 - t))^2 (B, 1, 1)."""
+class WienerGain(nn.Module):
+    """Multiplies each DCT mode of z by s / (1 + s), the SNR being s = P (t / (1 - t))^2 for variances P (n, n)."""
 
-    def __init__(self, size: int, gain: Any):
+    def __init__(self, variance: Tensor):
         super().__init__()
-        self.gain = gain
-        self.register_buffer("dct", dct_matrix(size).float(), persistent=False)
+        self.register_buffer("variance", variance, persistent=False)
+        self.register_buffer("dct", dct_matrix(len(variance)).float(), persistent=False)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        odds = (t.double() / (1 - t.double())).square()[:, None, None]
-        gain = self.gain(odds).float()[:, None]  # (B, 1, n, n)
+        t = t.double()[:, None, None]
+        signal, noise = self.variance * t.square(), (1 - t).square()
+        gain = (signal / (signal + noise)).float()[:, None]  # (B, 1, n, n)
         return separable_transform(self.dct.T, separable_transform(self.dct, z) * gain)
 
 
-class Loudness:
-    """Root mean square of z and of what is seen of it at t (B,), for data with the second moment (n, n) of modes."""
+class Loudness(nn.Module):
+    """Root mean square of z, or of what is seen of it, at t (B,), for data with the second moment (n, n) of modes."""
 
     def __init__(self, second_moment: Tensor):
-        self.second_moment = second_moment
+        super().__init__()
+        self.register_buffer("second_moment", second_moment, persistent=False)
 
-    def __call__(self, t: Tensor, forcing: SpectralForcing | None = None) -> Tensor:
+    def forward(self, t: Tensor, forcing: SpectralForcing | None = None) -> Tensor:
         """Return (B,), of z or of forcing(z, t)."""
         t = t.double()[:, None, None]
         power = t.square() * self.second_moment + (1 - t).square()  # of z, in DCT modes
@@ -126,9 +128,8 @@ def input_operator(arm: Mapping[str, Any], data: str) -> nn.Module | None:
         return SpectralForcing(size, schedule="snr", power=power, snr_floor=arm["snr_floor"])
     if kind == "budget":
         return SpectralForcing(size, schedule="budget", power=dct_ring_power(data), budget=arm["budget"])
-    if kind == "wiener":  # 1 of all modes at t = 1
-        power = variance.mean(0)
-        return ModeGain(size, lambda odds: torch.where(odds.isinf(), 1.0, power * odds / (1 + power * odds)))
+    if kind == "wiener":
+        return WienerGain(variance.mean(0))
     if kind == "scale":
         return ScaleControl(size, second_moment.mean(0))
     raise ValueError(f"The input {kind!r} of an arm is unknown.")
@@ -139,12 +140,12 @@ def block_operators(arm: Mapping[str, Any]) -> dict[str, Any]:
     return {"spectral_residual": partial(SpectralResidual, mode=arm["residual"])} if "residual" in arm else {}
 
 
-def time_sampler(arm: Mapping[str, Any], data: str) -> TimeSampler:
-    """Return the distribution of training times of an arm."""
+def time_sampler(arm: Mapping[str, Any], data: str, device: torch.device) -> TimeSampler:
+    """Return the distribution of training times of an arm, with its tables on the device."""
     times = arm.get("times", "logit_normal")
     if times == "logit_normal":
         return LogitNormal()
     if times == "half":
         return HalfUniform()
-    power, centred = fft_ring_power(data)
+    power, centred = (values.to(device) for values in fft_ring_power(data))
     return GlobalTimeSampler(TightSchedule.of_spectrum(power, centred, open_data(data).size, variant=times), 0.1)

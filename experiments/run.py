@@ -4,8 +4,9 @@
     python -m experiments.run cifar10 --dry_run         list them
     python -m experiments.run cifar10 --quick           a few steps of each, in output/: does everything work?
 
-A process uses one thread. A run that fails or diverges leaves a line that says so, and is not tried again unless that
-line is removed. After Ctrl-C or a kill the same command goes on with the runs that have no line.
+A process uses one thread, or shares the GPU, which networks so small leave idle most of the time. A run that fails or
+diverges leaves a line that says so, and is not tried again unless that line is removed. After Ctrl-C or a kill the same
+command goes on with the runs that have no line.
 """
 
 import argparse
@@ -56,12 +57,12 @@ def start_process(parent: int) -> None:
     torch.set_num_threads(1)
 
 
-def line_of(run: Run) -> dict[str, Any]:
+def line_of(run: Run, device: torch.device) -> dict[str, Any]:
     """Do a run; an error becomes part of its line. A data set that is missing is not the run's failure."""
-    about = provenance(torch.device("cpu"))
+    about = provenance(device)
     about.pop("command")
     try:
-        return {**do(run), **about}
+        return {**do(run, device), **about}
     except DataError:
         raise
     except Exception as error:
@@ -78,12 +79,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("study", choices=STUDIES, metavar="STUDY")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the study's")
     parser.add_argument("--quick", action="store_true", help="a few steps of each run")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and do none")
     args = parser.parse_args(argv)
     if args.processes < 1:
         parser.error(f"--processes is {args.processes}; at least 1 is needed")
+    device = torch.device(args.device or STUDIES[args.study].device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"{args.study} runs on a GPU, and torch finds no CUDA device here; --device cpu is slower")
     path, command = results_file(args.study, args.quick), ["python", "-m", "experiments.run", args.study]
+    command += ["--device", args.device] if args.device else []
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.quick:
         path.unlink(missing_ok=True)
@@ -98,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     spawn = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
     pool = ProcessPoolExecutor(args.processes, spawn, start_process, (os.getpid(),))
     try:
-        tasks = [pool.submit(line_of, run) for run in missing]
+        tasks = [pool.submit(line_of, run, device) for run in missing]
         for task in tqdm(as_completed(tasks), args.study, len(tasks), unit="run"):
             line = task.result()
             with open(path, "a") as file:

@@ -28,6 +28,7 @@ class Study:
     steps: tuple[int, ...] = (600,)
     lr: tuple[float, ...] = (3e-3,)
     images: int = 256  # held out
+    device: str = "cpu"
 
     def runs(self, quick: bool = False) -> list[Run]:
         """Return the runs, seeds last; with `quick` few steps and one seed, to see that everything works."""
@@ -99,6 +100,15 @@ STUDIES = {
         data=("noise", "essential"),
         patches=(4,),
         arms=("plain", "linear"),
+    ),
+    "gpu": Study(  # with --processes 8; no data to fetch
+        "Does the gain survive 20,000 steps, at coarse and at fine patches?",
+        data=("noise", "essential"),
+        patches=(16, 4),
+        arms=("plain", "linear"),
+        seeds=(0,),
+        steps=(20_000,),
+        device="cuda",
     ),
     "synthetic_long": Study(
         "Does the gain survive training, where the best denoiser is known?",

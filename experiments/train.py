@@ -24,6 +24,8 @@ from util.cpu_layers import speed_up_on_cpu
 from util.optim import build_optimizer
 from util.rng import CounterRNG
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -65,19 +67,20 @@ def build_denoiser(run: Run) -> Denoiser:
     return Denoiser(net, operator)
 
 
-def train(run: Run, report: Any = None) -> tuple[Denoiser, float]:
+def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, float]:
     """Train. Return the denoiser and the mean training loss of the last tenth of the steps.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    data, sampler = open_data(run.data), time_sampler(ARMS[run.arm], run.data)
-    denoiser = build_denoiser(run).train()
-    speed_up_on_cpu(denoiser)
+    data, sampler = open_data(run.data), time_sampler(ARMS[run.arm], run.data, device)
+    denoiser = build_denoiser(run).train().to(device)
+    if device == CPU:
+        speed_up_on_cpu(denoiser)
     optimizer, losses = build_optimizer(denoiser, 0.0, (0.9, 0.95)), []
-    shape, index = (data.channels, data.size, data.size), torch.arange(run.batch)
+    shape, index = (data.channels, data.size, data.size), torch.arange(run.batch, device=device)
     for step in range(run.steps):
-        x, y = data.batch(run.seed, step, run.batch)
+        x, y = (part.to(device) for part in data.batch(run.seed, step, run.batch))
         s = sample_step(CounterRNG(run.seed, step, index), y, shape, sampler, 0.0, data.classes)
         loss = denoiser(x, s.y, s.t, s.noise)
         loss.backward()
@@ -103,7 +106,7 @@ def by_ring(residual: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(denoiser: Denoiser, run: Run) -> dict[str, Any]:
     """Return {"excess" or "loss": table (T, K), "least": (T,) or None}, ready for JSON."""
-    data, rows = open_data(run.data), []
+    data, rows, device = open_data(run.data), [], next(denoiser.parameters()).device
     x, y = data.held_out(run.images)
     exact = hasattr(data, "posterior_mean")
     times = (torch.arange(run.times) + 0.5) / run.times
@@ -111,7 +114,7 @@ def measure(denoiser: Denoiser, run: Run) -> dict[str, Any]:
         noise = CounterRNG(0, b, torch.arange(len(x))).normal("validation", x[0].numel()).view_as(x)
         t = middle.expand(len(x))
         z, v = denoiser.noisy_images(x, noise, t)
-        predicted = denoiser.velocity(z, t, y)
+        predicted = denoiser.velocity(z.to(device), t.to(device), y.to(device)).cpu()
         if exact:
             v = (data.posterior_mean(z, t, y) - z) / (1 - middle).clamp_min(denoiser.loss.t_eps)
         rows.append(by_ring(v - predicted))
@@ -127,10 +130,10 @@ def density(times: int) -> Tensor:
     return LogitNormal().cdf(torch.linspace(0, 1, times + 1, dtype=torch.float64)).diff()
 
 
-def do(run: Run) -> dict[str, Any]:
+def do(run: Run, device: torch.device = CPU) -> dict[str, Any]:
     """Train and measure: what a line of the results holds beside its provenance."""
     start = time.perf_counter()
-    denoiser, train_loss = train(run)
+    denoiser, train_loss = train(run, device)
     trained = time.perf_counter()
     result = {"train_loss": round(train_loss, 6), **measure(denoiser, run)}
     seconds = {"train_s": round(trained - start, 1), "measure_s": round(time.perf_counter() - trained, 1)}

@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import main_jit
 from engine_jit import Trainer
+from experiments.train import Run, do
 from sampler import guided, sample, uniform_grid
 from spectral_forcing import SpectralForcing
 from tests.conftest import flags, read_log, train
@@ -117,3 +118,9 @@ def test_compilation_recomputation_and_sharding_do_not_change_the_loss(tmp_path,
     fast = train(tmp_path / "run", **settings, **how, compile=compile)
     for a, b in zip(*map(read_log, (fast, train(tmp_path / "plain", **settings, compile="off"))), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+
+
+def test_a_run_of_a_study_agrees_with_a_cpu():
+    settings = Run("noise", 16, "linear", 0, steps=20, images=16, times=4)
+    tables = [torch.tensor(do(settings, torch.device(device))["excess"]) for device in ("cpu", "cuda")]
+    torch.testing.assert_close(*tables, rtol=0.05, atol=1e-4)

@@ -262,7 +262,7 @@ def test_quick(here, name, capsys, monkeypatch):
     assert len({json.dumps(asdict(r)) for r in whole.runs()}) == len(whole.runs())
     chosen = replace(whole, arms=whole.arms[:2], data=whole.data[:1], lr=whole.lr[:1])
     monkeypatch.setitem(studies.STUDIES, name, chosen)
-    assert run.main([name, "--quick"]) == 0
+    assert run.main([name, "--quick", "--device", "cpu"]) == 0
     lines = lines_of(here / "output" / "quick" / f"{name}.jsonl")
     assert len(lines) == len(chosen.runs(quick=True)) and all(np.isfinite(results.table_of(x)).all() for x in lines)
     assert {"commit", "hardware", "date", "versions", "command", "train_s"} <= lines[0].keys()
@@ -295,7 +295,7 @@ def test_runs_that_have_a_line_are_not_done_again(here, monkeypatch, capsys):
 def test_a_failed_run_is_listed(here, monkeypatch, capsys):
     monkeypatch.setitem(studies.STUDIES, "toy", TOY)
     do = train.do
-    monkeypatch.setattr(run, "do", lambda r: do(r) if r.seed else [][0])
+    monkeypatch.setattr(run, "do", lambda r, device: do(r, device) if r.seed else [][0])
     assert run.main(["toy"]) == 1 and "4 failed" in capsys.readouterr().out
     assert len(lines_of(here / "toy.jsonl")) == 12
     assert results.main(["toy"]) == 0
@@ -305,7 +305,8 @@ def test_a_failed_run_is_listed(here, monkeypatch, capsys):
 
 
 def test_wrong_input(here, monkeypatch, capsys):
-    for words in (["nothing"], ["cifar10", "--processes", "0"]):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in (["nothing"], ["cifar10", "--processes", "0"], ["gpu"]):
         with pytest.raises(SystemExit) as stop:
             run.main(words)
         assert stop.value.code == 2
