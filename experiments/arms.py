@@ -35,7 +35,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "snr0.1_unit": {"input": "snr", "snr_floor": 0.1, "unit": True},
     "wiener": {"input": "wiener"},  # each mode times SNR / (1 + SNR)
     "residual": {"residual": "time"},
+    "half": {"times": "half"},
     "linear_half": {"input": "linear", "times": "half"},
+    "budget_half": {"input": "budget", "budget": 0.03, "times": "half"},
+    "residual_half": {"residual": "time", "times": "half"},
     "linear_mixed": {"input": "linear", "times": "mixed"},
     "budget_residual": {"input": "budget", "budget": 0.003, "residual": "time"},
 }

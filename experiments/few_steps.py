@@ -7,11 +7,8 @@ Networks are those of the studies (experiments/train.py) on CIFAR-10, patch 8, b
 trained on the default density of t, half of the draws uniform, since that density has next to nothing above 0.9, the
 other on the spectral times `mixed`. A setting that has a line in experiments/results/few_steps.jsonl is not done again.
 
-    fd_effnet_lite0   Fréchet distance to test images, by EfficientNet-Lite0: of so few images, for this table alone
-    spectrum_gap      to the grey spectrum of training images
-    own_gap           the gap of the solver alone: Gaussian data of the measured spectrum, with its exact velocity
-
-Shapes: B images; grid (S + 1,) or (S + 1, B).
+A line holds the quality of the samples (experiments/samples.py) and `own_gap`, the spectrum gap of the solver alone:
+Gaussian data of the measured spectrum, with its exact velocity.
 """
 
 import argparse
@@ -27,23 +24,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from denoiser import Denoiser
-from experiments.data import fft_ring_power, open_data
+from experiments.data import fft_ring_power
 from experiments.run import read_lines, results_file
+from experiments.samples import GRIDS, REAL, generate, grid_of, quality
 from experiments.train import Run, build_denoiser, train
-from sampler import SOLVERS, evaluations, sample, uniform_grid
-from spectral_ops.schedule import TightSchedule, latest_time
-from spectral_ops.spectrum import grey_spectrum, image_fits, rapsd, spectrum_gap
+from sampler import SOLVERS, evaluations, sample
+from spectral_ops.spectrum import spectrum_gap
 from util.errors import UserError
-from util.evaluation.features import EffNetLite0
-from util.evaluation.images import quantise
-from util.evaluation.metrics import frechet_distance
 from util.io import REPOSITORY, make_folder, provenance
-from util.rng import CounterRNG
 
 NETWORK, ARMS = Run("cifar10", 8, "linear_half", 0, steps=2400), ("linear_half", "linear_mixed")
-GRIDS = ("uniform", "logsnr", "mixed", "instance")  # instance: mixed, by the spectrum of a training image of the class
-EVALUATIONS = (8, 16, 32, 64)
-IMAGES, REAL, BATCH = 500, 2000, 100
+EVALUATIONS, IMAGES = (8, 16, 32, 64), 500
 
 
 def steps_for(solver: str, count: int) -> int:
@@ -58,44 +49,10 @@ def network(run: Run) -> Denoiser:
         denoiser = build_denoiser(run)
         denoiser.load_state_dict(torch.load(path, weights_only=True))
         return denoiser.eval()
-    denoiser, _ = train(run)
+    denoiser, _, _ = train(run)
     make_folder(path.parent)
     torch.save(denoiser.state_dict(), path)
     return denoiser
-
-
-def grid_of(name: str, steps: int, index: Tensor, y: Tensor) -> Tensor:
-    """Return the times of a grid; for `instance` those of the images `index` with classes y."""
-    if name == "uniform":
-        return uniform_grid(steps)
-    power, centred = fft_ring_power("cifar10")
-    if name != "instance":
-        return TightSchedule.of_spectrum(power, centred, 32, variant=name).sampling_grid(steps)
-    data = open_data("cifar10")
-    x, labels = data.batch(1, 0, 5000)  # images, of which each generated one takes the spectrum of one of its class
-    chosen = torch.stack([x[labels == int(c)][int(i)] for i, c in zip(index // data.classes, y, strict=True)])
-    level = chosen.mean((2, 3))
-    fits = image_fits(rapsd(chosen), level, x.mean((0, 2, 3)), 32)
-    return TightSchedule.of_fits(fits, 32, variant="mixed").sampling_grid(steps)
-
-
-@torch.no_grad()
-def generate(denoiser: Denoiser, solver: str, grid: str, steps: int, count: int) -> Tensor:
-    """Return images uint8 (count, 3, 32, 32); classes in turn, start noise by (0, index)."""
-    images, classes = [], open_data("cifar10").classes
-    t_eps = None if grid == "uniform" else min(denoiser.loss.t_eps, 1 - latest_time())
-    for index in torch.arange(count).split(BATCH):
-        y = index % classes
-        noise = CounterRNG(0, 0, index).normal("start_noise", 3 * 32 * 32).view(-1, 3, 32, 32)
-
-        def of_step(i: int, index: Tensor = index, noise: Tensor = noise) -> Tensor:
-            return CounterRNG(0, i, index).normal("solver", noise[0].numel()).view_as(noise)
-
-        def velocity(z: Tensor, t: Tensor, y: Tensor = y) -> Tensor:
-            return denoiser.velocity(z, t, y, t_eps)
-
-        images.append(quantise(sample(velocity, noise, grid_of(grid, steps, index, y), solver, of_step)))
-    return torch.cat(images)
 
 
 def own_gap(solver: str, grid: str, steps: int) -> float | None:
@@ -108,7 +65,7 @@ def own_gap(solver: str, grid: str, steps: int) -> float | None:
         t = t.double()[:, None, None, None]
         return ((t * power / (t**2 * power + (1 - t) ** 2)) - 1) / (1 - t) * z
 
-    times = grid_of(grid, steps, torch.zeros(0), torch.zeros(0))
+    times = grid_of(grid, steps, torch.arange(1), torch.arange(1))
     amplitude = sample(velocity, torch.ones(1, 1, 1, len(power), dtype=torch.float64), times, solver)
     return spectrum_gap(power, amplitude.flatten().square())
 
@@ -122,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    path, count, real_count = results_file("few_steps", args.quick), *((20, 40) if args.quick else (IMAGES, REAL))
+    path, count = results_file("few_steps", args.quick), 20 if args.quick else IMAGES
     counts = EVALUATIONS[:1] if args.quick else EVALUATIONS
     make_folder(path.parent)
     if args.quick:
@@ -138,21 +95,14 @@ def main(argv: list[str] | None = None) -> int:
     ]
     done = [line["setting"] for line in read_lines(path)]
     try:
-        extractor = EffNetLite0()
-        real = quantise(open_data("cifar10").held_out(real_count)[0])
-        features = torch.cat([extractor(part)["effnet_lite0"] for part in real.split(BATCH)])
-        mu, sigma = features.double().mean(0), torch.cov(features.double().T)
-        spectrum = grey_spectrum(quantise(open_data("cifar10").batch(1, 0, 5000)[0])).mean(0)
         networks = {arm: network(run) for arm, run in runs.items()}
         for setting in tqdm([s for s in settings if s not in done], unit="setting", disable=None):
             solver, grid, steps = (setting[name] for name in ("solver", "grid", "steps"))
-            images = generate(networks[setting["arm"]], solver, grid, steps, count)
-            found = torch.cat([extractor(part)["effnet_lite0"] for part in images.split(BATCH)])
+            images = generate(networks[setting["arm"]], count, steps, solver, grid)
             own = own_gap(solver, grid, steps)
             line = {
                 "setting": setting,
-                "fd_effnet_lite0": round(frechet_distance(found, mu, sigma), 2),
-                "spectrum_gap": round(spectrum_gap(spectrum, grey_spectrum(images).mean(0)), 4),
+                **quality(images, 40 if args.quick else REAL),
                 "own_gap": None if own is None else round(own, 4),
                 "network": runs[setting["arm"]].__dict__,
                 **provenance(torch.device("cpu")),

@@ -9,6 +9,9 @@ the mean of the paired differences, 95%, by Student's t. Three numbers for each 
     low       the same in the rings 0 to 5 alone
     uniform   with equal weight for all t
 
+Where samples are measured, the lowest Fréchet distance over guidance scales and weights decides, which are swept alike
+for each run; the other numbers are those of the same samples.
+
 Shapes: T times, K rings.
 """
 
@@ -17,7 +20,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,12 +28,20 @@ from scipy.stats import t as student
 
 from experiments.run import read_lines, results_file
 from experiments.studies import STUDIES
-from experiments.train import density
+from experiments.train import Run, density
 from spectral_forcing import dct_rings
 from util.errors import UserError
 
 SIZE, LOW_RINGS = 32, 6
-NUMBERS = ("density", "low", "uniform")
+COLUMNS = {  # number -> its column
+    "density": "against {}",
+    "low": "rings 0 to 5",
+    "uniform": "equal weight for all t",
+    "fd_effnet_lite0": "against {}",
+    "precision": "precision",
+    "recall": "recall",
+    "spectrum_gap": "spectrum gap",
+}
 VARIES = ("arm", "seed")  # within a group of runs that are compared
 
 
@@ -41,7 +52,10 @@ def table_of(line: Mapping[str, Any]) -> np.ndarray:
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return NUMBERS of a run."""
+    """Return the numbers of a run, the one that decides first."""
+    if "samples" in line:
+        best = min(line["samples"], key=lambda found: found["fd_effnet_lite0"])
+        return {name: best[name] for name in COLUMNS if name in best}
     table, weight = table_of(line), density(line["run"]["times"]).numpy()
     by_time = table.sum(1)
     return {
@@ -57,9 +71,11 @@ def load(study: str, quick: bool = False) -> tuple[list[dict[str, Any]], list[st
     A line of a run that the study does not list is refused: it was made with other settings.
     """
     lines, notes = list(read_lines(results_file(study, quick))), []
+    for line in lines:
+        line["run"] = asdict(Run(**line["run"]))  # a setting that a line lacks had its default
     if not lines:
         raise UserError(f"The study {study} has no results yet: python -m experiments.run {study}")
-    expected = [run.__dict__ for run in STUDIES[study].runs(quick)]
+    expected = [asdict(run) for run in STUDIES[study].runs(quick)]
     other = [line["run"] for line in lines if line["run"] not in expected]
     if other:
         raise UserError(f"{results_file(study, quick)} has {len(other)} runs of other settings, such as {other[0]}.")
@@ -131,25 +147,28 @@ def compare(lines: Sequence[Mapping[str, Any]], against: str) -> dict[str, dict[
         values.setdefault(line["run"]["arm"], {})[line["run"]["seed"]] = numbers(line)
     if against not in values:
         raise UserError(f"There is no run of the arm {against}, only of {', '.join(values)}.")
-    by_number = {
-        arm: {name: {seed: v[name] for seed, v in seeds.items()} for name in NUMBERS} for arm, seeds in values.items()
-    }
-    return {arm: {name: paired(v[name], by_number[against][name]) for name in NUMBERS} for arm, v in by_number.items()}
+    names = list(numbers(lines[0]))
+
+    def of(arm: str, name: str) -> dict[int, float]:
+        return {seed: found[name] for seed, found in values[arm].items()}
+
+    return {arm: {name: paired(of(arm, name), of(against, name)) for name in names} for arm in values}
 
 
 def markdown(lines: Sequence[Mapping[str, Any]], against: str) -> str:
     """Return a table for each group of comparable runs."""
     out = []
     for key, group in groups(lines).items():
-        run, what = dict(key), "excess" if "excess" in group[0] else "loss"
+        run, what = dict(key), next(name for name in ("excess", "loss", "samples") if name in group[0])
+        names = list(numbers(group[0]))
+        columns = " | ".join(COLUMNS[name].format(against) for name in names)
         out.append(f"{run['data']}, patch {run['patch']}, {run['steps']} steps, learning rate {run['lr']:g}:\n")
-        out.append(f"| arm | {what} | against {against} | rings 0 to 5 | equal weight for all t | seeds |")
-        out.append("|---|---|---|---|---|---|")
-        found = compare(group, against)
-        for arm, by_number in found.items():
-            mean = by_number["density"].reference + by_number["density"].mean
-            cells = ["", "", ""] if arm == against else [str(by_number[name]) for name in NUMBERS]
-            out.append(f"| {arm} | {mean:.4f} | " + " | ".join(cells) + f" | {by_number['density'].pairs} |")
+        out.append(f"| arm | {'FD-EffNet-Lite0' if what == 'samples' else what} | {columns} | seeds |")
+        out.append("|---" * (len(names) + 3) + "|")
+        for arm, differences in compare(group, against).items():
+            decides = differences[names[0]]
+            cells = ["" if arm == against else str(differences[name]) for name in names]
+            out.append(f"| {arm} | {decides.reference + decides.mean:.4g} | {' | '.join(cells)} | {decides.pairs} |")
         out.append("")
     return "\n".join(out)
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -24,8 +25,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from experiments.samples import sweep
 from experiments.studies import STUDIES
-from experiments.train import Run, do
+from experiments.train import CPU, Run, measure, train
 from util.data.images import DataError
 from util.dist.preemption import die_with_parent
 from util.errors import UserError
@@ -55,6 +57,16 @@ def start_process(parent: int) -> None:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def do(run: Run, device: torch.device = CPU) -> dict[str, Any]:
+    """Train and measure: what a line of the results holds beside its provenance."""
+    start = time.perf_counter()
+    denoiser, ema, train_loss = train(run, device)
+    trained = time.perf_counter()
+    measured = {"samples": list(sweep(denoiser, ema, run))} if run.samples else measure(denoiser, run)
+    seconds = {"train_s": round(trained - start, 1), "measure_s": round(time.perf_counter() - trained, 1)}
+    return {"run": asdict(run), "train_loss": round(train_loss, 6), **measured, **seconds}
 
 
 def line_of(run: Run, device: torch.device) -> dict[str, Any]:
@@ -94,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         path.unlink(missing_ok=True)
     runs = STUDIES[args.study].runs(args.quick)
-    done = {json.dumps(line["run"]) for line in read_lines(path)}
-    missing = [run for run in runs if json.dumps(asdict(run)) not in done]
+    done = {Run(**line["run"]) for line in read_lines(path)}  # a setting that a line lacks had its default
+    missing = [run for run in runs if run not in done]
     if args.dry_run:
         for run in runs:
             print("to do" if run in missing else "done ", *(f"{k} {v}" for k, v in asdict(run).items()))

@@ -9,6 +9,7 @@ density of training times, against the arm `plain` with the same seed.
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from experiments.train import Run
 
@@ -28,15 +29,19 @@ class Study:
     steps: tuple[int, ...] = (600,)
     lr: tuple[float, ...] = (3e-3,)
     images: int = 256  # held out
+    samples: int = 0  # images to draw and measure, instead of the loss
     device: str = "cpu"
 
     def runs(self, quick: bool = False) -> list[Run]:
         """Return the runs, seeds last; with `quick` few steps and one seed, to see that everything works."""
         combinations = product(self.seeds, self.steps, self.lr, self.data, self.patches, self.arms)
-        runs = [Run(d, p, a, seed, steps, lr, images=self.images) for seed, steps, lr, d, p, a in combinations]
+        shared: dict[str, Any] = {"images": self.images}
+        if self.samples:
+            shared |= {"samples": self.samples, "label_drop": 0.1, "ema": 0.99}
+        runs = [Run(d, p, a, seed, steps, lr, **shared) for seed, steps, lr, d, p, a in combinations]
         if not quick:
             return runs
-        few = [replace(run, seed=0, steps=5, images=16) for run in runs]
+        few = [replace(run, seed=0, steps=5, images=16, samples=min(run.samples, 10)) for run in runs]
         return list(dict.fromkeys(few))
 
 
@@ -77,6 +82,13 @@ STUDIES = {
         arms=("plain", "linear", "budget0.03"),
         steps=(2400,),
         images=1000,
+    ),
+    "cifar10_samples": Study(  # half of the times are uniform: near t = 1 the default density trains nothing
+        "Do samples improve, with guidance and EMA chosen alike for each arm?",
+        data=("cifar10",),
+        patches=(8,),
+        arms=("half", "linear_half", "budget_half", "residual_half"),
+        samples=500,
     ),
     "residual_long": Study(
         "Does the correction of blocks pay after more training?",

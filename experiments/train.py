@@ -8,8 +8,7 @@ noise that are the same for all runs. Their sum over rings, weighted by modes, i
 """
 
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from experiments.data import open_data
 from model_jit import JiT
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
 from util.cpu_layers import speed_up_on_cpu
-from util.optim import build_optimizer
+from util.optim import EMA, build_optimizer
 from util.rng import CounterRNG
 
 CPU = torch.device("cpu")
@@ -44,6 +43,9 @@ class Run:
     bottleneck: int = 48
     images: int = 256  # held out
     times: int = 20
+    label_drop: float = 0.0  # guidance needs some
+    ema: float = 0.0  # decay of an average of the weights
+    samples: int = 0  # draw so many images and measure those, instead of the loss
 
 
 def build_denoiser(run: Run) -> Denoiser:
@@ -67,8 +69,8 @@ def build_denoiser(run: Run) -> Denoiser:
     return Denoiser(net, operator)
 
 
-def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, float]:
-    """Train. Return the denoiser and the mean training loss of the last tenth of the steps.
+def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, EMA, float]:
+    """Train. Return the denoiser, its average, and the mean training loss of the last tenth of the steps.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -77,11 +79,11 @@ def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, float]:
     denoiser = build_denoiser(run).train().to(device)
     if device == CPU:
         speed_up_on_cpu(denoiser)
-    optimizer, losses = build_optimizer(denoiser, 0.0, (0.9, 0.95)), []
+    optimizer, ema, losses = build_optimizer(denoiser, 0.0, (0.9, 0.95)), EMA(denoiser, run.ema), []
     shape, index = (data.channels, data.size, data.size), torch.arange(run.batch, device=device)
     for step in range(run.steps):
         x, y = (part.to(device) for part in data.batch(run.seed, step, run.batch))
-        s = sample_step(CounterRNG(run.seed, step, index), y, shape, sampler, 0.0, data.classes)
+        s = sample_step(CounterRNG(run.seed, step, index), y, shape, sampler, run.label_drop, data.classes)
         loss = denoiser(x, s.y, s.t, s.noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
@@ -89,10 +91,12 @@ def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, float]:
             group["lr"] = run.lr * 0.5 * (1 + math.cos(math.pi * step / run.steps))
         optimizer.step()
         optimizer.zero_grad()
+        if run.ema:
+            ema.update()
         losses.append(loss.detach())
         if step % 100 == 99 and not losses[-1].isfinite():
             raise FloatingPointError(f"the loss is not finite at step {step}")
-    return denoiser.eval(), float(torch.stack(losses[-max(1, run.steps // 10) :]).mean())
+    return denoiser.eval(), ema, float(torch.stack(losses[-max(1, run.steps // 10) :]).mean())
 
 
 def by_ring(residual: Tensor) -> Tensor:
@@ -128,13 +132,3 @@ def measure(denoiser: Denoiser, run: Run) -> dict[str, Any]:
 def density(times: int) -> Tensor:
     """Return the mass of the default density of training times in each of `times` equal bins, (T,) float64."""
     return LogitNormal().cdf(torch.linspace(0, 1, times + 1, dtype=torch.float64)).diff()
-
-
-def do(run: Run, device: torch.device = CPU) -> dict[str, Any]:
-    """Train and measure: what a line of the results holds beside its provenance."""
-    start = time.perf_counter()
-    denoiser, train_loss = train(run, device)
-    trained = time.perf_counter()
-    result = {"train_loss": round(train_loss, 6), **measure(denoiser, run)}
-    seconds = {"train_s": round(trained - start, 1), "measure_s": round(time.perf_counter() - trained, 1)}
-    return {"run": asdict(run), **result, **seconds}

@@ -7,7 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import main_jit
 from engine_jit import Trainer
-from experiments.train import Run, do
+from experiments.run import do
+from experiments.train import Run
 from sampler import guided, sample, uniform_grid
 from spectral_forcing import SpectralForcing
 from tests.conftest import flags, read_log, train

@@ -16,9 +16,10 @@ import pytest
 import scipy.fft
 import scipy.stats
 import torch
+import torch.nn.functional as F
 
 from denoiser import Denoiser
-from experiments import arms, data, few_steps, figures, principle, results, run, studies, synthetic, train
+from experiments import arms, data, few_steps, figures, principle, results, run, samples, studies, synthetic, train
 from experiments.arms import ARMS, input_operator
 from experiments.train import Run
 from sampler import SOLVERS, evaluations
@@ -27,6 +28,13 @@ from util.errors import UserError
 from util.io import REPOSITORY
 
 N = synthetic.SIZE
+
+
+class Pixels:
+    """Stands in for the feature network: the mean of each channel in each quarter of an image."""
+
+    def __call__(self, images):
+        return {"effnet_lite0": F.adaptive_avg_pool2d(images.float(), 2).flatten(1)}
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +47,13 @@ def cifar10_of_noise(monkeypatch):
     images = torch.from_numpy(np.clip(128 + 400 * grey + 100 * colour, 0, 255).astype(np.uint8))
     labels = torch.arange(5200) % 10
     monkeypatch.setattr(data.Cifar10, "_load", staticmethod(lambda split: (images, labels)))
-    for cached in (data.open_data, data.dct_ring_power, data.fft_ring_power):
+    monkeypatch.setattr(samples, "EffNetLite0", Pixels)
+    caches = [data.open_data, data.dct_ring_power, data.fft_ring_power]
+    caches += [samples.extractor, samples.real_features, samples.real_spectrum]
+    for cached in caches:
         cached.cache_clear()
     yield
-    for cached in (data.open_data, data.dct_ring_power, data.fft_ring_power):
+    for cached in caches:
         cached.cache_clear()
 
 
@@ -224,8 +235,8 @@ def test_loss_is_that_of_training():
 
 def test_training_is_reproducible_and_says_when_it_diverges():
     settings = Run("power2", 16, "linear", 1, steps=6, images=8, times=4)
-    assert train.do(settings)["excess"] == train.do(settings)["excess"]
-    assert train.do(settings)["excess"] != train.do(replace(settings, seed=2))["excess"]
+    assert run.do(settings)["excess"] == run.do(settings)["excess"]
+    assert run.do(settings)["excess"] != run.do(replace(settings, seed=2))["excess"]
     with pytest.raises(FloatingPointError, match="not finite at step 99"):
         train.train(replace(settings, lr=math.inf, steps=100, batch=2))
 
@@ -264,7 +275,8 @@ def test_quick(here, name, capsys, monkeypatch):
     monkeypatch.setitem(studies.STUDIES, name, chosen)
     assert run.main([name, "--quick", "--device", "cpu"]) == 0
     lines = lines_of(here / "output" / "quick" / f"{name}.jsonl")
-    assert len(lines) == len(chosen.runs(quick=True)) and all(np.isfinite(results.table_of(x)).all() for x in lines)
+    assert len(lines) == len(chosen.runs(quick=True))
+    assert all(math.isfinite(x) for line in lines for x in results.numbers(line).values())
     assert {"commit", "hardware", "date", "versions", "command", "train_s"} <= lines[0].keys()
     capsys.readouterr()
     assert results.main([name, "--quick", "--against", whole.arms[0]]) == 0
@@ -294,7 +306,7 @@ def test_runs_that_have_a_line_are_not_done_again(here, monkeypatch, capsys):
 
 def test_a_failed_run_is_listed(here, monkeypatch, capsys):
     monkeypatch.setitem(studies.STUDIES, "toy", TOY)
-    do = train.do
+    do = run.do
     monkeypatch.setattr(run, "do", lambda r, device: do(r, device) if r.seed else [][0])
     assert run.main(["toy"]) == 1 and "4 failed" in capsys.readouterr().out
     assert len(lines_of(here / "toy.jsonl")) == 12
@@ -464,12 +476,47 @@ def test_own_gap_is_the_one_of_the_exact_solver():
     assert few_steps.own_gap("sde", "uniform", 8) is few_steps.own_gap("heun", "instance", 8) is None
 
 
-def test_few_steps_quick(here, monkeypatch, capsys):
-    class Pixels:
-        def __call__(self, images):
-            return {"effnet_lite0": images.float().mean((2, 3))}
+def test_samples_are_those_of_the_arm_and_of_nothing_else():
+    denoiser = train.build_denoiser(Run("cifar10", 16, "half", 0)).eval()
+    images = samples.generate(denoiser, 130, 4)
+    assert images.shape == (130, 3, 32, 32) and images.dtype == torch.uint8
+    assert torch.equal(images[:30], samples.generate(denoiser, 30, 4))  # batches of 100 do not matter
+    assert torch.equal(samples.generate(denoiser, 20, 4, "sde"), samples.generate(denoiser, 25, 4, "sde")[:20])
+    for other in ({"solver": "euler"}, {"grid": "logsnr"}, {"grid": "instance"}, {"cfg": 3.0}):
+        assert samples.generate(denoiser, 30, 4, **other).shape == (30, 3, 32, 32)
+    real = data.open_data("cifar10").held_out(60)[0]
+    found = samples.quality(samples.quantise(real), real=60)
+    assert found["fd_effnet_lite0"] == pytest.approx(0, abs=1e-3) and found["precision"] == found["recall"] == 1
 
-    monkeypatch.setattr(few_steps, "EffNetLite0", Pixels)
+
+def test_the_sweep_is_the_same_for_each_run_and_the_best_decides():
+    settings = Run("cifar10", 16, "half", 0, steps=3, samples=10, label_drop=0.1, ema=0.5)
+    denoiser, ema, _ = train.train(settings)
+    before = [p.clone() for p in denoiser.parameters()]
+    found = list(samples.sweep(denoiser, ema, settings))
+    assert [(x["cfg"], x["weights"]) for x in found] == [(1, "model"), (1, "ema"), (2, "model"), (2, "ema")]
+    assert all(torch.equal(p, q) for p, q in zip(before, denoiser.parameters(), strict=True))
+    distances = [x["fd_effnet_lite0"] for x in found]
+    assert len(set(distances)) > 1
+    numbers = results.numbers({"run": asdict(settings), "samples": found})
+    assert next(iter(numbers)) == "fd_effnet_lite0" and numbers["fd_effnet_lite0"] == min(distances)
+    assert numbers["recall"] == found[distances.index(min(distances))]["recall"]
+
+
+def test_a_line_without_a_later_setting_had_its_default(here, monkeypatch, capsys):
+    monkeypatch.setitem(studies.STUDIES, "toy", TOY)
+    run.main(["toy"])
+    lines = lines_of(here / "toy.jsonl")
+    for line in lines:
+        for name in ("ema", "samples", "label_drop"):
+            del line["run"][name]
+    (here / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    capsys.readouterr()
+    assert run.main(["toy"]) == 0 and "0 of them done now" in capsys.readouterr().out
+    assert results.main(["toy"]) == 0
+
+
+def test_few_steps_quick(here, monkeypatch, capsys):
     monkeypatch.setattr(few_steps, "REPOSITORY", here)
     monkeypatch.setattr(few_steps, "NETWORK", replace(few_steps.NETWORK, patch=16))
     monkeypatch.setattr(few_steps, "GRIDS", ("uniform", "instance"))
