@@ -64,7 +64,7 @@ def do(run: Run, device: torch.device = CPU) -> dict[str, Any]:
     start = time.perf_counter()
     denoiser, ema, train_loss = train(run, device)
     trained = time.perf_counter()
-    measured = {"samples": list(sweep(denoiser, ema, run))} if run.samples else measure(denoiser, run)
+    measured = {"samples": list(sweep(denoiser, ema, run))} if run.samples else measure(denoiser, run, device)
     seconds = {"train_s": round(trained - start, 1), "measure_s": round(time.perf_counter() - trained, 1)}
     return {"run": asdict(run), "train_loss": round(train_loss, 6), **measured, **seconds}
 

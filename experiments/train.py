@@ -108,9 +108,9 @@ def by_ring(residual: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(denoiser: Denoiser, run: Run) -> dict[str, Any]:
+def measure(denoiser: Denoiser, run: Run, device: torch.device = CPU) -> dict[str, Any]:
     """Return {"excess" or "loss": table (T, K), "least": (T,) or None}, ready for JSON."""
-    data, rows, device = open_data(run.data), [], next(denoiser.parameters()).device
+    data, rows = open_data(run.data), []
     x, y = data.held_out(run.images)
     exact = hasattr(data, "posterior_mean")
     times = (torch.arange(run.times) + 0.5) / run.times
