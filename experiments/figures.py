@@ -26,8 +26,8 @@ Lines = Sequence[Mapping[str, Any]]
 DATA_NAMES = {
     "power2": "$k^{-2}$",
     "floor": "$k^{-3}$ + white floor",
-    "noise": "noise above",
-    "essential": "copy above",
+    "noise": "30% above, noise",
+    "essential": "30% above, copy",
 }
 
 
@@ -97,7 +97,7 @@ def lost_and_hidden(path: Path) -> None:
     lines = [json.loads(text) for text in file.read_text().splitlines()]
     kinds = list(dict.fromkeys(line["data"] for line in lines))
     styles = {"linear": "k*", "power": "C3D", "snr": "C0s-", "budget": "C1o-"}
-    figure = Figure(figsize=(3.1 * len(kinds), 3.2), layout="constrained")
+    figure = Figure(figsize=(2.3 * len(kinds), 2.9), layout="constrained")
     for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True), kinds, strict=True):
         for family, style in styles.items():
             points = [line for line in lines if line["data"] == kind and line["arm"].startswith(family)]

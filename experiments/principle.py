@@ -30,7 +30,7 @@ from util.io import REPOSITORY, provenance, replacing
 from util.rng import CounterRNG
 
 TIMES, T_EPS = 200, 0.05
-DATA = ("power1", "power2", "power3", "cifar10")
+DATA = ("power1", "power2", "power3", "floor", "noise", "cifar10")
 CUTOFFS = ("linear", *studies.CUTOFFS)
 MANTISSA = {"tf32": 11, "bf16": 8}  # bits, the hidden one included
 
