@@ -50,7 +50,7 @@ def excess_maps(path: Path) -> None:
         of_kind = select(lines, data=kind)
         plain, linear = (mean_table(of_kind, arm) for arm in ("plain", "linear"))
         shown = {"origin": "lower", "aspect": "auto", "extent": (0, 1, -0.5, len(plain) - 0.5)}
-        above = axes[0, column].imshow(np.log10(plain), cmap="magma", vmin=-6, vmax=-1, **shown)
+        above = axes[0, column].imshow(np.log10(plain), cmap="magma", vmin=-6, vmax=0, **shown)
         below = axes[1, column].imshow(np.log2(linear / plain), cmap="RdBu_r", vmin=-2, vmax=2, **shown)
         axes[0, column].set_title(DATA_NAMES.get(kind, kind), fontsize=10)
         axes[1, column].set_xlabel("t")
@@ -80,7 +80,8 @@ def where_it_helps(path: Path) -> None:
                 percent[i, j] = found.percent
                 texts = str(found), f"{1000 * found.mean:+.2f} ± {1000 * found.half:.2f}"
                 for ax, text in zip(axes, texts, strict=True):
-                    ax.text(j, i, text.replace(" ±", "\n±"), ha="center", va="center", fontsize=9)
+                    colour = "white" if abs(found.percent) > 60 else "black"
+                    ax.text(j, i, text.replace(" ±", "\n±"), ha="center", va="center", fontsize=9, color=colour)
     for ax, title in zip(axes, ("relative to plain JiT", "absolute, in thousandths"), strict=True):
         ax.imshow(percent, cmap="RdBu_r", vmin=-60, vmax=60, aspect="auto", alpha=0.7)
         ax.set_xticks(range(len(patches)), [f"patch {p}" for p in patches])
