@@ -97,21 +97,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.processes < 1:
         parser.error(f"--processes is {args.processes}; at least 1 is needed")
-    device = torch.device(args.device or STUDIES[args.study].device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"{args.study} runs on a GPU, and torch finds no CUDA device here; --device cpu is slower")
     path, command = results_file(args.study, args.quick), ["python", "-m", "experiments.run", args.study]
     command += ["--device", args.device] if args.device else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if args.quick:
-        path.unlink(missing_ok=True)
     runs = STUDIES[args.study].runs(args.quick)
+    if args.quick and not args.dry_run:
+        path.unlink(missing_ok=True)
     done = {Run(**line["run"]) for line in read_lines(path)}  # a setting that a line lacks had its default
     missing = [run for run in runs if run not in done]
     if args.dry_run:
         for run in runs:
             print("to do" if run in missing else "done ", *(f"{k} {v}" for k, v in asdict(run).items()))
         return 0
+    device = torch.device(args.device or STUDIES[args.study].device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"{args.study} runs on a GPU, and torch finds no CUDA device here; --device cpu is slower")
+    path.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     spawn = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
     pool = ProcessPoolExecutor(args.processes, spawn, start_process, (os.getpid(),))

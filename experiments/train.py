@@ -94,7 +94,7 @@ def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, EMA, float]:
         if run.ema:
             ema.update()
         losses.append(loss.detach())
-        if step % 100 == 99 and not losses[-1].isfinite():
+        if (step % 100 == 99 or step == run.steps - 1) and not losses[-1].isfinite():
             raise FloatingPointError(f"the loss is not finite at step {step}")
     return denoiser.eval(), ema, float(torch.stack(losses[-max(1, run.steps // 10) :]).mean())
 
