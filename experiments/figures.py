@@ -148,6 +148,8 @@ def gain_and_steps(path: Path) -> None:
         ax.errorbar(steps, percent, yerr=half, fmt="o-", capsize=3, label=arm)
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xscale="log", xlabel="training steps (batch 64)", ylabel="held-out loss against plain, %")
+    ax.set_xticks(ticks := sorted({line["run"]["steps"] for line in lines}), [f"{tick:,}" for tick in ticks])
+    ax.minorticks_off()
     ax.legend(frameon=False)
     ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
