@@ -59,6 +59,13 @@ STUDIES = {
         patches=(16, 8),
         arms=("plain", "scale", "linear", "budget0.03"),
     ),
+    "cifar10_patch4": Study(
+        "Is Spectral Forcing on a par at fine patches?",
+        data=("cifar10",),
+        patches=(4,),
+        arms=("plain", "linear"),
+        images=1000,
+    ),
     "cifar10_scale": Study(
         "Does it help to keep what the network sees at unit variance, or to hide more?",
         data=("cifar10",),
@@ -108,7 +115,7 @@ STUDIES = {
         images=1000,
     ),
     "synthetic_patch4": Study(
-        "Is Spectral Forcing on a par at fine patches?",
+        "Does the same hold at fine patches, where the best denoiser is known?",
         data=("noise", "essential"),
         patches=(4,),
         arms=("plain", "linear"),
