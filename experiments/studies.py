@@ -110,7 +110,6 @@ STUDIES = {
         data=("cifar10",),
         patches=(16,),
         arms=("plain", "linear", "budget0.03"),
-        seeds=(0,),
         steps=(6000,),
         images=1000,
     ),
