@@ -15,12 +15,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.special import ndtr
+from torch.special import ndtr, ndtri
 
 from spectral_ops.conditioning import ImageSchedules, ScheduleEmbedder
+from spectral_ops.resolution import LevelTimes, ResolutionSchedule
+from spectral_ops.schedule import between
 
 PREDICTIONS = ("x", "v", "hybrid")
 HYBRID_MODES = ("one_minus_t", "snr_inverse", "snr")
+
+
+Interval = tuple[Tensor, Tensor]  # lower and upper ends of times, float64 (G,) on the CPU; sample i has the end i mod G
 
 
 class RandomNumbers(Protocol):
@@ -34,7 +39,7 @@ class TimeSampler(Protocol):
     """Distribution of training times: LogitNormal, or one of spectral_ops."""
 
     def for_images(self, x: Tensor) -> "TimeSampler": ...  # that of the images x (B, C, H, W)
-    def sample(self, rng: RandomNumbers) -> Tensor: ...  # t (B,), float32
+    def sample(self, rng: RandomNumbers, within: Interval | None = None) -> Tensor: ...  # t (B,), float32
     def cdf(self, t: Tensor) -> Tensor: ...  # probability of a time below t: (M,) in [0, 1] -> float64 (M,)
 
 
@@ -48,8 +53,12 @@ class LogitNormal:
     def for_images(self, x: Tensor) -> "LogitNormal":
         return self
 
-    def sample(self, rng: RandomNumbers) -> Tensor:
-        return torch.sigmoid(self.P_mean + self.P_std * rng.normal("time")[:, 0])
+    def sample(self, rng: RandomNumbers, within: Interval | None = None) -> Tensor:
+        if within is None:
+            return torch.sigmoid(self.P_mean + self.P_std * rng.normal("time")[:, 0])
+        low, high = (self.cdf(end) for end in within)
+        u = rng.uniform("time")[:, 0].double()
+        return torch.sigmoid(self.P_mean + self.P_std * ndtri(between(u, low, high))).float()
 
     def cdf(self, t: Tensor) -> Tensor:
         return ndtr((t.double().logit() - self.P_mean) / max(abs(self.P_std), 1e-12))
@@ -62,6 +71,8 @@ class StepNoise:
     t: Tensor
     noise: Tensor
     y: Tensor
+    level: Tensor | None = None  # of resolution (B,), int64 on the CPU
+    weight: Tensor | None = None  # of each sample in the loss (B,)
 
 
 def sample_step(
@@ -75,7 +86,10 @@ def sample_step(
     """Draw times and noise, and replace labels y (B,) by `null_class` with probability `label_drop_prob`."""
     noise = rng.normal("noise", image_shape[0] * image_shape[1] * image_shape[2]).view(-1, *image_shape)
     dropped = rng.uniform("label_drop")[:, 0] < label_drop_prob
-    return StepNoise(time_sampler.sample(rng), noise, torch.where(dropped, null_class, y))
+    noise_and_labels = noise, torch.where(dropped, null_class, y)
+    if not isinstance(time_sampler, LevelTimes):
+        return StepNoise(time_sampler.sample(rng), *noise_and_labels)
+    return StepNoise(time_sampler.sample(rng), *noise_and_labels, *time_sampler.of_batch(len(y), y.device))
 
 
 def random_flip(x: Tensor, rng: RandomNumbers) -> Tensor:
@@ -129,7 +143,7 @@ class HybridWeight:
 
 
 class VelocityLoss(nn.Module):
-    """Mean of (v - v_pred)^2, where v_pred follows from the network's output at (z, t). It has no parameters."""
+    """Mean of weight (v - v_pred)^2, where v_pred follows from the network's output at (z, t). It has no parameters."""
 
     def __init__(self, pred_param: str, t_eps: float, hybrid: HybridWeight):
         super().__init__()
@@ -151,8 +165,9 @@ class VelocityLoss(nn.Module):
         w = self.hybrid(t, t_eps)
         return w * (x - z) / one_minus(t, t_eps) + (1 - w) * v
 
-    def forward(self, v: Tensor, out: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return (v - self.velocity(out, z, t)).square().mean()
+    def forward(self, v: Tensor, out: Tensor, z: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
+        error = (v - self.velocity(out, z, t)).square()
+        return error.mean() if weight is None else (weight[:, None, None, None] * error).mean()
 
 
 class Denoiser(nn.Module):
@@ -168,6 +183,7 @@ class Denoiser(nn.Module):
         autocast_dtype: type of the matrix products in the network; None for no autocast.
         schedules: of images, for a network that is conditioned on (lambda_0, lambda_1) of each sample's schedule.
         hybrid: weight of the data prediction, for `pred_param="hybrid"`.
+        resolution: for a network that takes smaller images as well: the one that each time needs.
     """
 
     def __init__(
@@ -180,6 +196,7 @@ class Denoiser(nn.Module):
         autocast_dtype: torch.dtype | None = None,
         schedules: ImageSchedules | None = None,
         hybrid: HybridWeight | None = None,
+        resolution: ResolutionSchedule | None = None,
     ):
         super().__init__()
         if pred_param not in PREDICTIONS:
@@ -189,6 +206,7 @@ class Denoiser(nn.Module):
         if not noise_scale > 0:
             raise ValueError(f"noise_scale is {noise_scale}; it must be positive.")
         self.net, self.input_operator, self.schedules = net, input_operator, schedules
+        self.resolution = resolution
         self.autocast_dtype = autocast_dtype
         self.noisy_images = NoisyImages(noise_scale, t_eps)
         self.loss = VelocityLoss(pred_param, t_eps, hybrid or HybridWeight())
@@ -197,17 +215,45 @@ class Denoiser(nn.Module):
     def noise_scale(self) -> float:
         return self.noisy_images.noise_scale
 
-    def predict(self, z: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None) -> Tensor:
-        """Return the network's output in float32: what `pred_param` says."""
+    def predict(
+        self, z: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None, level: Tensor | None = None
+    ) -> Tensor:
+        """Return the network's output in float32: what `pred_param` says.
+
+        `level` (B,), int64 on the CPU, is the level of resolution of each sample; without it t decides.
+        """
         if self.schedules is None and logsnr_range is not None:
             raise ValueError("The network is not conditioned on schedules: it takes no logsnr_range.")
         if self.schedules is not None and logsnr_range is None:
             raise ValueError("The network is conditioned on schedules: it needs logsnr_range (B, 2).")
         condition = () if logsnr_range is None else (logsnr_range,)
         seen = z if self.input_operator is None else self.input_operator(z, t)
+        if self.resolution is None:
+            return self._network(seen, t, y, *condition)
+        level = self.resolution.level_of(t.cpu()) if level is None else level
+        levels = level.unique().tolist()
+        if len(levels) == 1:
+            return self._at_level(levels[0], z, seen, t, y, *condition)
+        groups = [(level == number).nonzero().flatten() for number in levels]
+        order = torch.cat(groups).argsort().to(z.device)
+        groups = [group.to(z.device, non_blocking=True) for group in groups]
+        parts = zip(levels, groups, strict=True)
+        out = [self._at_level(n, *(part[group] for part in (z, seen, t, y, *condition))) for n, group in parts]
+        return torch.cat(out)[order]
+
+    def _network(self, seen: Tensor, t: Tensor, y: Tensor, *condition: Tensor) -> Tensor:
         on = self.autocast_dtype is not None  # without a cache: each weight is used once, and it would hold them all
-        with torch.autocast(z.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
+        with torch.autocast(seen.device.type, dtype=self.autocast_dtype, enabled=on, cache_enabled=False):
             return self.net(seen, t, y, *condition).float()
+
+    def _at_level(self, level: int, z: Tensor, seen: Tensor, t: Tensor, y: Tensor, *condition: Tensor) -> Tensor:
+        """Apply the network to the level's band of what it sees, and estimate the rest of the spectrum from z."""
+        if level == 0:
+            return self._network(seen, t, y, *condition)
+        low = self._network(self.resolution.reduce(seen, level), t, y, *condition)
+        kinds = {"x": (False,), "v": (True,), "hybrid": (False, True)}[self.loss.pred_param]
+        parts = zip(low.chunk(len(kinds), dim=1), kinds, strict=True)
+        return torch.cat([self.resolution.join(part, z, t, velocity) for part, velocity in parts], dim=1)
 
     @contextmanager
     def cast_weights(self) -> Iterator[None]:
@@ -234,10 +280,21 @@ class Denoiser(nn.Module):
         """Return v at (z, t) for labels y, with the divisor clamped at `t_eps` > 0, or as in training."""
         return self.loss.velocity(self.predict(z, t, y, logsnr_range), z, t, t_eps)
 
-    def forward(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return the mean of (v - v_pred)^2 over the batch, a scalar. `noise` has unit variance."""
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        level: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean of weight (v - v_pred)^2 over the batch, a scalar. `noise` has unit variance.
+
+        `level` is that of `predict`, and `weight` (B,) that of each sample (default: 1).
+        """
         z, v = self.noisy_images(x, noise, t)
-        return self.loss(v, self.predict(z, t, y, self._logsnr_range(x)), z, t)
+        return self.loss(v, self.predict(z, t, y, self._logsnr_range(x), level), z, t, weight)
 
     def residual(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return v - v_pred (B, C, H, W), the mean square of which is the loss."""

@@ -28,20 +28,25 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def sincos_position_embedding(dim: int, side: int) -> Tensor:
+def token_positions(side: int, level: int = 0) -> Tensor:
+    """Return the middles of `side` tokens, (side,) float64, in tokens of level 0: each is 2^level of those wide."""
+    return (torch.arange(side, dtype=torch.float64) + 0.5) * 2**level - 0.5
+
+
+def sincos_position_embedding(dim: int, side: int, level: int = 0) -> Tensor:
     """Return the fixed 2-D table (1, side*side, D) of arXiv 1706.03762: [sin, cos] of the column, then of the row."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D/4)
+    angle = token_positions(side, level)[:, None] * omega  # (side, D/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
     by_column = axis[None, :, :].expand(side, -1, -1)
     by_row = axis[:, None, :].expand(-1, side, -1)
     return torch.cat([by_column, by_row], dim=-1).reshape(1, side * side, dim).float()
 
 
-def rope_table(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
+def rope_table(head_dim: int, side: int, level: int = 0) -> tuple[Tensor, Tensor]:
     """Return cosine and sine (N, d/2) of RoPE in 2-D (arXiv 2104.09864): d/4 angles of the row, d/4 of the column."""
     theta = 10000.0 ** (-2 * torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 2))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * theta  # (side, d/4)
+    angle = token_positions(side, level)[:, None] * theta  # (side, d/4)
     by_row = angle[:, None, :].expand(-1, side, -1)
     by_column = angle[None, :, :].expand(side, -1, -1)
     angle = torch.cat([by_row, by_column], dim=-1).reshape(side * side, head_dim // 2)
@@ -199,6 +204,39 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+class Level(nn.Module):
+    """What a network has of its own for images at a lower level: (B, C, side p, side p), with `side` tokens a side."""
+
+    def __init__(
+        self,
+        side: int,
+        level: int,
+        in_channels: int,
+        out_channels: int,
+        patch: int,
+        bottleneck: int,
+        dim: int,
+        heads: int,
+    ):
+        super().__init__()
+        self.scale = 2.0**level  # of the pixels, beside those of the whole image
+        self.x_embedder = BottleneckPatchEmbed(patch, in_channels, bottleneck, dim)
+        self.final_layer = FinalLayer(dim, patch, out_channels)
+        self.register_buffer("pos_embed", sincos_position_embedding(dim, side, level), persistent=False)
+        cos, sin = rope_table(dim // heads, side, level)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def copy(self, x_embedder: nn.Module, final_layer: nn.Module) -> None:
+        """Start as the layers of the whole image: a patch of one colour is embedded and predicted as in that one."""
+        self.x_embedder.load_state_dict(x_embedder.state_dict())
+        self.final_layer.load_state_dict(final_layer.state_dict())
+        self.x_embedder.proj1.weight /= self.scale
+        self.final_layer.linear.weight *= self.scale
+        self.final_layer.linear.bias *= self.scale
+
+
 class JiT(nn.Module):
     """forward(x (B, C, H, W), t (B,), y (B,)) -> (B, C_out, H, W); with `schedule_cond` also logsnr_range (B, 2).
 
@@ -211,6 +249,8 @@ class JiT(nn.Module):
         block_operators: name -> constructor (D, side of the token grid) of a module with `reset_parameters()` and
             forward(r (B, n, D), t_emb (B, D), y_emb (B, D)) -> (B, n, D); see `JiTBlock`.
         schedule_cond: condition on (lambda_0, lambda_1) of each sample's noise schedule; without effect at first.
+        levels: take images of H / 2^l pixels as well, for l up to `levels`, with an embedding of patches and a final
+            layer for each size, which start as those of the whole image; see spectral_ops/resolution.py.
 
     Raises:
         ValueError: sizes that do not fit together; in `forward`, an image of another size.
@@ -235,12 +275,18 @@ class JiT(nn.Module):
         attn_fp32: bool = False,
         block_operators: Mapping[str, Callable[[int, int], nn.Module]] | None = None,
         schedule_cond: bool = False,
+        levels: int = 0,
     ):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"The image size {input_size} must be a multiple of the patch size {patch_size}.")
         if hidden_size % num_heads or (hidden_size // num_heads) % 4 or hidden_size % 4:
             raise ValueError(f"{num_heads} heads do not fit width {hidden_size}: each must be a multiple of 4 wide.")
+        if input_size % (patch_size << levels):
+            raise ValueError(
+                f"The image size {input_size} must be a multiple of {patch_size << levels}, the patch size "
+                f"{patch_size} at level {levels}."
+            )
         if in_context_len and not 0 <= in_context_start < depth:
             raise ValueError(f"in_context_start is {in_context_start}; it must be a block, 0 to {depth - 1}.")
         self.input_size, self.patch_size, self.out_channels = input_size, patch_size, out_channels
@@ -265,13 +311,16 @@ class JiT(nn.Module):
         cos, sin = rope_table(hidden_size // num_heads, side)
         self.register_buffer("rope_cos", cos, persistent=False)  # (N, d/2)
         self.register_buffer("rope_sin", sin, persistent=False)
+        with torch.random.fork_rng(devices=[]):  # the other parameters are drawn as without levels
+            sizes = (in_channels, out_channels, patch_size, bottleneck_dim, hidden_size, num_heads)
+            self.levels = nn.ModuleList(Level(side >> level, level, *sizes) for level in range(1, levels + 1))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the initial values of all parameters, those of the block operators last: the others do not change."""
         operators = [block.get_submodule(name) for block in self.blocks for name in block.operator_names]
-        of_operators = {module for operator in operators for module in operator.modules()}
+        of_operators = {module for part in (*operators, self.levels) for module in part.modules()}
         for module in self.modules():
             if isinstance(module, nn.Linear) and module not in of_operators:
                 nn.init.xavier_uniform_(module.weight)
@@ -293,23 +342,32 @@ class JiT(nn.Module):
             nn.init.zeros_(self.schedule_embedder.weight)
         for operator in operators:
             operator.reset_parameters()
+        self.reset_levels()
+
+    def reset_levels(self) -> None:
+        """Let the layers of all levels start as those of the whole image."""
+        for level in self.levels:
+            level.copy(self.x_embedder, self.final_layer)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Patches (B, N, p*p*C_out) -> image (B, C_out, H, W)."""
-        p, side = self.patch_size, self.input_size // self.patch_size
+        p, side = self.patch_size, math.isqrt(x.shape[1])
         x = x.view(-1, side, side, p, p, self.out_channels)  # (B, row, column, p, p, C_out)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, side * p, side * p)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None) -> Tensor:
-        size = self.input_size
-        if x.shape[-2:] != (size, size):
-            raise ValueError(f"The network was built for {size}x{size} images, got {x.shape[-2]}x{x.shape[-1]}.")
+        size = x.shape[-1]
+        parts = {self.input_size >> level: part for level, part in enumerate((self, *self.levels))}
+        if x.shape[-2] != size or size not in parts:
+            known = " or ".join(f"{size}x{size}" for size in parts)
+            raise ValueError(f"The network was built for {known} images, got {x.shape[-2]}x{x.shape[-1]}.")
+        part = parts[size]
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # (B, D) each
         c = t_emb + y_emb  # (B, D)
         if self.schedule_embedder is not None:
             c = c + self.schedule_embedder(logsnr_range)
-        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        cos, sin = self.rope_cos, self.rope_sin
+        x = part.x_embedder(x) + part.pos_embed  # (B, N, D)
+        cos, sin = part.rope_cos, part.rope_sin
         for i, block in enumerate(self.blocks):
             if self.in_context_len and i == self.in_context_start:
                 # [0]: the gradient of one image then has the strides of the parameter, as DDP wants them.
@@ -317,7 +375,7 @@ class JiT(nn.Module):
                 cos = F.pad(cos, (0, 0, self.in_context_len, 0), value=1.0)
                 sin = F.pad(sin, (0, 0, self.in_context_len, 0), value=0.0)
             x = block(x, c, cos, sin, t_emb, y_emb)
-        return self.unpatchify(self.final_layer(x[:, self.in_context_len :], c))
+        return self.unpatchify(part.final_layer(x[:, self.in_context_len :], c))
 
 
 _FIELDS = ("depth", "hidden_size", "num_heads", "bottleneck_dim", "in_context_len", "in_context_start")

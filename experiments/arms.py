@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoiser import LogitNormal, TimeSampler
+from denoiser import Interval, LogitNormal, TimeSampler
 from experiments.data import dct_ring_power, fft_ring_power, open_data
+from model_jit import JiT
 from spectral_forcing import SpectralForcing, dct_matrix, separable_transform
 from spectral_ops.residual import SpectralResidual
-from spectral_ops.schedule import GlobalTimeSampler, TightSchedule
+from spectral_ops.resolution import LevelTimes, ResolutionSchedule
+from spectral_ops.schedule import GlobalTimeSampler, TightSchedule, between
 from spectral_ops.spectrum import fit_power_law
 
 FLOORS = (1.0, 0.3, 0.1, 0.03)
@@ -41,6 +43,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "residual_half": {"residual": "time", "times": "half"},
     "linear_mixed": {"input": "linear", "times": "mixed"},
     "budget_residual": {"input": "budget", "budget": 0.003, "residual": "time"},
+    "levels": {"levels": 1},  # resolution follows the spectrum, with layers of its own for the lower level
+    "levels_shared": {"levels": 1, "own_layers": False},
+    "two_levels": {"levels": 2},
+    "levels0.01": {"levels": 1, "delta": 0.01},
+    "levels0.2": {"levels": 1, "delta": 0.2},
+    "linear_levels": {"levels": 1, "input": "linear"},
+    "levels_half": {"levels": 1, "times": "half"},
+    "linear_levels_half": {"levels": 1, "input": "linear", "times": "half"},
 }
 
 
@@ -51,9 +61,17 @@ class HalfUniform:
     def for_images(self, x: Tensor) -> "HalfUniform":
         return self
 
-    def sample(self, rng: Any) -> Tensor:
+    def sample(self, rng: Any, within: Interval | None = None) -> Tensor:
         u, v = rng.uniform("time", 2).unbind(1)
-        return torch.where(v < 0.5, u, torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * torch.special.ndtri(u)))
+        normal = torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * torch.special.ndtri(u))
+        if within is None:
+            return torch.where(v < 0.5, u, normal)
+        low, high = within
+        p_low, p_high = LogitNormal().cdf(low), LogitNormal().cdf(high)
+        share = (high - low) / (high - low + p_high - p_low)
+        normal = torch.special.ndtri(between(u.double(), p_low, p_high))
+        logit_normal = torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * normal)
+        return torch.where(v < between(0 * v, share, share), between(u.double(), low, high), logit_normal).float()
 
     def cdf(self, t: Tensor) -> Tensor:
         return (LogitNormal().cdf(t) + t.double()) / 2
@@ -143,8 +161,37 @@ def block_operators(arm: Mapping[str, Any]) -> dict[str, Any]:
     return {"spectral_residual": partial(SpectralResidual, mode=arm["residual"])} if "residual" in arm else {}
 
 
+class ScaledLayer(nn.Module):
+    """A layer of the whole image for the pixels of a lower level, which differ by a factor. It has no parameters."""
+
+    def __init__(self, layer: nn.Module, before: float = 1.0, after: float = 1.0):
+        super().__init__()
+        self.layer, self.before, self.after = [layer], before, after  # in a list: it stays a part of its owner alone
+
+    def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        return self.after * self.layer[0](self.before * x, *inputs)
+
+
+def share_layers(net: JiT) -> None:
+    """Let all levels use the layers of the whole image."""
+    for level in net.levels:
+        level.x_embedder = ScaledLayer(net.x_embedder, before=1 / level.scale)
+        level.final_layer = ScaledLayer(net.final_layer, after=level.scale)
+
+
+def resolution(arm: Mapping[str, Any], data: str) -> ResolutionSchedule | None:
+    if "levels" not in arm:
+        return None
+    return ResolutionSchedule(open_data(data).size, dct_ring_power(data), arm["levels"], arm.get("delta", 0.05))
+
+
 def time_sampler(arm: Mapping[str, Any], data: str, device: torch.device) -> TimeSampler:
     """Return the distribution of training times of an arm, with its tables on the device."""
+    sampler, schedule = _times(arm, data, device), resolution(arm, data)
+    return sampler if schedule is None else LevelTimes(sampler, schedule)
+
+
+def _times(arm: Mapping[str, Any], data: str, device: torch.device) -> TimeSampler:
     times = arm.get("times", "logit_normal")
     if times == "logit_normal":
         return LogitNormal()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.samples import sweep
 from experiments.studies import STUDIES
-from experiments.train import CPU, Run, measure, train
+from experiments.train import CPU, Run, measure, operations, train
 from util.data.images import DataError
 from util.dist.preemption import die_with_parent
 from util.errors import UserError
@@ -66,7 +66,13 @@ def do(run: Run, device: torch.device = CPU) -> dict[str, Any]:
     trained = time.perf_counter()
     measured = {"samples": list(sweep(denoiser, ema, run))} if run.samples else measure(denoiser, run, device)
     seconds = {"train_s": round(trained - start, 1), "measure_s": round(time.perf_counter() - trained, 1)}
-    return {"run": asdict(run), "train_loss": round(train_loss, 6), **measured, **seconds}
+    return {
+        "run": asdict(run),
+        "train_loss": round(train_loss, 6),
+        "tflop": operations(run) / 1e12,
+        **measured,
+        **seconds,
+    }
 
 
 def line_of(run: Run, device: torch.device) -> dict[str, Any]:

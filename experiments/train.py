@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from denoiser import Denoiser, LogitNormal, sample_step
-from experiments.arms import ARMS, block_operators, input_operator, time_sampler
+from experiments.arms import ARMS, block_operators, input_operator, resolution, share_layers, time_sampler
 from experiments.data import open_data
 from model_jit import JiT
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
+from spectral_ops.resolution import LevelTimes
 from util.cpu_layers import speed_up_on_cpu
 from util.optim import EMA, build_optimizer
 from util.rng import CounterRNG
@@ -65,8 +68,11 @@ def build_denoiser(run: Run) -> Denoiser:
         bottleneck_dim=run.bottleneck,
         in_context_len=0,
         block_operators=block_operators(arm),
+        levels=arm.get("levels", 0),
     )
-    return Denoiser(net, operator)
+    if not arm.get("own_layers", True):
+        share_layers(net)
+    return Denoiser(net, operator, resolution=resolution(arm, run.data))
 
 
 def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, EMA, float]:
@@ -84,7 +90,7 @@ def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, EMA, float]:
     for step in range(run.steps):
         x, y = (part.to(device) for part in data.batch(run.seed, step, run.batch))
         s = sample_step(CounterRNG(run.seed, step, index), y, shape, sampler, run.label_drop, data.classes)
-        loss = denoiser(x, s.y, s.t, s.noise)
+        loss = denoiser(x, s.y, s.t, s.noise, s.level, s.weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -127,6 +133,20 @@ def measure(denoiser: Denoiser, run: Run, device: torch.device = CPU) -> dict[st
         return {"loss": table, "least": None}
     least = data.least_loss(times) / (1 - times.double()).clamp_min(denoiser.loss.t_eps).square()
     return {"excess": table, "least": least.tolist()}
+
+
+def operations(run: Run) -> float:
+    """Return the operations of the matrix products of training, two per multiply-add; a backward pass counts twice."""
+    data, sampler, total = open_data(run.data), time_sampler(ARMS[run.arm], run.data, CPU), 0.0
+    levels = sampler.levels.tolist() if isinstance(sampler, LevelTimes) else [0]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        net = build_denoiser(run).net
+        for level in levels:
+            x = torch.zeros(1, data.channels, data.size >> level, data.size >> level)
+            with FlopCounterMode(display=False) as counter:
+                net(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+            total += 3 * counter.get_total_flops() / len(levels)
+    return total * run.batch * run.steps
 
 
 def density(times: int) -> Tensor:

@@ -196,6 +196,12 @@ def strictly_increasing(grid: Tensor) -> Tensor:
     return bits.int().view(torch.float32)
 
 
+def between(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Map u (B,) in [0, 1] to low .. high (G,), of which sample i has the number i mod G."""
+    low, high = (end.to(u).repeat(-(-len(u) // len(end)))[: len(u)] for end in (low, high))
+    return low + (high - low) * u
+
+
 @dataclass(frozen=True)
 class GlobalTimeSampler:
     """Training times: uniform with probability `uniform_mix`, else those of a schedule (None: uniform alone).
@@ -210,10 +216,21 @@ class GlobalTimeSampler:
         """Return the sampler for a batch x (B, C, H, W): the same for all images."""
         return self
 
-    def sample(self, rng) -> Tensor:
-        """Draw t (B,) float32, strictly between 0 and 1; rng.uniform(stream, n) gives (B, n) numbers in (0, 1)."""
+    def sample(self, rng, within: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Draw t (B,) float32, strictly between 0 and 1; rng.uniform(stream, n) gives (B, n) numbers in (0, 1).
+
+        `within` are ends of times, float64 (G,) each: sample i is drawn between those with the number i mod G.
+        """
         u, v = rng.uniform("time", 2).unbind(1)
-        return u if self.schedule is None else torch.where(v < self.uniform_mix, u, self.schedule.time(u))
+        if within is None:
+            return u if self.schedule is None else torch.where(v < self.uniform_mix, u, self.schedule.time(u))
+        low, high = within
+        uniform = between(u.double(), low, high).float()
+        if self.schedule is None:
+            return uniform
+        share = self.uniform_mix * (high - low) / (self.cdf(high) - self.cdf(low)).clamp_min(1e-300)
+        tight = self.schedule.time(between(u.double(), self.schedule.cdf(low), self.schedule.cdf(high)))
+        return torch.where(v < between(0 * v, share, share), uniform, tight)
 
     def cdf(self, t: Tensor) -> Tensor:
         """Return the probability of a time below t: (M,) in [0, 1] -> float64 (M,)."""
