@@ -8,9 +8,9 @@ input operator such as Spectral Forcing; z in the formulae is always the unfilte
 Shapes: x, z, e, v (B, C, H, W); t, y (B,), in sampling also t (1,) for all samples; logsnr_range (B, 2).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,13 +19,10 @@ from torch.special import ndtr, ndtri
 
 from spectral_ops.conditioning import ImageSchedules, ScheduleEmbedder
 from spectral_ops.resolution import LevelTimes, ResolutionSchedule
-from spectral_ops.schedule import between
+from spectral_ops.schedule import repeat_to
 
 PREDICTIONS = ("x", "v", "hybrid")
 HYBRID_MODES = ("one_minus_t", "snr_inverse", "snr")
-
-
-Interval = tuple[Tensor, Tensor]  # lower and upper ends of times, float64 (G,) on the CPU; sample i has the end i mod G
 
 
 class RandomNumbers(Protocol):
@@ -39,7 +36,10 @@ class TimeSampler(Protocol):
     """Distribution of training times: LogitNormal, or one of spectral_ops."""
 
     def for_images(self, x: Tensor) -> "TimeSampler": ...  # that of the images x (B, C, H, W)
-    def sample(self, rng: RandomNumbers, within: Interval | None = None) -> Tensor: ...  # t (B,), float32
+    def within(
+        self, low: Tensor, high: Tensor
+    ) -> "TimeSampler": ...  # given that sample i is in low .. high (G,), i % G
+    def sample(self, rng: RandomNumbers) -> Tensor: ...  # t (B,), float32
     def cdf(self, t: Tensor) -> Tensor: ...  # probability of a time below t: (M,) in [0, 1] -> float64 (M,)
 
 
@@ -49,16 +49,20 @@ class LogitNormal:
 
     P_mean: float = -0.8
     P_std: float = 0.8
+    ends: tuple[Tensor, Tensor] | None = None  # set by `within`: probabilities (G,), float64
+
+    def within(self, low: Tensor, high: Tensor) -> "LogitNormal":
+        return replace(self, ends=(self.cdf(low), self.cdf(high)))
 
     def for_images(self, x: Tensor) -> "LogitNormal":
         return self
 
-    def sample(self, rng: RandomNumbers, within: Interval | None = None) -> Tensor:
-        if within is None:
+    def sample(self, rng: RandomNumbers) -> Tensor:
+        if self.ends is None:
             return torch.sigmoid(self.P_mean + self.P_std * rng.normal("time")[:, 0])
-        low, high = (self.cdf(end) for end in within)
         u = rng.uniform("time")[:, 0].double()
-        return torch.sigmoid(self.P_mean + self.P_std * ndtri(between(u, low, high))).float()
+        low, high = (repeat_to(len(u), end.to(u.device)) for end in self.ends)
+        return torch.sigmoid(self.P_mean + self.P_std * ndtri(torch.lerp(low, high, u))).float()
 
     def cdf(self, t: Tensor) -> Tensor:
         return ndtr((t.double().logit() - self.P_mean) / max(abs(self.P_std), 1e-12))
@@ -71,7 +75,7 @@ class StepNoise:
     t: Tensor
     noise: Tensor
     y: Tensor
-    level: Tensor | None = None  # of resolution (B,), int64 on the CPU
+    level: tuple[int, ...] | None = None  # of resolution (G,): sample i has level[i % G]
     weight: Tensor | None = None  # of each sample in the loss (B,)
 
 
@@ -89,7 +93,8 @@ def sample_step(
     noise_and_labels = noise, torch.where(dropped, null_class, y)
     if not isinstance(time_sampler, LevelTimes):
         return StepNoise(time_sampler.sample(rng), *noise_and_labels)
-    return StepNoise(time_sampler.sample(rng), *noise_and_labels, *time_sampler.of_batch(len(y), y.device))
+    weight = time_sampler.weight(len(y)).to(y.device)
+    return StepNoise(time_sampler.sample(rng), *noise_and_labels, time_sampler.levels, weight)
 
 
 def random_flip(x: Tensor, rng: RandomNumbers) -> Tensor:
@@ -216,11 +221,11 @@ class Denoiser(nn.Module):
         return self.noisy_images.noise_scale
 
     def predict(
-        self, z: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None, level: Tensor | None = None
+        self, z: Tensor, t: Tensor, y: Tensor, logsnr_range: Tensor | None = None, level: Sequence[int] | None = None
     ) -> Tensor:
         """Return the network's output in float32: what `pred_param` says.
 
-        `level` (B,), int64 on the CPU, is the level of resolution of each sample; without it t decides.
+        `level` (G,) are levels of resolution: sample i has level[i % G]. Without it t decides; the host waits for it.
         """
         if self.schedules is None and logsnr_range is not None:
             raise ValueError("The network is not conditioned on schedules: it takes no logsnr_range.")
@@ -230,7 +235,10 @@ class Denoiser(nn.Module):
         seen = z if self.input_operator is None else self.input_operator(z, t)
         if self.resolution is None:
             return self._network(seen, t, y, *condition)
-        level = self.resolution.level_of(t.cpu()) if level is None else level
+        if level is None:
+            level = self.resolution.level_of(t.cpu())  # (B,)
+        else:
+            level = repeat_to(len(z), torch.tensor(level, device="cpu"))
         levels = level.unique().tolist()
         if len(levels) == 1:
             return self._at_level(levels[0], z, seen, t, y, *condition)
@@ -286,7 +294,7 @@ class Denoiser(nn.Module):
         y: Tensor,
         t: Tensor,
         noise: Tensor,
-        level: Tensor | None = None,
+        level: Sequence[int] | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
         """Return the mean of weight (v - v_pred)^2 over the batch, a scalar. `noise` has unit variance.

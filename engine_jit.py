@@ -239,7 +239,7 @@ class Trainer:
             s = sample_step(rng, y, config.image_shape, time_sampler, config.label_drop_prob, config.null_class)
             last = micro == config.accum_iter - 1
             with nullcontext() if last else no_sync(self.model):
-                loss = self.model(x, s.y, s.t, s.noise) / config.accum_iter
+                loss = self.model(x, s.y, s.t, s.noise, s.level, s.weight) / config.accum_iter
                 loss.backward()
             total += loss.detach()
             images += len(x) * ctx.world_size

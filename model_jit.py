@@ -154,9 +154,9 @@ class SwiGLU(nn.Module):
 class JiTBlock(nn.Module):
     """Pre-norm block; shift, scale and gate of both branches come from c (adaLN-Zero, arXiv 2212.09748).
 
-    Each block operator is a submodule under its registry name. It maps the residual r of the feed-forward branch and
-    the embeddings of time and label to a correction that is added to the output. If `recompute` is set, the backward
-    pass computes the block once more instead of keeping its activations.
+    Each block operator is a submodule under its registry name. It maps the residual r of the feed-forward branch, of
+    the patch tokens alone, and the embeddings of time and label to a correction that is added to the output. If
+    `recompute` is set, the backward pass computes the block once more instead of keeping its activations.
     """
 
     recompute = False
@@ -174,19 +174,24 @@ class JiTBlock(nn.Module):
         self.add_module(name, operator)
         self.operator_names.append(name)
 
-    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
-        """Map x (B, n, D) to (B, n, D); c, t_emb, y_emb (B, D); cos, sin (n, d/2)."""
+    def forward(
+        self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, t_emb: Tensor, y_emb: Tensor, context: int = 0
+    ) -> Tensor:
+        """Map x (B, n, D), the first `context` of n in-context tokens; c, t_emb, y_emb (B, D); cos, sin (n, d/2)."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, c, cos, sin, t_emb, y_emb, use_reentrant=False)
-        return self._forward(x, c, cos, sin, t_emb, y_emb)
+            return checkpoint(self._forward, x, c, cos, sin, t_emb, y_emb, context, use_reentrant=False)
+        return self._forward(x, c, cos, sin, t_emb, y_emb, context)
 
-    def _forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
+    def _forward(
+        self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, t_emb: Tensor, y_emb: Tensor, context: int
+    ) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)  # (B, D) each
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
         r = gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
         x = x + r
         for name in self.operator_names:
-            x = x + getattr(self, name)(r, t_emb, y_emb).to(x.dtype)
+            correction = getattr(self, name)(r[:, context:], t_emb, y_emb).to(x.dtype)  # (B, N, D)
+            x = x + F.pad(correction, (0, 0, context, 0))
         return x
 
 
@@ -247,7 +252,7 @@ class JiT(nn.Module):
         in_context_len: K class tokens, put in front of the sequence before block `in_context_start`; 0 for none.
         attn_fp32: compute the attention product in float32 also under autocast, as the published training code does.
         block_operators: name -> constructor (D, side of the token grid) of a module with `reset_parameters()` and
-            forward(r (B, n, D), t_emb (B, D), y_emb (B, D)) -> (B, n, D); see `JiTBlock`.
+            forward(r (B, N, D), t_emb (B, D), y_emb (B, D)) -> (B, N, D); see `JiTBlock`.
         schedule_cond: condition on (lambda_0, lambda_1) of each sample's noise schedule; without effect at first.
         levels: take images of H / 2^l pixels as well, for l up to `levels`, with an embedding of patches and a final
             layer for each size, which start as those of the whole image; see spectral_ops/resolution.py.
@@ -367,14 +372,15 @@ class JiT(nn.Module):
         if self.schedule_embedder is not None:
             c = c + self.schedule_embedder(logsnr_range)
         x = part.x_embedder(x) + part.pos_embed  # (B, N, D)
-        cos, sin = part.rope_cos, part.rope_sin
+        cos, sin, context = part.rope_cos, part.rope_sin, 0
         for i, block in enumerate(self.blocks):
             if self.in_context_len and i == self.in_context_start:
                 # [0]: the gradient of one image then has the strides of the parameter, as DDP wants them.
                 x = torch.cat([(y_emb[:, None] + self.in_context_posemb[0]).to(x.dtype), x], dim=1)  # (B, K + N, D)
                 cos = F.pad(cos, (0, 0, self.in_context_len, 0), value=1.0)
                 sin = F.pad(sin, (0, 0, self.in_context_len, 0), value=0.0)
-            x = block(x, c, cos, sin, t_emb, y_emb)
+                context = self.in_context_len
+            x = block(x, c, cos, sin, t_emb, y_emb, context)
         return self.unpatchify(part.final_layer(x[:, self.in_context_len :], c))
 
 

@@ -25,7 +25,7 @@ from util.compile import prepare_device
 from util.config import parse_args, resolve, split_global_batch
 from util.data.loader import GlobalBatchSampler, open_images
 from util.dist.context import DistContext, find_context
-from util.profile import count_flops
+from util.profile import mean_flops
 
 SMALL = {"model": "JiT-Ti/4", "img_size": 32, "batch_size": 8}
 FIXED = {"dataset": "random", "online_eval": False, "lr": 1e-4, "output_dir": "unused", "epochs": 10_000}
@@ -129,7 +129,7 @@ def main() -> None:
     for name, variant in variants.items():
         trainer = first if name == "reference" else variant.trainer
         rate = trainer.config.global_batch * options.steps / statistics.median(seconds[name])
-        flops = 3 * count_flops(trainer.config.model, trainer.config.img_size) * rate  # backward: two forward passes
+        flops = 3 * mean_flops(trainer) * rate  # a backward pass costs two forward passes
         top = ceiling(ctx.device, trainer.denoiser.autocast_dtype or torch.float32)
         content[name] = {
             "images_per_s": round(rate, 2),

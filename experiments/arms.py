@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denoiser import Interval, LogitNormal, TimeSampler
+from denoiser import LogitNormal, TimeSampler
 from experiments.data import dct_ring_power, fft_ring_power, open_data
 from model_jit import JiT
 from spectral_forcing import SpectralForcing, dct_matrix, separable_transform
 from spectral_ops.residual import SpectralResidual
 from spectral_ops.resolution import LevelTimes, ResolutionSchedule
-from spectral_ops.schedule import GlobalTimeSampler, TightSchedule, between
+from spectral_ops.schedule import GlobalTimeSampler, TightSchedule, repeat_to
 from spectral_ops.spectrum import fit_power_law
 
 FLOORS = (1.0, 0.3, 0.1, 0.03)
@@ -58,20 +58,23 @@ ARMS: dict[str, dict[str, Any]] = {
 class HalfUniform:
     """The default density of t for half of the draws, uniform t for the others."""
 
+    ends: tuple[Tensor, ...] | None = None
+
+    def within(self, low: Tensor, high: Tensor) -> "HalfUniform":
+        return HalfUniform((low, high, LogitNormal().cdf(low), LogitNormal().cdf(high)))
+
     def for_images(self, x: Tensor) -> "HalfUniform":
         return self
 
-    def sample(self, rng: Any, within: Interval | None = None) -> Tensor:
+    def sample(self, rng: Any) -> Tensor:
         u, v = rng.uniform("time", 2).unbind(1)
-        normal = torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * torch.special.ndtri(u))
-        if within is None:
-            return torch.where(v < 0.5, u, normal)
-        low, high = within
-        p_low, p_high = LogitNormal().cdf(low), LogitNormal().cdf(high)
-        share = (high - low) / (high - low + p_high - p_low)
-        normal = torch.special.ndtri(between(u.double(), p_low, p_high))
-        logit_normal = torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * normal)
-        return torch.where(v < between(0 * v, share, share), between(u.double(), low, high), logit_normal).float()
+        share, p = 0.5, u
+        if self.ends is not None:
+            low, high, p_low, p_high = (repeat_to(len(u), end.to(u.device)) for end in self.ends)
+            share = (high - low) / (high - low + p_high - p_low)
+            u, p = torch.lerp(low, high, u.double()).float(), torch.lerp(p_low, p_high, u.double())
+        normal = torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * torch.special.ndtri(p)).float()
+        return torch.where(v < share, u, normal)
 
     def cdf(self, t: Tensor) -> Tensor:
         return (LogitNormal().cdf(t) + t.double()) / 2

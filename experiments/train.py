@@ -138,7 +138,7 @@ def measure(denoiser: Denoiser, run: Run, device: torch.device = CPU) -> dict[st
 def operations(run: Run) -> float:
     """Return the operations of the matrix products of training, two per multiply-add; a backward pass counts twice."""
     data, sampler, total = open_data(run.data), time_sampler(ARMS[run.arm], run.data, CPU), 0.0
-    levels = sampler.levels.tolist() if isinstance(sampler, LevelTimes) else [0]
+    levels = sampler.levels if isinstance(sampler, LevelTimes) else (0,)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         net = build_denoiser(run).net
         for level in levels:

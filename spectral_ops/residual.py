@@ -8,7 +8,7 @@ r is the MLP branch after its gate, on the grid of patch tokens, and c the embed
 label ("time_label"), or nothing: then the two numbers inside tanh are learned parameters ("static"). W2 starts at
 zero, so the block is at first the plain one to the bit. In-context tokens are on no grid and take no correction.
 
-Shapes: B batch, N = side^2 patch tokens in row-major order, K in-context tokens in front of them, D width.
+Shapes: B batch, N = side^2 patch tokens in row-major order, D width.
 """
 
 import math
@@ -45,8 +45,8 @@ def blur(r: Tensor, matrix: Tensor) -> Tensor:
 class SpectralResidual(nn.Module):
     """The correction g_lo low + g_hi high of one block; zero until its parameters have been trained.
 
-    `side` is that of the grid of patch tokens; `mode`, one of MODES, is what the gates depend on, and `scale`, a
-    positive number, is s, their bound. Raises ValueError for other values.
+    `side` is that of the grid of patch tokens, which may be halved as often as it is even. `mode`, one of MODES, is
+    what the gates depend on, and `scale`, a positive number, is s, their bound. Raises ValueError for other values.
     """
 
     def __init__(self, dim: int, side: int, mode: str = "time", scale: float = 1.0):
@@ -55,7 +55,7 @@ class SpectralResidual(nn.Module):
             raise ValueError(f"The spectral residual's mode {mode!r} must be one of {', '.join(MODES)}.")
         if not 0 < scale < math.inf:
             raise ValueError(f"The spectral residual's scale {scale} must be a positive number.")
-        self.side, self.mode, self.scale = side, mode, scale
+        self.mode, self.scale = mode, scale
         with torch.random.fork_rng(devices=[]):  # the other parameters of a network are drawn as without this module
             if mode == "static":
                 self.raw_gates = nn.Parameter(torch.empty(2))
@@ -63,7 +63,9 @@ class SpectralResidual(nn.Module):
                 self.fc1 = nn.Linear(dim, dim // 4)
                 self.fc2 = nn.Linear(dim // 4, 2)
             self.reset_parameters()
-        self.register_buffer("matrix", blur_matrix(side), persistent=False)
+        while side:  # and of smaller images, which have half as many tokens along a side
+            self.register_buffer(f"matrix{side}", blur_matrix(side), persistent=False)
+            side = side // 2 if side % 2 == 0 else 0
 
     def reset_parameters(self) -> None:
         """Draw W1 (Xavier) and set all else to zero."""
@@ -80,15 +82,12 @@ class SpectralResidual(nn.Module):
         return g_lo, g_hi
 
     def forward(self, r: Tensor, t_emb: Tensor, y_emb: Tensor | None = None) -> Tensor:
-        """Return the correction of r (B, K + N, D), float32 and of the same shape; t_emb, y_emb (B, D).
+        """Return the correction of r (B, N, D), float32 and of the same shape; t_emb, y_emb (B, D).
 
         The blur is in the type of r (bfloat16 under autocast, no coarser than r itself), the rest in float32.
         """
-        context = r.shape[1] - self.side**2  # K
         g_lo, g_hi = (g[..., None, None] for g in self.gates(t_emb, y_emb))  # (B, 1, 1) each
-        grid = r[:, context:]  # (B, N, D)
-        correction = g_hi * grid + (g_lo - g_hi) * blur(grid, self.matrix)
-        return F.pad(correction, (0, 0, context, 0)) if context else correction  # (B, K + N, D)
+        return g_hi * r + (g_lo - g_hi) * blur(r, getattr(self, f"matrix{math.isqrt(r.shape[1])}"))
 
     def extra_repr(self) -> str:
-        return f"side={self.side}, mode={self.mode}, scale={self.scale}"
+        return f"mode={self.mode}, scale={self.scale}"

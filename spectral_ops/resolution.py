@@ -22,11 +22,14 @@ Shapes: B batch, C channels, n image size, m size of a level, A colour axes, K r
 
 import math
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
 
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
+from spectral_ops.conditioning import InstanceTimeSampler
+from spectral_ops.schedule import repeat_to
 
 GROUP = 8  # positions in a batch after which the levels repeat
 
@@ -112,42 +115,52 @@ class ResolutionSchedule(nn.Module):
 
 
 class LevelTimes:
-    """Training times that are spread over the levels: position i of a batch always has the level `levels[i % GROUP]`.
+    """Training times that are spread over the levels: position i of a batch always has the level levels[i % GROUP].
 
     Its time is drawn from `sampler` within the interval of that level, and its loss has the weight
     (probability of the interval) / (share of the positions): the expectation is that of `sampler`. So the sizes of all
     groups are known before the times are drawn.
 
-    `sampler.cdf` is the distribution, and `sampler.sample(rng, (low, high))` draws within intervals.
+    `sampler` is a time sampler of denoiser.py; one of single images is asked for the times of each image.
     """
 
     def __init__(self, sampler, schedule: ResolutionSchedule):
         self.sampler = sampler
         ends = torch.tensor([0.0, *reversed(schedule.times), 1.0], dtype=torch.float64)  # of level L, L - 1, ..., 0
         mass = sampler.cdf(ends).cpu().diff()
-        counts = torch.tensor([0] * len(mass))
+        counts = torch.zeros_like(mass)
         for _ in range(GROUP):  # one position after the other to the level that lacks most
-            counts[(mass * GROUP - counts + (counts == 0) * GROUP).argmax()] += 1
-        place = torch.repeat_interleave(torch.arange(len(mass)), counts)  # (GROUP,), into the intervals
-        self.levels = schedule.levels - place
-        self.low, self.high = ends[place], ends[place + 1]
-        self.weight = (mass * GROUP / counts)[place].float()
+            counts[(mass * GROUP - counts + GROUP * (counts == 0)).argmax()] += 1
+        place = torch.repeat_interleave(torch.arange(len(mass)), counts.long())  # (GROUP,), into the intervals
+        self.levels = tuple((schedule.levels - place).tolist())
+        self.low, self.high, self.share = ends[place], ends[place + 1], counts[place] / GROUP
+        if not isinstance(sampler, InstanceTimeSampler):
+            self._restrict(sampler, self.low, self.high)
 
-    def of_batch(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Return the levels (B,) on the CPU, and the weights (B,), of the positions of a batch.
+    def _restrict(self, sampler, low: Tensor, high: Tensor) -> None:
+        self.within, self.mass = sampler.within(low, high), sampler.cdf(high) - sampler.cdf(low)
+
+    def for_images(self, x: Tensor) -> "LevelTimes":
+        """Return the times for a batch x (B, C, H, W)."""
+        sampler = self.sampler.for_images(x)
+        if sampler is self.sampler:
+            return self
+        times = copy(self)
+        times._restrict(sampler, *(repeat_to(len(x), end).to(x.device) for end in (self.low, self.high)))
+        return times
+
+    def weight(self, count: int) -> Tensor:
+        """Return the weights (B,) of the positions of a batch.
 
         Raises ValueError for a batch that is no multiple of GROUP, whose weights would not have the mean 1.
         """
         if count % GROUP:
             raise ValueError(f"A batch of {count} images is no multiple of {GROUP}, which levels of resolution need.")
-        return self.levels.repeat(count // GROUP), self.weight.to(device).repeat(count // GROUP)
-
-    def for_images(self, x: Tensor) -> "LevelTimes":
-        return self
+        return (repeat_to(count, self.mass) / repeat_to(count, self.share).to(self.mass)).float()
 
     def sample(self, rng) -> Tensor:
-        """Draw t (B,), B a multiple of GROUP."""
-        return self.sampler.sample(rng, (self.low, self.high))
+        """Draw t (B,)."""
+        return self.within.sample(rng)
 
     def cdf(self, t: Tensor) -> Tensor:
         """Return the probability of a time below t, with weights."""

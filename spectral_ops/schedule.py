@@ -25,7 +25,7 @@ Shapes: B spectra, K rings, n_k modes in ring k, N values for each spectrum. All
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -196,10 +196,9 @@ def strictly_increasing(grid: Tensor) -> Tensor:
     return bits.int().view(torch.float32)
 
 
-def between(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Map u (B,) in [0, 1] to low .. high (G,), of which sample i has the number i mod G."""
-    low, high = (end.to(u).repeat(-(-len(u) // len(end)))[: len(u)] for end in (low, high))
-    return low + (high - low) * u
+def repeat_to(count: int, values: Tensor) -> Tensor:
+    """Return (count,): number i is values[i mod G], for values (G,)."""
+    return values.repeat(-(-count // len(values)))[:count]
 
 
 @dataclass(frozen=True)
@@ -211,26 +210,29 @@ class GlobalTimeSampler:
 
     schedule: TightSchedule | None = None
     uniform_mix: float = 0.1
+    ends: tuple[Tensor, ...] | None = None  # set by `within`
+
+    def within(self, low: Tensor, high: Tensor) -> "GlobalTimeSampler":
+        """Return the sampler given that sample i lies between low and high (G,), i mod G; G = B for B schedules."""
+        tight = () if self.schedule is None else (self.schedule.cdf(low), self.schedule.cdf(high))
+        return replace(self, ends=(low, high, *tight))
 
     def for_images(self, x: Tensor) -> "GlobalTimeSampler":
         """Return the sampler for a batch x (B, C, H, W): the same for all images."""
         return self
 
-    def sample(self, rng, within: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Draw t (B,) float32, strictly between 0 and 1; rng.uniform(stream, n) gives (B, n) numbers in (0, 1).
-
-        `within` are ends of times, float64 (G,) each: sample i is drawn between those with the number i mod G.
-        """
+    def sample(self, rng) -> Tensor:
+        """Draw t (B,) float32, strictly between 0 and 1; rng.uniform(stream, n) gives (B, n) numbers in (0, 1)."""
         u, v = rng.uniform("time", 2).unbind(1)
-        if within is None:
+        if self.ends is None:
             return u if self.schedule is None else torch.where(v < self.uniform_mix, u, self.schedule.time(u))
-        low, high = within
-        uniform = between(u.double(), low, high).float()
+        low, high, *tight = (repeat_to(len(u), end.to(u.device)) for end in self.ends)  # (B,), float64
+        uniform = torch.lerp(low, high, u.double()).float()
         if self.schedule is None:
             return uniform
-        share = self.uniform_mix * (high - low) / (self.cdf(high) - self.cdf(low)).clamp_min(1e-300)
-        tight = self.schedule.time(between(u.double(), self.schedule.cdf(low), self.schedule.cdf(high)))
-        return torch.where(v < between(0 * v, share, share), uniform, tight)
+        mass = self.uniform_mix * (high - low), (1 - self.uniform_mix) * (tight[1] - tight[0])
+        among_tight = self.schedule.time(torch.lerp(*tight, u.double()))
+        return torch.where(v * (mass[0] + mass[1]) < mass[0], uniform, among_tight)
 
     def cdf(self, t: Tensor) -> Tensor:
         """Return the probability of a time below t: (M,) in [0, 1] -> float64 (M,)."""

@@ -290,7 +290,7 @@ def test_conditioning_on_schedules_is_part_of_adaln_and_of_nothing_else():
     x, t, y = inputs(net)
     logsnr_range = torch.tensor([[-8.0, 12.0], [-7.0, 10.0], [-3.0, 4.0]])
     net(x, t, y, logsnr_range)
-    _, c, _, _, t_emb, y_emb = seen[0]
+    _, c, _, _, t_emb, y_emb, _ = seen[0]
     assert_same(c, net.t_embedder(t) + net.y_embedder(y) + net.schedule_embedder(logsnr_range))
     assert t_emb.equal(net.t_embedder(t)) and y_emb.equal(net.y_embedder(y))
 

@@ -51,6 +51,7 @@ FACTORS = {  # option -> {choice: its flags}
     },
     "grid": {name: {"sampling_grid": name} for name in ("uniform", "spectral_global", "spectral_instance")},
     "residual": {name: {"spectral_residual": name} for name in ("off", "time", "time_label", "static")},
+    "resolution": {"off": {}, "spectrum": {"resolution_schedule": "spectrum"}},
     "prediction": {
         "x": {"sampling_method": "heun"},
         "v": {"pred_param": "v", "t_eps": 0.0, "sampling_method": "sde"},
@@ -129,6 +130,8 @@ def test_a_run(combination, settings, tmp_path):
     assert 0 <= report["metrics"]["class_agreement"] <= 1
     spectral_x = combination["grid"] != "uniform" and combination["prediction"] != "v"
     assert ("sample_t_eps" in report) == spectral_x and (not spectral_x or 0 < report["sample_t_eps"] < 0.05)
+    has_levels = any(".levels." in name for name in raw(folder)["model"])
+    assert has_levels == (combination["resolution"] == "spectrum")
     conditioned = combination["times"] == "spectral_instance"
     assert ("net.schedule_embedder.weight" in raw(folder)["model"]) == conditioned
     assert ("spectrum_sha256" in report) == (conditioned or combination["grid"] != "uniform")
@@ -138,7 +141,10 @@ def test_a_run(combination, settings, tmp_path):
 
 # --- two processes --------------------------------------------------------------------------------------------------
 
-ALL_AT_ONCE = {"forcing": "snr", "times": "spectral_instance", "grid": "spectral_instance", "prediction": "x"}
+ALL_AT_ONCE = {
+    **{"forcing": "snr", "times": "spectral_instance", "grid": "spectral_instance", "residual": "time"},
+    **{"resolution": "spectrum", "prediction": "x"},
+}
 INSTANCE = {"val_split": "0.2", "grad_clip": 0.1, **flags_of(ALL_AT_ONCE)}
 
 
@@ -155,9 +161,10 @@ def _work(rank, folder, ports, changes):
     os._exit(0)
 
 
-def test_two_ranks_train_and_evaluate_as_one(settings, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_and_evaluate_as_one(parallel, settings, tmp_path):
     changes = {**settings, **INSTANCE}
-    run_on(2, partial(_work, changes=changes), tmp_path, calls=2)
+    run_on(2, partial(_work, changes={**changes, "parallel": parallel}), tmp_path, calls=2)
     one = train(tmp_path / "one", **changes)
     for event, key in (("train", "loss"), ("val", "loss_ema1")):
         for a, b in zip(read_log(tmp_path / "two", event), read_log(one, event), strict=True):
@@ -221,6 +228,22 @@ def test_weights_of_an_unconditional_network_start_a_conditional_one(trained, se
     assert "net.schedule_embedder.weight is unknown" in refused(capsys, *argv)
 
 
+def test_levels_start_from_the_layers_of_a_network_without(trained, settings, tmp_path, capsys):
+    """Before the first update: learning rate 0. A run that starts from one with levels has them as well."""
+    changes = {**settings, "resolution_schedule": "spectrum", "epochs": 1, "lr": 0.0}
+    folder = train(tmp_path / "run", init_from=trained, **changes)
+    assert "new parameters of --resolution_schedule" in capsys.readouterr().out
+    weights = raw(folder)["model"]
+    for layer in ("x_embedder.proj2.weight", "final_layer.adaLN_modulation.1.weight"):
+        assert torch.equal(weights[f"net.levels.0.{layer}"], weights[f"net.{layer}"])
+    assert torch.equal(weights["net.levels.0.x_embedder.proj1.weight"], weights["net.x_embedder.proj1.weight"] / 2)
+    assert torch.equal(weights["net.levels.0.final_layer.linear.weight"], weights["net.final_layer.linear.weight"] * 2)
+    again = train(tmp_path / "again", init_from=folder, epochs=1, lr=0.0, **settings)
+    assert torch.equal(
+        raw(again)["model"]["net.levels.0.final_layer.linear.bias"], weights["net.final_layer.linear.bias"] * 2
+    )
+
+
 def test_spectral_options_rename_runs_and_defaults_do_not():
     def name(**given):
         return config.run_name(config.split_global_batch(config.resolve({"dataset": "digits", **given}), 8))
@@ -230,7 +253,7 @@ def test_spectral_options_rename_runs_and_defaults_do_not():
     assert plain == name(sampling_grid="spectral_global", spectrum_file="/x", sample_t_eps=0.01)
     values = {"t_sampler": "uniform", "t_uniform_mix": 0.2}
     values |= {"sf_schedule": "power", "sf_alpha": 2.0, "sf_snr_floor": 0.5, "warmup_steps": 10}
-    values |= {"beta1": 0.8, "beta2": 0.99, "grad_clip": 1.0}
+    values |= {"beta1": 0.8, "beta2": 0.99, "grad_clip": 1.0, "resolution_schedule": "spectrum"}
     names = [name(**{flag: value}) for flag, value in values.items()]
     variants = ({}, {"spectral_variant": "power"}, {"spectral_delta": 0.2})
     names += [name(t_sampler="spectral_global", **variant) for variant in variants]
@@ -256,6 +279,10 @@ SPECTRAL = {"sampling_grid": "spectral_global"}
         ({"t_uniform_mix": 1.5}, "--t_uniform_mix 1.5 is out of range; it must be at most 1"),
         ({"sample_t_eps": 0.0}, "--sample_t_eps 0.0 is out of range; it must be above 0"),
         ({"sf_schedule": "power"}, "needs the spectrum's exponent"),
+        ({"spectrum_file": "/nowhere.npz", "resolution_schedule": "spectrum"}, "does not exist"),
+        ({"resolution_schedule": "spectrum", "batch_size": 12}, "--batch_size 12 must be a multiple of 8"),
+        ({"resolution_schedule": "spectrum", "resolution_levels": 2}, "needs an --img_size that 32 divides"),
+        ({"resolution_delta": 2.0}, "--resolution_delta 2.0 is out of range; it must be at most 1"),
         ({"sf_snr_floor": 0.0}, "--sf_snr_floor 0.0 is out of range; it must be above 0"),
         ({"grad_clip": 0.0}, "--grad_clip 0.0 is out of range; it must be above 0"),
         ({"beta2": 1.5}, "--beta2 1.5 is out of range; it must be below 1"),
@@ -305,6 +332,8 @@ def test_sampling_is_refused_like_training(trained, capsys):
         ({"sf_alpha": 2.0}, {"sf_schedule": "power"}),
         ({"sf_snr_floor": 0.5}, {"sf_schedule": "snr"}),
         ({"sf_budget": 0.5}, {"sf_schedule": "budget"}),
+        ({"resolution_delta": 0.1}, {"resolution_schedule": "spectrum"}),
+        ({"resolution_levels": 2}, {"resolution_schedule": "spectrum"}),
         ({"sf_schedule": "snr", "disable_dct_patchify": True}, {"disable_dct_patchify": False}),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from denoiser import Denoiser, HybridWeight
 from model_jit import JiT_models
 from spectral_ops.conditioning import ImageSchedules
+from spectral_ops.resolution import ResolutionSchedule
 from util.config import ModelConfig, PathConfig, all_flags
 from util.errors import UserError
 from util.operators import BLOCK_OPERATORS, INPUT_OPERATORS
@@ -36,6 +37,7 @@ def build_denoiser(config: Any, dtype: torch.dtype | None = None) -> Denoiser:
             attn_fp32=config.attn_fp32,
             block_operators={name: make for name, make in operators.items() if make is not None},
             schedule_cond=config.schedule_delta is not None,
+            levels=config.levels,
         )
         schedules = None
         if config.schedule_delta is not None:
@@ -50,9 +52,18 @@ def build_denoiser(config: Any, dtype: torch.dtype | None = None) -> Denoiser:
             config.hybrid_x_weight_min,
             config.hybrid_x_weight_max,
         )
-        return Denoiser(net, operator, config.pred_param, config.t_eps, config.noise_scale, dtype, schedules, hybrid)
+        path = config.pred_param, config.t_eps, config.noise_scale
+        return Denoiser(net, operator, *path, dtype, schedules, hybrid, resolution_of(config))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def resolution_of(config: Any) -> ResolutionSchedule | None:
+    """Return the levels of resolution, or None without --resolution_schedule."""
+    if not config.levels:
+        return None
+    power = torch.tensor(config.resolution_power, dtype=torch.float64, device="cpu") / config.noise_scale**2
+    return ResolutionSchedule(config.img_size, power, config.levels, config.resolution_delta)
 
 
 def denoiser_settings(config: Any) -> dict[str, Any]:
@@ -75,5 +86,8 @@ def describe_operators(config: Any) -> str:
     """Return a phrase on the operators, for the log."""
     entry = INPUT_OPERATORS.get(config.input_operator)
     phrases = [f"{config.input_operator}: {entry.describe(config)}" if entry else "no input operator (plain JiT)"]
+    if (resolution := resolution_of(config)) is not None:
+        until = ", ".join(f"{resolution.size(i)} px until t = {t:.3f}" for i, t in enumerate(resolution.times, 1))
+        phrases.append(f"resolution: {until} (SNR {config.resolution_delta:g})")
     phrases += [name for name, operator in BLOCK_OPERATORS.items() if operator.build(config) is not None]
     return "; ".join(phrases)

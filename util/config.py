@@ -17,6 +17,7 @@ from typing import Any
 from denoiser import HYBRID_MODES, PREDICTIONS
 from model_jit import JiT_models
 from sampler import SOLVERS
+from spectral_ops.resolution import GROUP
 from spectral_ops.schedule import GRIDS, T_SAMPLERS, VARIANTS
 from util.compile import MODES as COMPILE_MODES
 from util.data.datasets import DATASETS
@@ -72,6 +73,19 @@ class ModelConfig:
         0.0, LOCKED_FOR_TRAINING, "dropout of projections in the middle half of the blocks", ge=0, le=1
     )
     attn_fp32: bool = flag(False, OVERRIDABLE, "compute attention in float32 always")
+    resolution_schedule: str = flag(
+        "off", LOCKED, "compute on smaller images where the spectrum hides the rest", ("off", "spectrum"), added=True
+    )
+    resolution_delta: float = flag(
+        0.05, LOCKED, "SNR from which a frequency is computed, for spectrum", added=True, gt=0, le=1
+    )
+    resolution_levels: int = flag(1, LOCKED, "how often the image is halved, for spectrum", added=True, ge=1)
+    resolution_power: list | None = recorded()  # variances of DCT modes by colour axis and ring, for spectrum
+
+    @property
+    def levels(self) -> int:
+        """Levels of resolution beside the whole image."""
+        return 0 if self.resolution_schedule == "off" else self.resolution_levels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -409,7 +423,7 @@ NEEDS = {
     "spectral_variant": (lambda c: spectral(c.t_sampler, c.sampling_grid), "a spectral --t_sampler or --sampling_grid"),
     "spectral_delta": (lambda c: spectral(c.t_sampler, c.sampling_grid), "a spectral --t_sampler or --sampling_grid"),
     "spectrum_file": (
-        lambda c: spectral(c.t_sampler, c.sampling_grid) or c.sf_schedule in ("snr", "budget"),
+        lambda c: spectral(c.t_sampler, c.sampling_grid) or c.sf_schedule in ("snr", "budget") or c.levels,
         "a setting that uses a spectrum",
     ),
     "P_mean": (lambda c: c.t_sampler == "logit_normal", "--t_sampler logit_normal"),
@@ -428,6 +442,8 @@ NEEDS = {
     "window_size": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
     "sf_schedule": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
     "disable_dct_scale_schedule": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
+    "resolution_delta": (lambda c: c.levels, "--resolution_schedule spectrum"),
+    "resolution_levels": (lambda c: c.levels, "--resolution_schedule spectrum"),
     "spectral_residual_scale": (lambda c: c.spectral_residual != "off", "--spectral_residual"),
 }
 
@@ -448,12 +464,22 @@ def check(config: Any, evaluates: bool) -> list[str]:
     patch = JiT_models[config.model].keywords["patch_size"]
     if config.img_size % patch:
         raise UserError(f"--img_size {config.img_size} is not divisible by the patch size {patch} of {config.model}.")
+    if config.img_size % (patch << config.levels):
+        raise UserError(
+            f"--resolution_levels {config.levels} needs an --img_size that {patch << config.levels} divides, which is "
+            f"the patch size {patch} of {config.model} times 2^{config.levels}, not {config.img_size}."
+        )
     table = (config.img_size // patch) ** 2 * JiT_models[config.model].keywords["hidden_size"] * 4  # bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if table > memory:
         raise UserError(
             f"--img_size {config.img_size} with {config.model} needs {table / 1e9:.3g} GB for its position table; "
             f"this machine has {memory / 1e9:.3g} GB. Choose smaller images or larger patches."
+        )
+    if config.levels and config.batch_size % GROUP and not (config.evaluate_gen or config.sample):
+        raise UserError(
+            f"--batch_size {config.batch_size} must be a multiple of {GROUP} with --resolution_schedule spectrum: its "
+            "levels share each batch."
         )
     if config.input_operator not in ("none", *INPUT_OPERATORS):
         known = ", ".join(("none", *INPUT_OPERATORS))
@@ -527,7 +553,7 @@ def run_name(config: Any) -> str:
     if config.input_operator in ("none", "spectral_forcing"):
         locked.pop("input_operator", None)
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settled = ("sf_power", "schedule_delta", "schedule_level", "spectrum_sha256")
+    settled = ("sf_power", "resolution_power", "schedule_delta", "schedule_level", "spectrum_sha256")
     locked |= {name: fields[name] for name in settled if fields[name] is not None}
     locked["data_path"] = str(Path(config.data_path).resolve()) if config.data_path else None
     locked |= {"init_from": config.init_from, "init_weights": config.init_weights if config.init_from else None}

@@ -1,7 +1,8 @@
 """The registries of operators. To add one: write its module, and add one entry with its settings here or elsewhere.
 
 An input operator (z (B, C, H, W), t (B,)) -> z decides what the network sees. A block operator
-(r (B, K + N, D), t_emb (B, D), y_emb (B, D)) -> (B, K + N, D) is added to the residual of each block's MLP.
+(r (B, N, D), t_emb (B, D), y_emb (B, D)) -> (B, N, D) is added to the residual r of each block's MLP, at its N patch
+tokens. N is smaller at lower levels of resolution (spectral_ops/resolution.py).
 """
 
 import math

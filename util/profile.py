@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from denoiser import Denoiser
 from model_jit import JiT_models
 from spectral_forcing import SpectralForcing
+from spectral_ops.resolution import LevelTimes
 from util.log import duration
 
 RESERVE = 4e9  # bytes for CUDA's context, NCCL, workspaces and fragmentation, beside what follows: an assumption
@@ -32,13 +33,28 @@ GPU_BYTES = {"80 GB": 80e9, "141 GB": 141e9}
 UNTIMED, TIMED = 3, 7  # steps of a dry run
 
 
-def count_flops(model: str, img_size: int, **arguments: Any) -> int:
-    """Count the operations of the matrix products in a forward pass of one image, two per multiply-add."""
+def count_flops(model: str, img_size: int, level: int = 0, **arguments: Any) -> int:
+    """Count the operations of the matrix products in a forward pass of one image, two per multiply-add.
+
+    `level` is that of the image's resolution (spectral_ops/resolution.py).
+    """
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        net = JiT_models[model](input_size=img_size, **arguments)
+        net, size = JiT_models[model](input_size=img_size, levels=level, **arguments), img_size >> level
         with FlopCounterMode(display=False) as counter:
-            net(torch.zeros(1, 3, img_size, img_size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+            net(torch.zeros(1, 3, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops()
+
+
+def levels_of(trainer: Any) -> tuple[int, ...]:
+    """Return the levels of resolution that a run's images have in turn."""
+    return trainer.time_sampler.levels if isinstance(trainer.time_sampler, LevelTimes) else (0,)
+
+
+def mean_flops(trainer: Any) -> float:
+    """Return the operations of a forward pass of one image in training, the mean over levels of resolution."""
+    config, levels = trainer.config, levels_of(trainer)
+    of_level = {i: count_flops(config.model, config.img_size, i, num_classes=config.class_num) for i in set(levels)}
+    return sum(of_level[level] for level in levels) / len(levels)
 
 
 def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
@@ -53,10 +69,10 @@ def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
             saved.setdefault(storage._cdata, (place, storage))
         return tensor
 
-    def enter(block: int, tensors: tuple[torch.Tensor, ...] = ()) -> None:
+    def enter(block: int, arguments: tuple[Any, ...] = ()) -> None:
         nonlocal place
         place = block
-        storages = [tensor.untyped_storage() for tensor in tensors]
+        storages = [given.untyped_storage() for given in arguments if isinstance(given, torch.Tensor)]
         inputs.update({storage._cdata: storage for storage in storages if storage._cdata not in own})
 
     handles = [block.register_forward_hook(lambda *_: enter(-1)) for block in net.blocks]
@@ -99,8 +115,9 @@ def dry_run(trainer: Any) -> str:
     config, ctx, cuda = trainer.config, trainer.ctx, trainer.ctx.device.type == "cuda"
     memory = Memory(config.model, config.img_size, trainer.denoiser.autocast_dtype)
     fixed, image = memory.per_gpu(ctx.world_size, config.parallel, config.activation_checkpointing)
+    image *= sum(0.25**level for level in levels_of(trainer)) / len(levels_of(trainer))  # as the number of patches
     needed = (fixed + image * config.batch_size - (0 if cuda else RESERVE)) / 1e9
-    forward = count_flops(config.model, config.img_size, num_classes=config.class_num)
+    forward = mean_flops(trainer)
     flops, images = 3 * forward * config.global_batch, config.global_batch  # a backward pass costs two forward passes
     epoch, within = divmod(first := trainer.step, trainer.steps_per_epoch)
     ahead = trainer.loader.num_workers * (trainer.loader.prefetch_factor or 0)  # batches that workers have read

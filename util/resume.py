@@ -88,8 +88,10 @@ def load_for_training(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, 
 
 
 def _block_settings(args: Mapping[str, Any]) -> list[str]:
-    """Flags of the block operators that a model was trained with: a run that starts from it must have them too."""
+    """Flags of further layers that a model was trained with: a run that starts from it must have them too."""
     names = []
+    if args.get("resolution_schedule", "off") != "off":
+        names += ["resolution_schedule", "resolution_levels", "resolution_delta"]
     for entry in BLOCK_OPERATORS.values():
         flags = flags_of(entry.settings)
         if any(args.get(name, field.default) != field.default for name, field in flags.items()):

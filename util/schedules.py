@@ -16,7 +16,9 @@ from torch import Tensor
 from denoiser import LogitNormal, TimeSampler
 from sampler import uniform_grid
 from spectral_ops.conditioning import ImageSchedules, InstanceTimeSampler
+from spectral_ops.resolution import LevelTimes
 from spectral_ops.schedule import GlobalTimeSampler, TightSchedule, latest_time
+from util.build import resolution_of
 from util.data.spectrum_file import DataSpectrum, default_spectrum_file, load_spectrum
 from util.errors import UserError
 
@@ -41,7 +43,8 @@ def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:
     measured = config.sf_schedule in ("snr", "budget") and config.input_operator == "spectral_forcing"
     measured = measured and saved_args is None
     trained = config.t_sampler.startswith("spectral_")
-    if not (measured or trained or config.sampling_grid != "uniform"):
+    levels = config.levels > 0 and saved_args is None
+    if not (measured or trained or levels or config.sampling_grid != "uniform"):
         return config
     spectrum = open_spectrum(config)
     if saved_args is not None:
@@ -49,11 +52,11 @@ def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:
             known = f"the spectrum file that this run was trained with (sha256 {config.spectrum_sha256})"
             raise UserError(f"{spectrum.path} is not {known}. Name that one with --spectrum_file.")
         return config
-    if measured:
-        power = spectrum.power if config.sf_schedule == "snr" else spectrum.dct_power
+    for name in ["sf_power"] * measured + ["resolution_power"] * levels:
+        power = spectrum.power if name == "sf_power" and config.sf_schedule == "snr" else spectrum.dct_power
         if power is None:
-            raise UserError(f"{spectrum.path} is from before --sf_schedule budget. Measure the spectrum again.")
-        config = replace(config, sf_power=power.tolist())
+            raise UserError(f"{spectrum.path} is an earlier one, without the power of DCT modes. Measure it again.")
+        config = replace(config, **{name: power.tolist()})
     if trained:
         config = replace(config, spectrum_sha256=spectrum.sha256)
     if config.t_sampler == "spectral_instance":
@@ -72,7 +75,13 @@ def spectrum_warnings(config: Any) -> list[str]:
 
 
 def build_time_sampler(config: Any, device: torch.device) -> TimeSampler:
-    """Return the sampler of training times that --t_sampler names, with its tables on the device."""
+    """Return the sampler of training times, spread over the levels of resolution, with its tables on the device."""
+    sampler, resolution = _times(config, device), resolution_of(config)
+    return sampler if resolution is None else LevelTimes(sampler, resolution)
+
+
+def _times(config: Any, device: torch.device) -> TimeSampler:
+    """Return the sampler that --t_sampler names."""
     if config.t_sampler == "logit_normal":
         return LogitNormal(config.P_mean, config.P_std)
     if config.t_sampler == "uniform":

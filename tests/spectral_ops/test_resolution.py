@@ -9,8 +9,10 @@ from denoiser import Denoiser, LogitNormal, sample_step
 from model_jit import JiT, rope_table, sincos_position_embedding
 from sampler import sample
 from spectral_forcing import SpectralForcing, dct_matrix, dct_rings, separable_transform
+from spectral_ops.conditioning import ImageSchedules, InstanceTimeSampler
 from spectral_ops.resolution import GROUP, LevelTimes, ResolutionSchedule, band_matrix, level_times, outside
 from spectral_ops.schedule import GlobalTimeSampler, TightSchedule
+from spectral_ops.spectrum import image_fits, rapsd
 from util.rng import CounterRNG
 
 N = 16
@@ -149,7 +151,7 @@ class TestTimesOfTraining:
         }[sampler]
         schedule = ResolutionSchedule(N, ring_power(), levels, delta)
         times = LevelTimes(of, schedule)
-        t, (level, weight) = times.sample(self.rng()), times.of_batch(4096)
+        t, weight, level = times.sample(self.rng()), times.weight(4096), torch.tensor(times.levels).repeat(512)
         inside = (t.double() - torch.tensor(schedule.times)[:, None]).abs().amin(0) > 1e-6  # but for rounding
         assert torch.equal(schedule.level_of(t)[inside], level[inside])
         assert float(weight.mean()) == pytest.approx(1)
@@ -157,17 +159,35 @@ class TestTimesOfTraining:
             found = float((weight * (t < end)).mean())
             assert found == pytest.approx(float(of.cdf(torch.tensor([end]))), abs=0.02)
 
+    def test_each_image_keeps_the_density_of_its_own_times(self):
+        """With times from the spectrum of each image: the weighted share below a time is that of the image."""
+        x = (torch.rand(2, 3, N, N) - 0.5) * torch.tensor([0.1, 2.0])[:, None, None, None]
+        x = x.repeat_interleave(2048, 0).view(2, 2048, 3, N, N).transpose(0, 1).reshape(-1, 3, N, N)  # alternately
+        x = x[torch.arange(4096).view(-1, 16).view(-1, 8, 2).transpose(1, 2).flatten()]  # groups of 8 of one kind
+        schedules = ImageSchedules(N, [0.0, 0.0, 0.0], 0.1)
+        examples = image_fits(rapsd(x[:16]), x[:16].mean((2, 3)), torch.zeros(3), N)
+        of = InstanceTimeSampler(schedules, "mixed", 0.1, examples)
+        times = LevelTimes(of, ResolutionSchedule(N, ring_power(), 1)).for_images(x)
+        t, weight, kind = times.sample(self.rng()), times.weight(4096), torch.arange(4096) // 8 % 2
+        own = of.for_images(x)
+        for number in (0, 1):
+            mine = kind == number
+            assert float(weight[mine].mean()) == pytest.approx(1, abs=1e-5)
+            for end in (0.2, 0.5):
+                expected = own.cdf(torch.full((4096,), end))[mine].mean()
+                assert float((weight * (t < end))[mine].mean()) == pytest.approx(float(expected), abs=0.03)
+
     def test_each_level_has_a_position_and_the_shares_follow_the_probabilities(self):
         times = LevelTimes(LogitNormal(), ResolutionSchedule(N, ring_power(), 3, 0.001))
-        assert times.levels.bincount().tolist() == [5, 1, 1, 1]
+        assert sorted(times.levels) == [0, 0, 0, 0, 0, 1, 2, 3]
         mass = LogitNormal().cdf(torch.tensor(ResolutionSchedule(N, ring_power(), 1, 0.05).times))
-        counts = LevelTimes(LogitNormal(), ResolutionSchedule(N, ring_power(), 1, 0.05)).levels.bincount()
-        assert abs(float(counts[1]) / GROUP - float(mass)) <= 0.5 / GROUP
+        low = sum(LevelTimes(LogitNormal(), ResolutionSchedule(N, ring_power(), 1, 0.05)).levels)
+        assert abs(low / GROUP - float(mass)) <= 0.5 / GROUP
 
     def test_the_expected_loss_is_that_of_the_sampler(self):
         """Of a function of t: the mean with weights, and that of times drawn as ever."""
         times = LevelTimes(LogitNormal(), ResolutionSchedule(N, ring_power(), 2))
-        t, (_, weight) = times.sample(self.rng(2**16)), times.of_batch(2**16)
+        t, weight = times.sample(self.rng(2**16)), times.weight(2**16)
         plain = LogitNormal().sample(self.rng(2**16))
         assert float((weight * (3 * t).exp()).mean()) == pytest.approx(float((3 * plain).exp().mean()), rel=0.01)
 
@@ -179,7 +199,7 @@ class TestTimesOfTraining:
 
     def test_a_batch_of_another_size_is_refused(self):
         with pytest.raises(ValueError, match="no multiple of 8"):
-            LevelTimes(LogitNormal(), ResolutionSchedule(N, ring_power())).of_batch(12)
+            LevelTimes(LogitNormal(), ResolutionSchedule(N, ring_power())).weight(12)
 
 
 def small_net(levels: int) -> JiT:

@@ -49,7 +49,7 @@ LOCKS = {  # also by hand: a lock that changes decides which commands still work
     LOCKED: """model img_size class_num disable_dct_patchify input_operator window_size disable_dct_scale_schedule
         dct_fixed_scale sf_c_min sf_c_max sf_kappa spectral_residual spectral_residual_scale pred_param noise_scale
         t_eps P_mean P_std sf_schedule sf_alpha sf_snr_floor sf_budget hybrid_x_weight_mode hybrid_x_weight_power
-        hybrid_x_weight_min hybrid_x_weight_max""".split(),
+        hybrid_x_weight_min hybrid_x_weight_max resolution_schedule resolution_delta resolution_levels""".split(),
     LOCKED_FOR_TRAINING: """attn_dropout proj_dropout dataset flip warmup_epochs warmup_steps global_batch lr blr min_lr
         lr_schedule weight_decay beta1 beta2 grad_clip ema_decay1 ema_decay2 label_drop_prob seed val_split t_sampler
         t_uniform_mix spectral_variant spectral_delta""".split(),

@@ -9,12 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import main_jit
-from denoiser import Denoiser
-from spectral_forcing import SpectralForcing
+from denoiser import Denoiser, LogitNormal
+from spectral_forcing import SpectralForcing, dct_rings
+from spectral_ops.resolution import LevelTimes, ResolutionSchedule
 from tests.conftest import ONE, TINY, TINY_MODEL, arguments, listing, train
 from util import profile as tool
 from util.io import REPOSITORY
-from util.profile import TIMED, UNTIMED, Memory, count_flops, count_saved, dry_run
+from util.profile import TIMED, UNTIMED, Memory, count_flops, count_saved, dry_run, mean_flops
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -24,6 +25,16 @@ RNG_STATE = 5056  # bytes of torch's generator on the CPU, which a recomputed bl
 @pytest.mark.parametrize(("model", "gflop"), [("JiT-B/32", 15.2), ("JiT-B/16", 50.5)])
 def test_operations_are_the_published_figures(model, gflop):
     assert count_flops(model, 256) / 1e9 == pytest.approx(gflop, rel=2e-3)
+
+
+def test_a_level_takes_the_operations_of_images_of_its_size_and_a_run_the_mean():
+    whole, half = count_flops("JiT-B/16", 256, num_classes=10), count_flops("JiT-B/16", 128, num_classes=10)
+    assert count_flops("JiT-B/16", 256, level=1, num_classes=10) == half < whole / 2
+    times = LevelTimes(LogitNormal(), ResolutionSchedule(256, [20.0] * len(dct_rings(256)[1])))
+    assert times.levels == (1, 0, 0, 0, 0, 0, 0, 0)
+    config = SimpleNamespace(model="JiT-B/16", img_size=256, class_num=10)
+    assert mean_flops(SimpleNamespace(config=config, time_sampler=times)) == (7 * whole + half) / 8
+    assert mean_flops(SimpleNamespace(config=config, time_sampler=LogitNormal())) == whole
 
 
 def build(dtype):
@@ -122,7 +133,7 @@ def test_projection_is_the_median_without_the_first_steps_and_those_read_ahead(m
     trainer = SimpleNamespace(config=config, ctx=ONE, denoiser=build(None), step=100, steps_per_epoch=1000)
     trainer.loader = type("Loader", (), vars(loader) | {"__iter__": lambda self: iter(())})()
     trainer.sampler, trainer.total_steps = SimpleNamespace(set_epoch=lambda *_: None), 2000
-    trainer.train_step = train_step
+    trainer.train_step, trainer.time_sampler = train_step, LogitNormal()
     rows = rows_of(dry_run(trainer))
     assert steps == list(range(100, 100 + UNTIMED + 1 + TIMED))
     assert rows["step"].startswith("4 s (4 to 4)") and rows["first step"] == "9 s"

@@ -29,7 +29,7 @@ from util.operators import BLOCK_OPERATORS
 
 WEIGHTS = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # name in a flag -> name in the file
 OPTIONAL = {name: operator.flag for name, operator in BLOCK_OPERATORS.items()}  # module not in each network -> flag
-OPTIONAL["schedule_embedder"] = "--t_sampler spectral_instance"
+OPTIONAL |= {"schedule_embedder": "--t_sampler spectral_instance", "levels": "--resolution_schedule"}
 PROJ1 = "net.x_embedder.proj1.weight"
 
 

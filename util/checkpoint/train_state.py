@@ -57,7 +57,8 @@ def load_train_state(checkpoint: Checkpoint, denoiser: Denoiser, optimizer: Opti
 def load_initial_weights(checkpoint: Checkpoint, which: str, denoiser: Denoiser) -> list[str]:
     """Fill an initialised denoiser with the weights `which` ("model", "ema1" or "ema2") of a checkpoint.
 
-    Modules in OPTIONAL that the checkpoint does not have keep their initial values; a note is returned on each.
+    Modules in OPTIONAL that the checkpoint does not have keep their initial values, but for levels of resolution, which
+    start from the layers of the whole image; a note is returned on each.
     """
     state, own, notes, fresh = checkpoint.state(which), denoiser.state_dict(), [], set()
     for name, flag in OPTIONAL.items():
@@ -66,4 +67,6 @@ def load_initial_weights(checkpoint: Checkpoint, which: str, denoiser: Denoiser)
             fresh.update(added)
             notes.append(f"{sum(own[key].numel() for key in added):,} new parameters of {flag}")
     load_weights(denoiser, state, checkpoint.path, keep=fresh)
+    if any(".levels." in key for key in fresh):
+        denoiser.net.reset_levels()
     return notes
