@@ -114,15 +114,14 @@ STUDIES = {
         images=1000,
     ),
     "resolution": Study(
-        "Does it pay not to compute what the noise hides? At equal steps, operations and time.",
+        "Does it pay not to compute what the noise hides? At equal steps.",
         data=("cifar10",),
         patches=(4, 8),
         arms=("plain", "linear", "levels", "linear_levels"),
-        steps=(300, 600),
         images=1000,
     ),
     "resolution_longer": Study(  # about the operations of 600 steps without levels
-        "The same, with the steps that the saved operations pay for",
+        "The same, with the steps that the saved operations pay for.",
         data=("cifar10",),
         patches=(4, 8),
         arms=("levels", "linear_levels"),
