@@ -34,6 +34,7 @@ PLAN = (  # (limit in seconds, arguments of python)
     (150, f"{STEP} --model JiT-B/16 --batch_size 256"),
     (150, "-m benchmarks.sampler --model JiT-700M --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
     (150, f"{STEP} --model JiT-700M --batch_size 256"),
+    (150, f"{STEP} --model JiT-B/16 --batch_size 64 --versus='--resolution_schedule spectrum'"),
     (120, "-m benchmarks.checkpoint --model JiT-B/16"),
     (150, f"{STEP} --model JiT-B/16 --batch_size 64 --versus=--disable_dct_patchify"),
     (3600, "-m pytest -m gpu -v -n 6 -p no:cacheprovider"),

@@ -8,7 +8,7 @@ What runs is util.evaluation.generate.generate, from the starting noise on the C
 
 import argparse
 
-from benchmarks.common import emit, in_turns, median_and_range
+from benchmarks.common import emit, in_turns, median_and_range, with_spectrum
 from util.build import autocast_dtype, build_denoiser
 from util.compile import compile_denoiser, prepare_device
 from util.config import parse_args, resolve
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--batches", type=int, default=1, help="batches of a turn")
     options, words = parser.parse_known_args()
-    config = resolve({**SMALL, **parse_args(words), "dataset": "random"})
+    config = with_spectrum(resolve({**SMALL, **parse_args(words), "dataset": "random"}))
     ctx = find_context(config.device)
     prepare_device(ctx.device)
     denoiser = build_denoiser(config, autocast_dtype(config, ctx.device)).to(ctx.device).eval()

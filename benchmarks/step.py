@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import ceiling, emit, in_turns, median_and_range
+from benchmarks.common import ceiling, emit, in_turns, median_and_range, with_spectrum
 from benchmarks.reference import Release
 from engine_jit import Trainer
 from util.compile import prepare_device
@@ -58,7 +58,7 @@ class Steps:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if on_gpu else 0
         config = split_global_batch(resolve({**SMALL, **flags, **FIXED}), ctx.world_size)
-        config = replace(config, num_workers=0)
+        config = replace(with_spectrum(config), num_workers=0)
         images = open_images(config)
         sampler = GlobalBatchSampler(len(images), config.batch_size, 0, 1, config.accum_iter, config.seed)
         self.trainer = Trainer(config, flags, (images, None, sampler), 0, None, None, ctx)
