@@ -61,7 +61,7 @@ class LogitNormal:
         if self.ends is None:
             return torch.sigmoid(self.P_mean + self.P_std * rng.normal("time")[:, 0])
         u = rng.uniform("time")[:, 0].double()
-        low, high = (repeat_to(len(u), end.to(u.device)) for end in self.ends)
+        low, high = (repeat_to(len(u), end).to(u.device, non_blocking=True) for end in self.ends)
         return torch.sigmoid(self.P_mean + self.P_std * ndtri(torch.lerp(low, high, u))).float()
 
     def cdf(self, t: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def sample_step(
     noise_and_labels = noise, torch.where(dropped, null_class, y)
     if not isinstance(time_sampler, LevelTimes):
         return StepNoise(time_sampler.sample(rng), *noise_and_labels)
-    weight = time_sampler.weight(len(y)).to(y.device)
+    weight = time_sampler.weight(len(y)).to(y.device, non_blocking=True)
     return StepNoise(time_sampler.sample(rng), *noise_and_labels, time_sampler.levels, weight)
 
 
@@ -243,7 +243,7 @@ class Denoiser(nn.Module):
         if len(levels) == 1:
             return self._at_level(levels[0], z, seen, t, y, *condition)
         groups = [(level == number).nonzero().flatten() for number in levels]
-        order = torch.cat(groups).argsort().to(z.device)
+        order = torch.cat(groups).argsort().to(z.device, non_blocking=True)
         groups = [group.to(z.device, non_blocking=True) for group in groups]
         parts = zip(levels, groups, strict=True)
         out = [self._at_level(n, *(part[group] for part in (z, seen, t, y, *condition))) for n, group in parts]

@@ -64,7 +64,9 @@ def markdown(patch: int) -> str:
     out += ["| arm | steps | operations | seconds | loss | equal weight for all t | seeds |", "|---" * 7 + "|"]
     for (arm, steps), found in by_cost(lines_of(patch)).items():
         costs = f"{found['operations']:.2f} | {found['seconds']:.2f}"
-        out.append(f"| {arm} | {steps} | {costs} | {found['density']} | {found['uniform']} | {found['density'].pairs} |")
+        out.append(
+            f"| {arm} | {steps} | {costs} | {found['density']} | {found['uniform']} | {found['density'].pairs} |"
+        )
     return "\n".join(out)
 
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from copy import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
 from spectral_ops.conditioning import InstanceTimeSampler
@@ -59,8 +59,8 @@ def level_times(power: Tensor, n: int, levels: int, delta: float) -> tuple[float
     return tuple(times)
 
 
-class ResolutionSchedule(nn.Module):
-    """The levels of images of `img_size` pixels, without parameters and without state-dict entries.
+class ResolutionSchedule:
+    """The levels of images of `img_size` pixels.
 
     Args:
         power: variances of DCT modes in each ring divided by noise_scale^2, (K,), or (A, K) along colour axes. The
@@ -74,7 +74,6 @@ class ResolutionSchedule(nn.Module):
     """
 
     def __init__(self, img_size: int, power: Tensor | Sequence, levels: int = 1, delta: float = 0.05):
-        super().__init__()
         power = torch.as_tensor(power, dtype=torch.float64, device="cpu")
         if levels < 1 or img_size % 2**levels or img_size >> levels < 2:
             raise ValueError(f"{levels} levels do not fit {img_size} pixels: each one halves the side, to 2 or more.")
@@ -87,8 +86,8 @@ class ResolutionSchedule(nn.Module):
             raise ValueError("A spectrum must not contain negative powers, infinity or NaN.")
         self.img_size, self.levels, self.delta = img_size, levels, delta
         self.times = level_times(power, img_size, levels, delta)
-        self.register_buffer("dct", dct_matrix(img_size).float(), persistent=False)
-        self.register_buffer("variance", power.reshape(-1, len(modes)).mean(0)[ring].float(), persistent=False)
+        self.variance = power.reshape(-1, len(modes)).mean(0)[ring]  # of each mode (n, n), float64 on the CPU
+        self._tables: dict[tuple, tuple[Tensor, ...]] = {}
 
     def size(self, level: int) -> int:
         return self.img_size >> level
@@ -97,20 +96,30 @@ class ResolutionSchedule(nn.Module):
         """Return the level (B,), int64, that is used at times t (B,)."""
         return (t[:, None] < t.new_tensor(self.times)).sum(1)
 
+    def _of(self, level: int, z: Tensor) -> tuple[Tensor, ...]:
+        """Return the DCT of level 0 and of `level`, L and the variance of modes, in the type and on the device of z."""
+        key = level, z.dtype, z.device
+        if key not in self._tables:
+            n, m = self.img_size, self.size(level)
+            tables = dct_matrix(n), dct_matrix(m), band_matrix(n, m), self.variance
+            self._tables[key] = tuple(table.to(z) for table in tables)
+        return self._tables[key]
+
     def reduce(self, x: Tensor, level: int) -> Tensor:
         """Return x_l: (B, C, n, n) -> (B, C, m, m)."""
-        return separable_transform(band_matrix(self.img_size, self.size(level)).to(x), x)
+        return separable_transform(self._of(level, x)[2], x)
 
     def join(self, low: Tensor, z: Tensor, t: Tensor, velocity: bool) -> Tensor:
         """Return the image whose band is `low` (B, C, m, m) and whose other modes are estimated from z (B, C, n, n).
 
         The estimate is of the data, or of the velocity; t (B,), or (1,) for all.
         """
-        m, dct = low.shape[-1], self.dct.to(z)
-        t, p = t.to(z)[:, None, None, None], self.variance.to(z)
+        m = low.shape[-1]
+        dct, dct_low, _, p = self._of((self.img_size // m).bit_length() - 1, z)
+        t = t.to(z)[:, None, None, None]
         gain = (t * p - (1 - t) if velocity else t * p) / (t * t * p + (1 - t) ** 2)  # (B, 1, n, n)
         modes = separable_transform(dct, z) * gain
-        modes[..., :m, :m] = separable_transform(dct_matrix(m).to(z), low.to(z))
+        modes[..., :m, :m] = separable_transform(dct_low, low.to(z))
         return separable_transform(dct.T, modes)
 
 

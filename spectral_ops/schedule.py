@@ -226,7 +226,9 @@ class GlobalTimeSampler:
         u, v = rng.uniform("time", 2).unbind(1)
         if self.ends is None:
             return u if self.schedule is None else torch.where(v < self.uniform_mix, u, self.schedule.time(u))
-        low, high, *tight = (repeat_to(len(u), end.to(u.device)) for end in self.ends)  # (B,), float64
+        low, high, *tight = (
+            repeat_to(len(u), end).to(u.device, non_blocking=True) for end in self.ends
+        )  # (B,), float64
         uniform = torch.lerp(low, high, u.double()).float()
         if self.schedule is None:
             return uniform

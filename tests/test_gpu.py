@@ -1,5 +1,6 @@
 """Agreement of a CUDA device with the CPU, and what only such a device can show: `make test-gpu`."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ from experiments.run import do
 from experiments.train import Run
 from sampler import guided, sample, uniform_grid
 from spectral_forcing import SpectralForcing
-from tests.conftest import flags, read_log, train
+from tests.conftest import few_digits, flags, read_log, train
 from tests.golden_inputs import GOLDEN, normals, small_denoiser
+from tools.measure_spectrum import measure
 from util import rng
+from util.data.spectrum_file import save_spectrum
 from util.rng import CounterRNG
 
 pytestmark = [
@@ -84,8 +87,19 @@ def test_attention_backends_agree(monkeypatch, backend):
         assert (a - b).abs().max() <= 5e-2 * b.abs().max() + 1e-6
 
 
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory):
+    """Flags of a run with levels of resolution."""
+    path = tmp_path_factory.mktemp("spectrum") / "digits.npz"
+    spectrum = measure(few_digits(16), np.arange(40))
+    spectrum.meta["split"] = "train"
+    save_spectrum(spectrum, path)
+    return {"resolution_schedule": "spectrum", "spectrum_file": path}
+
+
+@pytest.mark.parametrize("resolution", ["off", "spectrum"])
 @pytest.mark.parametrize("mode", ["off", "block"])
-def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatch, mode):
+def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatch, levels, mode, resolution):
     """Synchronising calls are errors within a step but the first, in which blocks and tables are made."""
     steps = []
 
@@ -98,15 +112,16 @@ def test_training_does_not_wait_for_the_device_between_logs(tmp_path, monkeypatc
             steps.append(step)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    train(tmp_path / "run", device="cuda", log_freq=100, compile=mode)
+    train(tmp_path / "run", device="cuda", log_freq=100, compile=mode, **(levels if resolution == "spectrum" else {}))
     assert steps == [0, 1, 2, 3]
 
 
-def test_training_resumes_and_agrees_with_a_cpu(tmp_path):
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("resolution", ["off", "spectrum"])
+def test_training_resumes_and_agrees_with_a_cpu(tmp_path, levels, resolution):
+    folder, settings = tmp_path / "run", levels if resolution == "spectrum" else {}
     for epochs in (1, 2):
-        train(folder, epochs=epochs, device="cuda")
-    alone = train(tmp_path / "cpu", epochs=2)
+        train(folder, epochs=epochs, device="cuda", **settings)
+    alone = train(tmp_path / "cpu", epochs=2, **settings)
     for a, b in zip(read_log(folder), read_log(alone), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)  # bf16 against float32
     assert main_jit.main(flags(resume=folder, sample=True, labels="0-3", num_per_class=2, device="cuda")) == 0

@@ -13,6 +13,7 @@ from sampler import guided, sample, uniform_grid
 from spectral_forcing import SpectralForcing
 from spectral_ops.conditioning import ImageSchedules
 from spectral_ops.residual import SpectralResidual
+from spectral_ops.resolution import ResolutionSchedule
 from tests.golden_inputs import SMALL, fill, normals
 from util import compile as compilation
 from util import cpu_layers
@@ -98,6 +99,16 @@ def test_number_of_graphs_of_a_training_step(graphs, monkeypatch, mode, name, co
         loss = step(denoiser)
         assert graphs.frame_count == count
     torch.testing.assert_close(loss, step(plain), rtol=1e-2 if "dtype" not in VARIANTS[name] else 1e-5, atol=0)
+
+
+def test_a_level_of_resolution_adds_a_graph_for_each_length_of_its_sequences(graphs):
+    """And no step traces again."""
+    denoiser = variant(levels=1)
+    denoiser.resolution = ResolutionSchedule(32, POWER[:22])
+    compile_denoiser(denoiser, "block", CPU)
+    for _ in range(2):
+        denoiser(X, Y, T, normals(2, 4, 3, 32, 32), level=(1, 0), weight=torch.ones(4)).backward()
+        assert graphs.frame_count == 7
 
 
 def test_sampling_reuses_its_graphs_and_traces_none_for_a_last_batch(graphs):
