@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments import resolution
 from experiments.results import compare, groups, load, table_of
 from experiments.run import RESULTS
 from experiments.studies import STUDIES
@@ -155,12 +156,34 @@ def gain_and_steps(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def loss_and_operations(path: Path) -> None:
+    """Held-out loss on CIFAR-10 against the operations of training, with levels of resolution and without."""
+    patches = (4, 8)
+    figure = Figure(figsize=(4.6 * len(patches), 3.6), layout="constrained")
+    styles = {"plain": "ko", "linear": "C7o", "levels": "C0s-", "linear_levels": "C3s-"}
+    for ax, patch in zip(figure.subplots(1, len(patches)), patches, strict=True):
+        found = resolution.by_cost(resolution.lines_of(patch))
+        for arm, style in styles.items():
+            keys = sorted(key for key in found if key[0] == arm)
+            x, y = ([found[key][name] for key in keys] for name in ("operations", "density"))
+            half = [0 if math.isinf(d.half) else 100 * d.half / d.reference for d in y]
+            ax.errorbar(x, [d.percent for d in y], yerr=half, fmt=style, capsize=3, label=arm)
+            for key, share, change in zip(keys, x, y, strict=True):
+                ax.annotate(f"{key[1]:,}", (share, change.percent), (5, 5), textcoords="offset points", fontsize=8)
+        ax.set(title=f"CIFAR-10, patch {patch}", xlabel="operations of training (plain, 600 steps: 1)")
+        ax.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("held-out loss against plain, %")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
     "excess_maps": excess_maps,
     "where_it_helps": where_it_helps,
     "lost_and_hidden": lost_and_hidden,
     "cutoffs_on_photographs": cutoffs_on_photographs,
     "gain_and_steps": gain_and_steps,
+    "loss_and_operations": loss_and_operations,
 }
 
 

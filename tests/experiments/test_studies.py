@@ -19,7 +19,20 @@ import torch
 import torch.nn.functional as F
 
 from denoiser import Denoiser
-from experiments import arms, data, few_steps, figures, principle, results, run, samples, studies, synthetic, train
+from experiments import (
+    arms,
+    data,
+    few_steps,
+    figures,
+    principle,
+    resolution,
+    results,
+    run,
+    samples,
+    studies,
+    synthetic,
+    train,
+)
 from experiments.arms import ARMS, input_operator
 from experiments.train import Run
 from sampler import SOLVERS, evaluations
@@ -400,11 +413,12 @@ def test_runs_of_different_settings_are_not_compared(name):
 def test_figures_come_from_the_lines(tmp_path, monkeypatch, capsys):
     def fake(study):
         return [
-            line(level=1 + 0.1 * r.seed + 0.2 * (r.arm == "linear")) | {"run": asdict(r)}
+            line(level=1 + 0.1 * r.seed + 0.2 * (r.arm == "linear")) | {"run": asdict(r), "tflop": 1.0}
             for r in studies.STUDIES[study].runs()
         ], []
 
     monkeypatch.setattr(figures, "load", fake)
+    monkeypatch.setattr(resolution, "load", fake)
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     points = [
         {"data": kind, "arm": arm, "hidden_noise": 0.5, "lost_percent": {"hard": 1.0}}
@@ -417,6 +431,38 @@ def test_figures_come_from_the_lines(tmp_path, monkeypatch, capsys):
     (tmp_path / "principle.jsonl").unlink()
     assert figures.main(["--out", str(tmp_path / "fewer")]) == 0
     assert "lost_and_hidden.png is left out" in capsys.readouterr().err
+
+
+def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, capsys):
+    def fake(study):
+        if study != "resolution":
+            raise UserError("not run")
+        made = [("plain", 600, 1.0, 10.0), ("levels", 600, 0.8, 5.0), ("levels", 1200, 0.7, 10.5)]
+        runs = [(patch, seed, *run) for patch in (4, 8) for seed in (0, 1) for run in made]
+        return [
+            line(arm, seed, level + seed, patch=patch, steps=steps) | {"tflop": cost, "train_s": 2 * cost}
+            for patch, seed, arm, steps, level, cost in runs
+        ], []
+
+    monkeypatch.setattr(resolution, "load", fake)
+    found = resolution.by_cost(resolution.lines_of(4))
+    assert list(found) == [("plain", 600), ("levels", 600), ("levels", 1200)]
+    assert found["levels", 1200]["operations"] == found["levels", 1200]["seconds"] == pytest.approx(1.05)
+    assert found["levels", 600]["density"].percent == pytest.approx(-100 * 0.2 / 1.5)
+    assert resolution.main() == 0
+    assert capsys.readouterr().out.count("| levels | 1200 | 1.05 | 1.05 | -20.0% ± 0.0 |") == 2
+    monkeypatch.setattr(resolution, "load", lambda study: ([line(patch=8, steps=600)], []))
+    assert resolution.main() == 2 and "no run of plain JiT at patch 4" in capsys.readouterr().err
+
+
+def test_operations_are_those_of_the_steps_and_of_each_level():
+    """A level with a quarter of the patches: products with patches are a quarter, attention is less, embeddings are not."""
+    plain = train.operations(Run("cifar10", 4, "plain", 0, steps=2))
+    assert train.operations(Run("cifar10", 4, "plain", 0, steps=6)) == 3 * plain
+    arm = train.time_sampler(ARMS["levels"], "cifar10", train.CPU)
+    share = sum(0.25**level for level in arm.levels) / 8
+    found = train.operations(Run("cifar10", 4, "levels", 0, steps=2))
+    assert found / plain == pytest.approx(share, abs=0.03)
 
 
 # --- in principle ---------------------------------------------------------------------------------------------------
