@@ -456,7 +456,7 @@ def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, capsys)
 
 
 def test_operations_are_those_of_the_steps_and_of_each_level():
-    """A level with a quarter of the patches: products with patches are a quarter, attention is less, embeddings are not."""
+    """Of a level with a quarter of the patches: products with patches are a quarter, attention less, embeddings not."""
     plain = train.operations(Run("cifar10", 4, "plain", 0, steps=2))
     assert train.operations(Run("cifar10", 4, "plain", 0, steps=6)) == 3 * plain
     arm = train.time_sampler(ARMS["levels"], "cifar10", train.CPU)
