@@ -36,9 +36,7 @@ class TimeSampler(Protocol):
     """Distribution of training times: LogitNormal, or one of spectral_ops."""
 
     def for_images(self, x: Tensor) -> "TimeSampler": ...  # that of the images x (B, C, H, W)
-    def within(
-        self, low: Tensor, high: Tensor
-    ) -> "TimeSampler": ...  # given that sample i is in low .. high (G,), i % G
+    def within(self, low: Tensor, high: Tensor) -> "TimeSampler": ...  # sample i in low .. high (G,), number i % G
     def sample(self, rng: RandomNumbers) -> Tensor: ...  # t (B,), float32
     def cdf(self, t: Tensor) -> Tensor: ...  # probability of a time below t: (M,) in [0, 1] -> float64 (M,)
 

@@ -75,8 +75,11 @@ class ResolutionSchedule:
 
     def __init__(self, img_size: int, power: Tensor | Sequence, levels: int = 1, delta: float = 0.05):
         power = torch.as_tensor(power, dtype=torch.float64, device="cpu")
-        if levels < 1 or img_size % 2**levels or img_size >> levels < 2:
-            raise ValueError(f"{levels} levels do not fit {img_size} pixels: each one halves the side, to 2 or more.")
+        if not 0 < levels < GROUP or img_size % 2**levels or img_size >> levels < 2:
+            raise ValueError(
+                f"{levels} levels do not fit {img_size} pixels: each halves the side, to 2 or more, and "
+                f"{GROUP - 1} are the most."
+            )
         if not 0 < delta < math.inf:
             raise ValueError(f"delta {delta}, the SNR from which a mode must be seen, must be a positive number.")
         ring, modes = dct_rings(img_size)

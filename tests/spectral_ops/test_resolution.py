@@ -280,6 +280,7 @@ class TestDenoiser:
     def test_settings_that_cannot_work_are_refused(self):
         for arguments, words in [
             ((12, ring_power(12), 3), "3 levels do not fit 12 pixels"),
+            ((512, ring_power(512), 8), "7 are the most"),
             ((N, ring_power(), 1, 0.0), "delta 0.0"),
             ((N, ring_power()[:-1]), "rings of DCT modes were expected"),
             ((N, -ring_power()), "negative powers"),
