@@ -167,10 +167,18 @@ def markdown(lines: Sequence[Mapping[str, Any]], against: str) -> str:
         out.append("|---" * (len(names) + 3) + "|")
         for arm, differences in compare(group, against).items():
             decides = differences[names[0]]
-            cells = ["" if arm == against else str(differences[name]) for name in names]
+            cells = [cell(name, differences[name], arm == against) for name in names]
             out.append(f"| {arm} | {decides.reference + decides.mean:.4g} | {' | '.join(cells)} | {decides.pairs} |")
         out.append("")
     return "\n".join(out)
+
+
+def cell(name: str, found: Difference, is_reference: bool) -> str:
+    """Return a difference in percent; of shares and gaps, which may be near 0, the value and the difference itself."""
+    if name not in ("precision", "recall", "spectrum_gap"):
+        return "" if is_reference else str(found)
+    value = f"{found.reference + found.mean:.3f}"
+    return value if is_reference else f"{value} ({found.mean:+.3f} ± {found.half:.3f})"
 
 
 def provenance_line(lines: Sequence[Mapping[str, Any]], study: str) -> str:
