@@ -9,7 +9,7 @@ Shapes: x, z, e, v (B, C, H, W); t, y (B,), in sampling also t (1,) for all samp
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -51,6 +51,11 @@ class LogitNormal:
 
     def within(self, low: Tensor, high: Tensor) -> "LogitNormal":
         return replace(self, ends=(self.cdf(low), self.cdf(high)))
+
+    @property
+    def mass(self) -> Tensor:
+        """The probability of the intervals of `within`, float64 (G,)."""
+        return self.ends[1] - self.ends[0]
 
     def for_images(self, x: Tensor) -> "LogitNormal":
         return self
@@ -233,7 +238,7 @@ class Denoiser(nn.Module):
         seen = z if self.input_operator is None else self.input_operator(z, t)
         if self.resolution is None:
             return self._network(seen, t, y, *condition)
-        if level is None:
+        if by_time := level is None:
             level = self.resolution.level_of(t.cpu())  # (B,)
         else:
             level = repeat_to(len(z), torch.tensor(level, device="cpu"))
@@ -244,7 +249,8 @@ class Denoiser(nn.Module):
         order = torch.cat(groups).argsort().to(z.device, non_blocking=True)
         groups = [group.to(z.device, non_blocking=True) for group in groups]
         parts = zip(levels, groups, strict=True)
-        out = [self._at_level(n, *(part[group] for part in (z, seen, t, y, *condition))) for n, group in parts]
+        with torch.compiler.set_stance("eager_on_recompile") if by_time else nullcontext():  # groups of any size
+            out = [self._at_level(n, *(part[group] for part in (z, seen, t, y, *condition))) for n, group in parts]
         return torch.cat(out)[order]
 
     def _network(self, seen: Tensor, t: Tensor, y: Tensor, *condition: Tensor) -> Tensor:

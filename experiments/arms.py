@@ -63,6 +63,11 @@ class HalfUniform:
     def within(self, low: Tensor, high: Tensor) -> "HalfUniform":
         return HalfUniform((low, high, LogitNormal().cdf(low), LogitNormal().cdf(high)))
 
+    @property
+    def mass(self) -> Tensor:
+        low, high, p_low, p_high = self.ends
+        return (high - low + p_high - p_low) / 2
+
     def for_images(self, x: Tensor) -> "HalfUniform":
         return self
 

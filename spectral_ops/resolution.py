@@ -5,17 +5,19 @@ Level l holds the lowest (n / 2^l)^2 modes of the orthonormal DCT of an image, t
     x_l = L x L^T,   L = D_m^T D_n[:m],   m = n / 2^l,   L L^T = I
 
 White noise stays white with the same variance, and each mode keeps its signal-to-noise ratio: t, path, loss and
-guidance are the same at all levels. Level l is used for t < t_l, the first time at which a mode outside of its band
-reaches the SNR delta, so t_1 > t_2 > ...; level 0, the whole image, for t >= t_1.
+guidance are the same at all levels. Level l is used for t < t_l, the first time at which a ring outside of its band
+reaches the SNR delta, so t_1 >= t_2 >= ...; level 0, the whole image, for t >= t_1. A ring's SNR is the mean of its
+modes: in photographs single modes, on the axes, have up to three times as much.
 
-Modes outside of the band are not given to the network. Their data is estimated by Wiener's filter, for variances P and
-noise of variance 1:
+Modes outside of the band are not given to the network. Their data is estimated by Wiener's filter, for noise of
+variance 1 and a variance P, the mean over the ring and the colour axes:
 
     x = t P / (t^2 P + (1 - t)^2) z,     v = (x - z) / (1 - t) = (t P - (1 - t)) / (t^2 P + (1 - t)^2) z
 
-For Gaussian modes that are independent of the others it is the best estimate, and the flow of v maps e to
-sqrt(t^2 P + (1 - t)^2) e, which has the variance of the marginal at t. Predicting their mean, 0, instead would have the
-error P where the best one is P / (1 + SNR): a factor of at most 1 + delta.
+For independent Gaussian modes of mean 0 and variance P it is the best estimate, and the flow of v maps e to
+sqrt(t^2 P + (1 - t)^2) e, which has the variance of the marginal at t. Predicting 0 instead would have the error P, a
+factor of 1 + SNR, at most 1 + delta, above the least one. With correlated colours, as in photographs, the estimate lies
+between the two.
 
 Shapes: B batch, C channels, n image size, m size of a level, A colour axes, K rings of DCT modes.
 """
@@ -47,7 +49,7 @@ def outside(n: int, m: int) -> Tensor:
 
 
 def level_times(power: Tensor, n: int, levels: int, delta: float) -> tuple[float, ...]:
-    """Return t_1 >= ... >= t_levels: until t_l, no mode outside of level l has an SNR of `delta` or more.
+    """Return t_1 >= ... >= t_levels: until t_l, no ring outside of level l has an SNR of `delta` or more.
 
     `power` are the variances of DCT modes in each ring, in units of the noise's: (K,), or (A, K) along colour axes.
     """
@@ -66,7 +68,7 @@ class ResolutionSchedule:
         power: variances of DCT modes in each ring divided by noise_scale^2, (K,), or (A, K) along colour axes. The
             times follow from the largest axis, the estimate of hidden modes from the mean over axes.
         levels: number of levels beside level 0.
-        delta: SNR from which a mode must be seen.
+        delta: SNR from which a ring must be seen.
 
     Raises:
         ValueError: a size that 2^levels does not divide into at least 2 pixels; a power of other rings, negative or not
@@ -81,7 +83,7 @@ class ResolutionSchedule:
                 f"{GROUP - 1} are the most."
             )
         if not 0 < delta < math.inf:
-            raise ValueError(f"delta {delta}, the SNR from which a mode must be seen, must be a positive number.")
+            raise ValueError(f"delta {delta}, the SNR from which a ring must be seen, must be a positive number.")
         ring, modes = dct_rings(img_size)
         if power.ndim not in (1, 2) or power.shape[-1] != len(modes):
             raise ValueError(f"{len(modes)} rings of DCT modes were expected, not {tuple(power.shape)}.")
@@ -104,8 +106,9 @@ class ResolutionSchedule:
         key = level, z.dtype, z.device
         if key not in self._tables:
             n, m = self.img_size, self.size(level)
-            tables = dct_matrix(n), dct_matrix(m), band_matrix(n, m), self.variance
-            self._tables[key] = tuple(table.to(z) for table in tables)
+            with torch.inference_mode(False):  # training may use them later
+                tables = dct_matrix(n), dct_matrix(m), band_matrix(n, m), self.variance
+                self._tables[key] = tuple(table.to(z.device, z.dtype) for table in tables)
         return self._tables[key]
 
     def reduce(self, x: Tensor, level: int) -> Tensor:
@@ -150,7 +153,7 @@ class LevelTimes:
             self._restrict(sampler, self.low, self.high)
 
     def _restrict(self, sampler, low: Tensor, high: Tensor) -> None:
-        self.within, self.mass = sampler.within(low, high), sampler.cdf(high) - sampler.cdf(low)
+        self.within = sampler.within(low, high)
 
     def for_images(self, x: Tensor) -> "LevelTimes":
         """Return the times for a batch x (B, C, H, W)."""
@@ -168,7 +171,8 @@ class LevelTimes:
         """
         if count % GROUP:
             raise ValueError(f"A batch of {count} images is no multiple of {GROUP}, which levels of resolution need.")
-        return (repeat_to(count, self.mass) / repeat_to(count, self.share).to(self.mass)).float()
+        mass = self.within.mass
+        return (repeat_to(count, mass) / repeat_to(count, self.share).to(mass, non_blocking=True)).float()
 
     def sample(self, rng) -> Tensor:
         """Draw t (B,)."""

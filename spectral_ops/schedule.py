@@ -217,6 +217,14 @@ class GlobalTimeSampler:
         tight = () if self.schedule is None else (self.schedule.cdf(low), self.schedule.cdf(high))
         return replace(self, ends=(low, high, *tight))
 
+    @property
+    def mass(self) -> Tensor:
+        """The probability of the intervals of `within`, float64 (G,)."""
+        low, high, *tight = self.ends
+        if self.schedule is None:
+            return high - low
+        return self.uniform_mix * (high - low) + (1 - self.uniform_mix) * (tight[1] - tight[0])
+
     def for_images(self, x: Tensor) -> "GlobalTimeSampler":
         """Return the sampler for a batch x (B, C, H, W): the same for all images."""
         return self

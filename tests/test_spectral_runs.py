@@ -201,6 +201,30 @@ def test_checkpoints_and_exports_need_no_file(instance_run, spectrum_file, tmp_p
         denoiser.velocity(z, t, y)
 
 
+def test_weights_alone_with_levels_need_the_spectrum_file(instance_run, spectrum_file, tmp_path, capsys):
+    torch.save(raw(instance_run)["model_ema1"], tmp_path / "checkpoint-last.pth")
+    given = {"model": "JiT-Test/8", "img_size": 16, "class_num": 10, "dataset": "digits", "spectral_residual": "time"}
+    given |= {"t_sampler": "spectral_instance", "sf_schedule": "snr", "ema": "model", "sample": True, "labels": "1"}
+    given |= {"resume": tmp_path, "num_per_class": 1, "num_sampling_steps": 3, "device": "cpu"}
+    assert "only the file has levels: --resolution_schedule" in refused(
+        capsys, *flags(**given, spectrum_file=spectrum_file)
+    )
+    given["resolution_schedule"] = "spectrum"
+    assert "does not exist" in refused(capsys, *flags(**given, spectrum_file="/nowhere.npz"))
+    assert main_jit.main(flags(**given, spectrum_file=spectrum_file)) == 0
+
+
+def test_a_run_with_levels_resumes_with_its_own_spectrum_alone(settings, tmp_path, capsys):
+    folder = train(tmp_path / "run", epochs=1, **settings, resolution_schedule="spectrum")
+    other = tmp_path / "other.npz"
+    save_spectrum(
+        dataclasses.replace(load_spectrum(settings["spectrum_file"], 16, 10), dct_power=np.ones((3, 11))), other
+    )
+    argv = arguments(output_dir=folder, epochs=2, **{**settings, "spectrum_file": other})
+    assert "is not the spectrum file that this run was trained with" in refused(capsys, *argv)
+    train(folder, epochs=2, **settings)
+
+
 def refused(capsys, *words):
     assert main_jit.main(list(words)) == 2
     return capsys.readouterr().err

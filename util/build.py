@@ -62,6 +62,8 @@ def resolution_of(config: Any) -> ResolutionSchedule | None:
     """Return the levels of resolution, or None without --resolution_schedule."""
     if not config.levels:
         return None
+    if config.resolution_power is None:
+        raise UserError("--resolution_schedule spectrum needs the spectrum that the network was trained with.")
     power = torch.tensor(config.resolution_power, dtype=torch.float64, device="cpu") / config.noise_scale**2
     return ResolutionSchedule(config.img_size, power, config.levels, config.resolution_delta)
 

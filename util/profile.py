@@ -26,6 +26,7 @@ from denoiser import Denoiser
 from model_jit import JiT_models
 from spectral_forcing import SpectralForcing
 from spectral_ops.resolution import LevelTimes
+from util.build import describe_operators
 from util.log import duration
 
 RESERVE = 4e9  # bytes for CUDA's context, NCCL, workspaces and fragmentation, beside what follows: an assumption
@@ -93,9 +94,10 @@ def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
 class Memory:
     """Memory of training a model behind Spectral Forcing, with autocast to `dtype`."""
 
-    def __init__(self, model: str, img_size: int, dtype: torch.dtype | None = torch.bfloat16):
+    def __init__(self, model: str, img_size: int, dtype: torch.dtype | None = torch.bfloat16, levels: int = 0):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            denoiser = Denoiser(JiT_models[model](input_size=img_size), SpectralForcing(img_size), autocast_dtype=dtype)
+            net = JiT_models[model](input_size=img_size, levels=levels)
+            denoiser = Denoiser(net, SpectralForcing(img_size), autocast_dtype=dtype)
             self.one, self.two = count_saved(denoiser, 1), count_saved(denoiser, 2)
         self.shapes = [tuple(p.shape) for p in denoiser.parameters()]
         self.blocks = [sum(p.numel() for p in block.parameters()) for block in denoiser.net.blocks]
@@ -113,9 +115,11 @@ class Memory:
 def dry_run(trainer: Any) -> str:
     """Time a few training steps of a run and return what the rest of it will take, as lines of text."""
     config, ctx, cuda = trainer.config, trainer.ctx, trainer.ctx.device.type == "cuda"
-    memory = Memory(config.model, config.img_size, trainer.denoiser.autocast_dtype)
+    memory = Memory(config.model, config.img_size, trainer.denoiser.autocast_dtype, config.levels)
     fixed, image = memory.per_gpu(ctx.world_size, config.parallel, config.activation_checkpointing)
-    image *= sum(0.25**level for level in levels_of(trainer)) / len(levels_of(trainer))  # as the number of patches
+    net = trainer.denoiser.net
+    tokens = [net.in_context_len + (net.pos_embed.shape[1] >> 2 * level) for level in levels_of(trainer)]
+    image *= sum(tokens) / len(tokens) / (net.in_context_len + net.pos_embed.shape[1])
     needed = (fixed + image * config.batch_size - (0 if cuda else RESERVE)) / 1e9
     forward = mean_flops(trainer)
     flops, images = 3 * forward * config.global_batch, config.global_batch  # a backward pass costs two forward passes
@@ -133,6 +137,7 @@ def dry_run(trainer: Any) -> str:
     parameters = sum(p.numel() for p in trainer.denoiser.parameters())
     rows = {
         "model": f"{config.model} at {config.img_size} px, {parameters:,} parameters",
+        "operators": describe_operators(config),
         "arithmetic": f"{forward / 1e9:.3g} GFLOP per image and forward pass, {flops / 1e12:.3g} TFLOP per step",
         "memory, calculated": f"{needed:.3g} GB on each of {ctx.world_size}, batch size {config.batch_size}",
         "first step": f"{seconds[0]:.3g} s",

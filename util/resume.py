@@ -29,6 +29,8 @@ def load_for_inference(given: Mapping[str, Any], task: str) -> tuple[Any, Checkp
     checkpoint = load(folder, given.get("checkpoint")).with_operator(given)
     require_architecture(given, checkpoint)
     config = resolve(given, checkpoint.args, training=False)
+    if "model" not in checkpoint.args:  # weights alone, of whose training the flags say what matters
+        config = record_spectrum(config, None)
     return replace(config, resume=folder, output_dir=given.get("output_dir") or folder), checkpoint
 
 
@@ -91,7 +93,7 @@ def _block_settings(args: Mapping[str, Any]) -> list[str]:
     """Flags of further layers that a model was trained with: a run that starts from it must have them too."""
     names = []
     if args.get("resolution_schedule", "off") != "off":
-        names += ["resolution_schedule", "resolution_levels", "resolution_delta"]
+        names += ["resolution_schedule", "resolution_levels"]
     for entry in BLOCK_OPERATORS.values():
         flags = flags_of(entry.settings)
         if any(args.get(name, field.default) != field.default for name, field in flags.items()):

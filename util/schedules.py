@@ -40,23 +40,29 @@ def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:
 
     Raises UserError if a run that resumes is given another spectrum file than it was trained with.
     """
-    measured = config.sf_schedule in ("snr", "budget") and config.input_operator == "spectral_forcing"
-    measured = measured and saved_args is None
-    trained = config.t_sampler.startswith("spectral_")
-    levels = config.levels > 0 and saved_args is None
-    if not (measured or trained or levels or config.sampling_grid != "uniform"):
+    kept = {}  # setting -> what it is in the file
+    if config.sf_schedule in ("snr", "budget") and config.input_operator == "spectral_forcing":
+        kept["sf_power"] = "power" if config.sf_schedule == "snr" else "dct_power"
+    if config.levels:
+        kept["resolution_power"] = "dct_power"
+    trained, resumes = config.t_sampler.startswith("spectral_"), saved_args is not None
+    is_new = not resumes or config.spectrum_file != saved_args.get("spectrum_file")
+    if not ((kept and is_new) or trained or config.sampling_grid != "uniform"):
         return config
     spectrum = open_spectrum(config)
-    if saved_args is not None:
-        if trained and spectrum.sha256 != config.spectrum_sha256:
-            known = f"the spectrum file that this run was trained with (sha256 {config.spectrum_sha256})"
+    found = {}
+    for name, array in kept.items() if is_new else ():
+        if (power := getattr(spectrum, array)) is None:
+            raise UserError(f"{spectrum.path} is an earlier one, without the power of DCT modes. Measure it again.")
+        found[name] = power.tolist()
+    if resumes:
+        other = any(getattr(config, name) != power for name, power in found.items())
+        if other or (trained and spectrum.sha256 != config.spectrum_sha256):
+            sha256 = f" (sha256 {config.spectrum_sha256})" if config.spectrum_sha256 else ""
+            known = f"the spectrum file that this run was trained with{sha256}"
             raise UserError(f"{spectrum.path} is not {known}. Name that one with --spectrum_file.")
         return config
-    for name in ["sf_power"] * measured + ["resolution_power"] * levels:
-        power = spectrum.power if name == "sf_power" and config.sf_schedule == "snr" else spectrum.dct_power
-        if power is None:
-            raise UserError(f"{spectrum.path} is an earlier one, without the power of DCT modes. Measure it again.")
-        config = replace(config, **{name: power.tolist()})
+    config = replace(config, **found)
     if trained:
         config = replace(config, spectrum_sha256=spectrum.sha256)
     if config.t_sampler == "spectral_instance":

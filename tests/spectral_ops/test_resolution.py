@@ -68,7 +68,7 @@ class TestBands:
 
 class TestTimes:
     @pytest.mark.parametrize("delta", DELTAS)
-    def test_hidden_modes_are_below_delta_until_the_time_of_a_level_and_not_after_it(self, delta):
+    def test_hidden_rings_are_below_delta_until_the_time_of_a_level_and_not_after_it(self, delta):
         times = level_times(ring_power(), N, 3, delta)
         for level, time in enumerate(times, start=1):
             hidden = mode_variance()[outside(N, N >> level)]
@@ -113,13 +113,41 @@ class TestGaussianFields:
             least = (mode_variance() / (1 + mode_variance() * (t / (1 - t)) ** 2)).mean() / (1 - t) ** 2
             assert float(found) == pytest.approx(float(least), rel=0.02)
 
-    @pytest.mark.parametrize("delta", DELTAS)
-    def test_the_mean_instead_of_the_estimate_costs_a_factor_of_1_plus_delta_at_most(self, delta):
-        schedule = ResolutionSchedule(N, ring_power(), 2, delta)
-        for level, time in enumerate(schedule.times, start=1):
-            p = mode_variance()[outside(N, N >> level)]
-            least = p / (1 + p * (time / (1 - time)) ** 2)
-            assert (p / least).max() == pytest.approx(1 + delta)
+    @pytest.mark.parametrize("t", [0.05, 0.3, 0.9])
+    def test_both_predictions_of_a_hybrid_network(self, t):
+        class Both(ExactNetwork):
+            def forward(self, z, t, y):
+                x = super().forward(z, t, y)
+                return torch.cat([x, (x - z) / (1 - t)[:, None, None, None]], 1)
+
+        z, time = torch.randn(2, 3, N, N, dtype=torch.float64), torch.tensor([t, t], dtype=torch.float64)
+        denoiser = Denoiser(Both(), pred_param="hybrid", resolution=ResolutionSchedule(N, ring_power(), 2, 0.2))
+        torch.testing.assert_close(
+            denoiser.predict(z, time, None).double(), Both()(z, time, None), rtol=1e-5, atol=1e-5
+        )
+
+    def test_noise_of_another_scale(self):
+        """Power is in units of the noise's: the estimate is t P / (t^2 P + (1 - t)^2 s^2) z, from P / s^2."""
+        z, t, s = torch.randn(1, 1, N, N, dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64), 2.0
+        x = ResolutionSchedule(N, ring_power() / s**2).join(torch.zeros(1, 1, 8, 8), z, t, velocity=False)
+        p = mode_variance() * outside(N, 8)
+        expected = 0.2 * p / (0.2**2 * p + 0.8**2 * s**2) * separable_transform(dct_matrix(N), z)
+        torch.testing.assert_close(separable_transform(dct_matrix(N), x), expected)
+
+    def test_the_estimate_follows_from_the_mean_over_colour_axes(self):
+        axes = torch.stack([ring_power(), 0.1 * ring_power(), 0 * ring_power()])
+        schedule, mean = ResolutionSchedule(N, axes), ResolutionSchedule(N, axes.mean(0))
+        low, z, t = torch.randn(2, 3, 8, 8), torch.randn(2, 3, N, N), torch.tensor([0.1, 0.2])
+        assert torch.equal(schedule.join(low, z, t, False), mean.join(low, z, t, False))
+        assert schedule.times < mean.times  # and the times from the largest
+
+    def test_tables_of_inference_serve_training(self):
+        schedule, low = ResolutionSchedule(N, ring_power()), torch.zeros(1, 1, 8, 8, requires_grad=True)
+        z, t = torch.randn(1, 1, N, N), torch.tensor([0.2])
+        with torch.inference_mode():
+            schedule.join(low.detach(), z, t, False)
+        schedule.join(low, z, t, False).sum().backward()
+        assert low.grad.abs().max() > 0
 
     @pytest.mark.parametrize("delta", DELTAS)
     @pytest.mark.parametrize("pred_param", ["x", "v"])

@@ -3,6 +3,7 @@
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,8 +13,11 @@ import main_jit
 from denoiser import Denoiser, LogitNormal
 from spectral_forcing import SpectralForcing, dct_rings
 from spectral_ops.resolution import LevelTimes, ResolutionSchedule
-from tests.conftest import ONE, TINY, TINY_MODEL, arguments, listing, train
+from tests.conftest import ONE, TINY, TINY_MODEL, arguments, few_digits, listing, train
+from tools.measure_spectrum import measure
 from util import profile as tool
+from util.config import resolve
+from util.data.spectrum_file import save_spectrum
 from util.io import REPOSITORY
 from util.profile import TIMED, UNTIMED, Memory, count_flops, count_saved, dry_run, mean_flops
 
@@ -35,6 +39,21 @@ def test_a_level_takes_the_operations_of_images_of_its_size_and_a_run_the_mean()
     config = SimpleNamespace(model="JiT-B/16", img_size=256, class_num=10)
     assert mean_flops(SimpleNamespace(config=config, time_sampler=times)) == (7 * whole + half) / 8
     assert mean_flops(SimpleNamespace(config=config, time_sampler=LogitNormal())) == whole
+
+
+def test_dry_run_of_a_run_with_levels(tmp_path, capsys):
+    """It names the levels, and expects less memory and arithmetic than without."""
+    spectrum = measure(few_digits(16), np.arange(40))
+    spectrum.meta["split"] = "train"
+    save_spectrum(spectrum, tmp_path / "digits.npz")
+    found = []
+    for settings in ({}, {"resolution_schedule": "spectrum", "spectrum_file": tmp_path / "digits.npz"}):
+        assert main_jit.main(arguments(dry_run=True, **settings)) == 0
+        found.append(rows_of(capsys.readouterr().out))
+    plain, levels = found
+    assert "resolution: 8 px until t = 0.395" in levels["operators"]
+    assert float(levels["arithmetic"].split()[0]) < float(plain["arithmetic"].split()[0])
+    assert float(levels["memory, calculated"].split()[0]) < float(plain["memory, calculated"].split()[0])
 
 
 def build(dtype):
@@ -127,8 +146,8 @@ def test_projection_is_the_median_without_the_first_steps_and_those_read_ahead(m
         clock[0] += 9 if len(steps) <= UNTIMED + 1 else 4
         return torch.zeros(())
 
-    config = SimpleNamespace(model=TINY, img_size=16, class_num=10, parallel="ddp", activation_checkpointing=False)
-    config.batch_size, config.global_batch, config.accum_iter, config.epochs = 4, 16, 4, 2
+    given = {"dataset": "digits", "model": TINY, "img_size": 16, "epochs": 2}
+    config = resolve({**given, "batch_size": 4, "global_batch": 16, "accum_iter": 4})
     loader = SimpleNamespace(num_workers=2, prefetch_factor=2, __iter__=lambda: iter(()))
     trainer = SimpleNamespace(config=config, ctx=ONE, denoiser=build(None), step=100, steps_per_epoch=1000)
     trainer.loader = type("Loader", (), vars(loader) | {"__iter__": lambda self: iter(())})()

@@ -251,7 +251,7 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path
         what = "; ".join(wrong[:4]) + "; ..." * (len(wrong) > 4)
         for name, flag in OPTIONAL.items():
             has, wants = (any(f".{name}." in key for key in keys) for keys in (state, own))
-            what += f" (only {'the file' if has else 'the network'} has a {name}: {flag})" if has != wants else ""
+            what += f" (only {'the file' if has else 'the network'} has {name}: {flag})" if has != wants else ""
         raise UserError(f"{path} does not fit the network: {what}.")
 
 
