@@ -16,7 +16,7 @@ from typing import Any
 from experiments.results import Difference, load, numbers, paired
 from util.errors import UserError
 
-STUDIES = ("resolution", "resolution_longer", "resolution_kinds")
+STUDIES = ("resolution", "resolution_time", "resolution_longer", "resolution_kinds")
 PLAIN = ("plain", 600)
 Key = tuple[str, int]  # arm, steps
 

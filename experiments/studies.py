@@ -120,6 +120,14 @@ STUDIES = {
         arms=("plain", "linear", "levels", "linear_levels"),
         images=1000,
     ),
+    "resolution_time": Study(  # 800 steps take about as long as 600 without levels: networks so small have other costs
+        "The same, with the steps that fit into the same time.",
+        data=("cifar10",),
+        patches=(4, 8),
+        arms=("levels", "linear_levels"),
+        steps=(800,),
+        images=1000,
+    ),
     "resolution_longer": Study(  # about the operations of 600 steps without levels
         "The same, with the steps that the saved operations pay for.",
         data=("cifar10",),
