@@ -1,24 +1,75 @@
 """Levels of resolution beside the whole image, against what training costs: a table from the JSON lines alone.
 
     python -m experiments.resolution
+    python -m experiments.resolution --time     first measures the time of a step, all arms in turns, a few minutes
 
 Runs of different lengths are compared on purpose: the loss of each arm and number of steps beside that of plain JiT
-after 600 steps with the same seed, and the operations of training (the network's matrix products, two per multiply-add;
-the transforms to and from a level add 1% to 4%) and its seconds as shares of plain JiT's. Seconds are those of one
-thread of a busy machine.
+after 600 steps with the same seed. Costs are shares of that run's: the operations of training (the network's matrix
+products, two per multiply-add; the transforms to and from a level add 1% to 4%), and the processor time of the steps.
 """
 
+import argparse
+import json
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from experiments.results import Difference, load, numbers, paired
+from experiments.run import read_lines, results_file
+from experiments.train import CPU, Run, train
 from util.errors import UserError
+from util.io import provenance
 
 STUDIES = ("resolution", "resolution_time", "resolution_longer", "resolution_kinds")
+ARMS, PATCHES, TURNS = ("plain", "linear", "levels", "linear_levels"), (4, 8), 7
 PLAIN = ("plain", 600)
 Key = tuple[str, int]  # arm, steps
+
+
+def step_time(run: Run, short: int = 2, long: int = 8) -> float:
+    """Return the processor seconds of a training step: what a longer training takes more, so that set-up cancels."""
+
+    def cost(steps: int) -> float:
+        start = time.process_time()
+        train(replace(run, steps=steps))
+        return time.process_time() - start
+
+    return (cost(long) - cost(short)) / (long - short)
+
+
+def measure_times() -> None:
+    """Append a line for each patch size: the time of a step of each arm over that of plain JiT, median and range."""
+    torch.set_num_threads(1)
+    for patch in PATCHES:
+        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for _ in range(TURNS):
+            for arm in ARMS:
+                seconds[arm].append(step_time(Run("cifar10", patch, arm, 0)))
+        ratios = {
+            arm: sorted(a / plain for a, plain in zip(values, seconds["plain"], strict=True))
+            for arm, values in seconds.items()
+        }
+        line = {
+            "patch": patch,
+            "plain_s": round(statistics.median(seconds["plain"]), 4),
+            "ratio": {arm: round(statistics.median(values), 3) for arm, values in ratios.items()},
+            "range": {arm: [round(values[0], 3), round(values[-1], 3)] for arm, values in ratios.items()},
+            **provenance(CPU),
+            "command": ["python", "-m", "experiments.resolution", "--time"],
+        }
+        with open(results_file("resolution_step"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def step_ratios(patch: int) -> dict[str, float]:
+    """Return the time of a step of each arm over that of plain JiT, as last measured; empty if it was not."""
+    lines = [line for line in read_lines(results_file("resolution_step")) if line["patch"] == patch]
+    return lines[-1]["ratio"] if lines else {}
 
 
 def lines_of(patch: int) -> list[Mapping[str, Any]]:
@@ -35,15 +86,13 @@ def lines_of(patch: int) -> list[Mapping[str, Any]]:
 
 
 def by_cost(lines: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
-    """Return, for each arm and number of steps, the shares of operations and seconds, and the losses beside PLAIN."""
+    """Return, for each arm and number of steps, the share of operations, and the losses beside those of PLAIN."""
     runs: dict[Key, dict[int, Mapping[str, Any]]] = {}
     for line in lines:
         runs.setdefault((line["run"]["arm"], line["run"]["steps"]), {})[line["run"]["seed"]] = line
 
-    def share(key: Key, name: str) -> float:
-        return statistics.mean(line[name] for line in runs[key].values()) / statistics.mean(
-            line[name] for line in runs[PLAIN].values()
-        )
+    def operations(key: Key) -> float:
+        return statistics.mean(line["tflop"] for line in runs[key].values())
 
     def difference(key: Key, name: str) -> Difference:
         of, plain = ({seed: numbers(line)[name] for seed, line in runs[k].items()} for k in (key, PLAIN))
@@ -51,8 +100,7 @@ def by_cost(lines: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
 
     return {
         key: {
-            "operations": share(key, "tflop"),
-            "seconds": share(key, "train_s"),
+            "operations": operations(key) / operations(PLAIN),
             "density": difference(key, "density"),
             "uniform": difference(key, "uniform"),
         }
@@ -61,19 +109,27 @@ def by_cost(lines: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
 
 
 def markdown(patch: int) -> str:
-    out = [f"CIFAR-10, patch {patch}; plain JiT after 600 steps is 1 and 0%:\n"]
-    out += ["| arm | steps | operations | seconds | loss | equal weight for all t | seeds |", "|---" * 7 + "|"]
+    out, ratios = [f"CIFAR-10, patch {patch}; plain JiT after 600 steps is 1 and 0%:\n"], step_ratios(patch)
+    out += ["| arm | steps | operations | time | loss | equal weight for all t | seeds |", "|---" * 7 + "|"]
     for (arm, steps), found in by_cost(lines_of(patch)).items():
-        costs = f"{found['operations']:.2f} | {found['seconds']:.2f}"
-        out.append(
-            f"| {arm} | {steps} | {costs} | {found['density']} | {found['uniform']} | {found['density'].pairs} |"
-        )
+        seconds = f"{ratios[arm] * steps / PLAIN[1]:.2f}" if arm in ratios else "-"
+        losses = f"{found['density']} | {found['uniform']} | {found['density'].pairs}"
+        out.append(f"| {arm} | {steps} | {found['operations']:.2f} | {seconds} | {losses} |")
     return "\n".join(out)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.resolution",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--time", action="store_true", help="measure the time of a step")
+    args = parser.parse_args(argv)
     try:
-        print("\n\n".join(markdown(patch) for patch in (4, 8)))
+        if args.time:
+            measure_times()
+        print("\n\n".join(markdown(patch) for patch in PATCHES))
     except UserError as error:
         print(f"experiments.resolution: error: {error}", file=sys.stderr)
         return 2

@@ -433,26 +433,33 @@ def test_figures_come_from_the_lines(tmp_path, monkeypatch, capsys):
     assert "lost_and_hidden.png is left out" in capsys.readouterr().err
 
 
-def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, capsys):
+def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, tmp_path, capsys):
     def fake(study):
         if study != "resolution":
             raise UserError("not run")
         made = [("plain", 600, 1.0, 10.0), ("levels", 600, 0.8, 5.0), ("levels", 1200, 0.7, 10.5)]
         runs = [(patch, seed, *run) for patch in (4, 8) for seed in (0, 1) for run in made]
         return [
-            line(arm, seed, level + seed, patch=patch, steps=steps) | {"tflop": cost, "train_s": 2 * cost}
+            line(arm, seed, level + seed, patch=patch, steps=steps) | {"tflop": cost}
             for patch, seed, arm, steps, level, cost in runs
         ], []
 
     monkeypatch.setattr(resolution, "load", fake)
     found = resolution.by_cost(resolution.lines_of(4))
     assert list(found) == [("plain", 600), ("levels", 600), ("levels", 1200)]
-    assert found["levels", 1200]["operations"] == found["levels", 1200]["seconds"] == pytest.approx(1.05)
+    assert found["levels", 1200]["operations"] == pytest.approx(1.05)
     assert found["levels", 600]["density"].percent == pytest.approx(-100 * 0.2 / 1.5)
-    assert resolution.main() == 0
-    assert capsys.readouterr().out.count("| levels | 1200 | 1.05 | 1.05 | -20.0% ± 0.0 |") == 2
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    assert resolution.main([]) == 0
+    assert capsys.readouterr().out.count("| levels | 1200 | 1.05 | - | -20.0% ± 0.0 |") == 2
+    seconds = {"plain": [4.0, 2.0], "levels": [1.0, 1.0]}
+    monkeypatch.setattr(resolution, "step_time", lambda of: seconds[of.arm][of.patch // 8])
+    monkeypatch.setattr(resolution, "ARMS", ("plain", "levels"))
+    assert resolution.main(["--time"]) == 0
+    said = capsys.readouterr().out
+    assert "| levels | 1200 | 1.05 | 0.50 |" in said and "| levels | 1200 | 1.05 | 1.00 |" in said
     monkeypatch.setattr(resolution, "load", lambda study: ([line(patch=8, steps=600)], []))
-    assert resolution.main() == 2 and "no run of plain JiT at patch 4" in capsys.readouterr().err
+    assert resolution.main([]) == 2 and "no run of plain JiT at patch 4" in capsys.readouterr().err
 
 
 def test_operations_are_those_of_the_steps_and_of_each_level():
@@ -461,6 +468,7 @@ def test_operations_are_those_of_the_steps_and_of_each_level():
     assert train.operations(Run("cifar10", 4, "plain", 0, steps=6)) == 3 * plain
     arm = train.time_sampler(ARMS["levels"], "cifar10", train.CPU)
     share = sum(0.25**level for level in arm.levels) / 8
+    assert resolution.step_time(Run("cifar10", 16, "plain", 0), 1, 3) > 0
     found = train.operations(Run("cifar10", 4, "levels", 0, steps=2))
     assert found / plain == pytest.approx(share, abs=0.03)
 
