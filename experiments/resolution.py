@@ -1,7 +1,8 @@
 """Levels of resolution beside the whole image, against what training costs: a table from the JSON lines alone.
 
     python -m experiments.resolution
-    python -m experiments.resolution --time     first measures the time of a step, all arms in turns, a few minutes
+    python -m experiments.resolution --time             first measures the time of a step, all arms in turns, minutes
+    python -m experiments.resolution --spectrum FILE    operations that levels save with the spectrum of other images
 
 Runs of different lengths are compared on purpose: the loss of each arm and number of steps beside that of plain JiT
 after 600 steps with the same seed. Costs are shares of that run's: the operations of training (the network's matrix
@@ -15,17 +16,25 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from denoiser import LogitNormal
 from experiments.results import Difference, load, numbers, paired
 from experiments.run import read_lines, results_file
 from experiments.train import CPU, Run, train
+from model_jit import JiT_models
+from spectral_ops.resolution import LevelTimes, ResolutionSchedule
+from util.data.spectrum_file import load_spectrum
 from util.errors import UserError
 from util.io import provenance
+from util.profile import count_flops
 
 STUDIES = ("resolution", "resolution_time", "resolution_longer", "resolution_kinds")
+MODELS = ("JiT-B/16", "JiT-B/32", "JiT-700M")
 ARMS, PATCHES, TURNS = ("plain", "linear", "levels", "linear_levels"), (4, 8), 7
 PLAIN = ("plain", 600)
 Key = tuple[str, int]  # arm, steps
@@ -70,6 +79,29 @@ def step_ratios(patch: int) -> dict[str, float]:
     """Return the time of a step of each arm over that of plain JiT, as last measured; empty if it was not."""
     lines = [line for line in read_lines(results_file("resolution_step")) if line["patch"] == patch]
     return lines[-1]["ratio"] if lines else {}
+
+
+def savings(file: Path) -> str:
+    """Return a table for a spectrum file: operations of the network without levels over those with, in training."""
+    try:
+        with np.load(file) as content:
+            meta = json.loads(str(content["meta"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is no spectrum file of tools.measure_spectrum ({error!r}).") from error
+    size = meta["img_size"]
+    power = load_spectrum(file, size, meta["class_num"]).dct_power
+    out = [f"| {size} px: levels | t_1, t_2, ... | " + " | ".join(MODELS) + " |", "|---" * (2 + len(MODELS)) + "|"]
+    for count in (1, 2):
+        schedule, ratios = ResolutionSchedule(size, power, count), []
+        for model in MODELS:
+            if size % (JiT_models[model].keywords["patch_size"] << count):
+                ratios.append("-")
+                continue
+            levels = LevelTimes(LogitNormal(), schedule).levels
+            mean = statistics.mean(count_flops(model, size, level) for level in levels)
+            ratios.append(f"{count_flops(model, size) / mean:.1f}")
+        out.append(f"| {count} | {', '.join(f'{t:.2f}' for t in schedule.times)} | {' | '.join(ratios)} |")
+    return "\n".join(out)
 
 
 def lines_of(patch: int) -> list[Mapping[str, Any]]:
@@ -125,8 +157,12 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--time", action="store_true", help="measure the time of a step")
+    parser.add_argument("--spectrum", type=Path, metavar="FILE", help="from tools.measure_spectrum")
     args = parser.parse_args(argv)
     try:
+        if args.spectrum:
+            print(savings(args.spectrum))
+            return 0
         if args.time:
             measure_times()
         print("\n\n".join(markdown(patch) for patch in PATCHES))

@@ -36,7 +36,8 @@ from experiments import (
 from experiments.arms import ARMS, input_operator
 from experiments.train import Run
 from sampler import SOLVERS, evaluations
-from spectral_forcing import SpectralForcing, dct_rings
+from spectral_forcing import SpectralForcing, dct_rings, num_rings
+from util.data import spectrum_file
 from util.errors import UserError
 from util.io import REPOSITORY
 
@@ -460,6 +461,20 @@ def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, tmp_pat
     assert "| levels | 1200 | 1.05 | 0.50 |" in said and "| levels | 1200 | 1.05 | 1.00 |" in said
     monkeypatch.setattr(resolution, "load", lambda study: ([line(patch=8, steps=600)], []))
     assert resolution.main([]) == 2 and "no run of plain JiT at patch 4" in capsys.readouterr().err
+
+
+def test_savings_with_the_spectrum_of_other_images(tmp_path, capsys):
+    k = np.maximum(np.arange(len(dct_rings(64)[1])), 1)
+    meta = {"img_size": 64, "class_num": 3}
+    fourier = np.ones(num_rings(64))
+    arrays = {name: np.ones(3) for name in spectrum_file.ARRAYS} | {"power": fourier, "centred": fourier}
+    np.savez(tmp_path / "x.npz", meta=np.array(json.dumps(meta)), dct_power=np.stack([400.0 / k**2.7] * 3), **arrays)
+    assert resolution.main(["--spectrum", str(tmp_path / "x.npz")]) == 0
+    header, _, one, two = capsys.readouterr().out.splitlines()
+    assert header.startswith("| 64 px: levels") and one.startswith("| 1 | 0.") and two.startswith("| 2 | 0.")
+    assert all(float(ratio) > 1 for ratio in one.split("|")[3:6]) and two.endswith("| - | - |")
+    assert resolution.main(["--spectrum", str(tmp_path / "none.npz")]) == 2
+    assert "is no spectrum file" in capsys.readouterr().err
 
 
 def test_operations_are_those_of_the_steps_and_of_each_level():
