@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from denoiser import LogitNormal
-from experiments.results import Difference, load, numbers, paired
+from experiments.results import Difference, cell, load, numbers, paired
 from experiments.run import read_lines, results_file
 from experiments.train import CPU, Run, train
 from model_jit import JiT_models
@@ -119,25 +119,49 @@ def lines_of(patch: int) -> list[Mapping[str, Any]]:
 
 def by_cost(lines: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
     """Return, for each arm and number of steps, the share of operations, and the losses beside those of PLAIN."""
-    runs: dict[Key, dict[int, Mapping[str, Any]]] = {}
-    for line in lines:
-        runs.setdefault((line["run"]["arm"], line["run"]["steps"]), {})[line["run"]["seed"]] = line
+    runs = by_arm_and_steps(lines)
 
     def operations(key: Key) -> float:
         return statistics.mean(line["tflop"] for line in runs[key].values())
 
-    def difference(key: Key, name: str) -> Difference:
-        of, plain = ({seed: numbers(line)[name] for seed, line in runs[k].items()} for k in (key, PLAIN))
-        return paired(of, plain)
-
     return {
         key: {
             "operations": operations(key) / operations(PLAIN),
-            "density": difference(key, "density"),
-            "uniform": difference(key, "uniform"),
+            "density": difference(runs, key, PLAIN, "density"),
+            "uniform": difference(runs, key, PLAIN, "uniform"),
         }
-        for key in sorted(runs, key=lambda key: (key[1], list(runs).index(key)))
+        for key in runs
     }
+
+
+def by_arm_and_steps(lines: Sequence[Mapping[str, Any]]) -> dict[Key, dict[int, Mapping[str, Any]]]:
+    """Return (arm, steps) -> seed -> line, the shortest runs first."""
+    runs: dict[Key, dict[int, Mapping[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: line["run"]["steps"]):
+        runs.setdefault((line["run"]["arm"], line["run"]["steps"]), {})[line["run"]["seed"]] = line
+    return runs
+
+
+def difference(runs: Mapping[Key, Mapping[int, Mapping[str, Any]]], key: Key, against: Key, name: str) -> Difference:
+    of, reference = ({seed: numbers(line)[name] for seed, line in runs[k].items()} for k in (key, against))
+    return paired(of, reference)
+
+
+def samples() -> str:
+    """Return the table of samples at patch 8, beside those of plain JiT after 600 steps. Raises UserError."""
+    runs = by_arm_and_steps([line for study in ("cifar10_samples", "resolution_samples") for line in load(study)[0]])
+    names, against = ("fd_effnet_lite0", "precision", "recall", "spectrum_gap"), ("half", 600)
+    out = [
+        "CIFAR-10, patch 8, samples:\n",
+        f"| arm | steps | FD-EffNet-Lite0 | against half | {' | '.join(names[1:])} |",
+    ]
+    out.append("|---" * 7 + "|")
+    for key in runs:
+        found = {name: difference(runs, key, against, name) for name in names}
+        distance = found[names[0]]
+        cells = " | ".join(cell(name, found[name], key == against) for name in names)
+        out.append(f"| {key[0]} | {key[1]} | {distance.reference + distance.mean:.0f} | {cells} |")
+    return "\n".join(out)
 
 
 def markdown(patch: int) -> str:
@@ -166,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.time:
             measure_times()
         print("\n\n".join(markdown(patch) for patch in PATCHES))
+        print(f"\n{samples()}")
     except UserError as error:
         print(f"experiments.resolution: error: {error}", file=sys.stderr)
         return 2

@@ -436,6 +436,10 @@ def test_figures_come_from_the_lines(tmp_path, monkeypatch, capsys):
 
 def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, tmp_path, capsys):
     def fake(study):
+        if study in ("cifar10_samples", "resolution_samples"):
+            arm, steps, distance = ("half", 600, 800.0) if study == "cifar10_samples" else ("levels_half", 1100, 600.0)
+            found = {"fd_effnet_lite0": distance, "precision": 0.5, "recall": 0.1, "spectrum_gap": 0.2}
+            return [line(arm, seed, steps=steps) | {"samples": [found]} for seed in (0, 1)], []
         if study != "resolution":
             raise UserError("not run")
         made = [("plain", 600, 1.0, 10.0), ("levels", 600, 0.8, 5.0), ("levels", 1200, 0.7, 10.5)]
@@ -452,7 +456,9 @@ def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, tmp_pat
     assert found["levels", 600]["density"].percent == pytest.approx(-100 * 0.2 / 1.5)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     assert resolution.main([]) == 0
-    assert capsys.readouterr().out.count("| levels | 1200 | 1.05 | - | -20.0% ± 0.0 |") == 2
+    said = capsys.readouterr().out
+    assert said.count("| levels | 1200 | 1.05 | - | -20.0% ± 0.0 |") == 2
+    assert "| levels_half | 1100 | 600 | -25.0% ± 0.0 | 0.500 (+0.000 ± 0.000) |" in said
     seconds = {"plain": [4.0, 2.0], "levels": [1.0, 1.0]}
     monkeypatch.setattr(resolution, "step_time", lambda of: seconds[of.arm][of.patch // 8])
     monkeypatch.setattr(resolution, "ARMS", ("plain", "levels"))
