@@ -84,7 +84,7 @@ def step_ratios(patch: int) -> dict[str, float]:
 def savings(file: Path) -> str:
     """Return a table for a spectrum file: operations of the network without levels over those with, in training."""
     try:
-        with np.load(file) as content:
+        with np.load(file, allow_pickle=False) as content:
             meta = json.loads(str(content["meta"]))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} is no spectrum file of tools.measure_spectrum ({error!r}).") from error

@@ -339,7 +339,7 @@ def test_the_flag_of_an_optional_module_is_named():
     assert set(OPTIONAL) >= {"spectral_residual", "schedule_embedder"}
     plain, residual = build(), build(**ADDED)
     for module, other, who in ((plain, residual, "file"), (residual, plain, "network")):
-        with pytest.raises(UserError, match=rf"only the {who} has a spectral_residual: --spectral_residual\)"):
+        with pytest.raises(UserError, match=rf"only the {who} has spectral_residual: --spectral_residual\)"):
             load_weights(module, other.state_dict(), PATH)
 
 
