@@ -33,7 +33,7 @@ from util.errors import UserError
 from util.io import provenance
 from util.profile import count_flops
 
-STUDIES = ("resolution", "resolution_time", "resolution_longer", "resolution_kinds")
+STUDIES = ("resolution", "resolution_time", "resolution_longer", "resolution_kinds", "resolution_delta")
 MODELS = ("JiT-B/16", "JiT-B/32", "JiT-700M")
 ARMS, PATCHES, TURNS = ("plain", "linear", "levels", "linear_levels"), (4, 8), 7
 PLAIN = ("plain", 600)

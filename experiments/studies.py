@@ -143,6 +143,14 @@ STUDIES = {
         arms=("levels_shared", "two_levels", "levels0.01", "levels0.2"),
         images=1000,
     ),
+    "resolution_delta": Study(  # about the operations of 600 steps without levels
+        "A larger SNR saves more: is it ahead with the steps that the saved operations pay for?",
+        data=("cifar10",),
+        patches=(4,),
+        arms=("levels0.2",),
+        steps=(1800,),
+        images=1000,
+    ),
     "resolution_lr": Study(
         "Does the verdict on levels depend on the learning rate?",
         data=("cifar10",),
