@@ -38,10 +38,10 @@ def with_spectrum(config: Any) -> Any:
     The variance of DCT modes at k cycles per image is 0.08 n^2 k^-2.75, which fits seven photographs of n = 256 and 512
     pixels to within a factor of 1.5 at k = n / 4.
     """
+    if not config.levels:
+        return config
     k = torch.arange(len(dct_rings(config.img_size)[1])).clamp_min(1).double()
-    return (
-        replace(config, resolution_power=(0.08 * config.img_size**2 * k**-2.75).tolist()) if config.levels else config
-    )
+    return replace(config, resolution_power=(0.08 * config.img_size**2 * k**-2.75).tolist())
 
 
 def synchronize(device: torch.device) -> None:

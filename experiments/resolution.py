@@ -6,7 +6,7 @@
 
 Runs of different lengths are compared on purpose: the loss of each arm and number of steps beside that of plain JiT
 after 600 steps with the same seed. Costs are shares of that run's: the operations of training (the network's matrix
-products, two per multiply-add; the transforms to and from a level add 1% to 4%), and the processor time of the steps.
+products, two per multiply-add; the transforms to and from a level add 1% to 3%), and the processor time of the steps.
 """
 
 import argparse
