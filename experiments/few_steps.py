@@ -34,7 +34,7 @@ from util.errors import UserError
 from util.io import REPOSITORY, make_folder, provenance
 
 NETWORK, ARMS = Run("cifar10", 8, "linear_half", 0, steps=2400), ("linear_half", "linear_mixed")
-EVALUATIONS, IMAGES = (8, 16, 32, 64), 500
+EVALUATIONS, IMAGES = (8, 16, 32, 50, 64, 100), 500
 
 
 def steps_for(solver: str, count: int) -> int:
@@ -56,8 +56,8 @@ def network(run: Run) -> Denoiser:
 
 
 def own_gap(solver: str, grid: str, steps: int) -> float | None:
-    """Return the spectrum gap of exact sampling of Gaussian data; None for noise or a grid for each image."""
-    if solver == "sde" or grid == "instance":
+    """Return the spectrum gap of exact sampling of Gaussian data; None for noise, or grids of classes or images."""
+    if solver == "sde" or grid in ("class", "instance"):
         return None
     power = fft_ring_power("cifar10")[0]
 

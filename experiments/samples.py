@@ -30,18 +30,26 @@ from util.evaluation.metrics import frechet_distance, precision_recall
 from util.optim import EMA
 from util.rng import CounterRNG
 
-GRIDS = ("uniform", "logsnr", "mixed", "instance")  # instance: mixed, by the spectrum of a training image of the class
+GRIDS = ("uniform", "logsnr", "mixed", "class", "instance")  # the last two: mixed, by the spectrum of class or image
 CFGS, STEPS, REAL, BATCH = (1.0, 2.0), 20, 2000, 100
 
 
 def grid_of(name: str, steps: int, index: Tensor, y: Tensor) -> Tensor:
-    """Return the times of a grid; for `instance` those of the images `index` with classes y."""
+    """Return the times of a grid; for `class` and `instance` those of the images `index` with classes y.
+
+    A class has the mean spectrum of its training images, and an image that of one training image of its class.
+    """
     if name == "uniform":
         return uniform_grid(steps)
-    if name != "instance":
+    if name not in ("class", "instance"):
         power, centred = fft_ring_power("cifar10")
         return TightSchedule.of_spectrum(power, centred, 32, variant=name).sampling_grid(steps)
     x, labels = open_data("cifar10").batch(HELD_OUT_SEED, 0, 5000)
+    if name == "class":
+        power, centred = rapsd(x), rapsd(x - x.mean(0))  # (M, K)
+        present, of_image = y.unique(return_inverse=True)
+        of_class = [torch.stack([part[labels == c].mean(0) for c in present]) for part in (power, centred)]
+        return TightSchedule.of_spectrum(*of_class, 32, variant="mixed").sampling_grid(steps)[:, of_image]
     which = index // open_data("cifar10").classes  # the i-th image of a class takes the spectrum of the i-th one here
     chosen = torch.stack([x[labels == c][i] for i, c in zip(which.tolist(), y.tolist(), strict=True)])
     fits = image_fits(rapsd(chosen), chosen.mean((2, 3)), x.mean((0, 2, 3)), 32)

@@ -559,11 +559,20 @@ def test_samples_are_those_of_the_arm_and_of_nothing_else():
     assert images.shape == (130, 3, 32, 32) and images.dtype == torch.uint8
     assert torch.equal(images[:30], samples.generate(denoiser, 30, 4))  # batches of 100 do not matter
     assert torch.equal(samples.generate(denoiser, 20, 4, "sde"), samples.generate(denoiser, 25, 4, "sde")[:20])
-    for other in ({"solver": "euler"}, {"grid": "logsnr"}, {"grid": "instance"}, {"cfg": 3.0}):
+    for other in ({"solver": "euler"}, {"grid": "logsnr"}, {"grid": "class"}, {"grid": "instance"}, {"cfg": 3.0}):
         assert samples.generate(denoiser, 30, 4, **other).shape == (30, 3, 32, 32)
     real = data.open_data("cifar10").held_out(60)[0]
     found = samples.quality(samples.quantise(real), real=60)
     assert found["fd_effnet_lite0"] == pytest.approx(0, abs=1e-3) and found["precision"] == found["recall"] == 1
+
+
+def test_grid_of_a_class_is_that_of_its_mean_spectrum():
+    x, labels = data.open_data("cifar10").batch(data.HELD_OUT_SEED, 0, 5000)
+    of_five = samples.rapsd(x[labels == 5]).mean(0), samples.rapsd((x - x.mean(0))[labels == 5]).mean(0)
+    expected = samples.TightSchedule.of_spectrum(*of_five, 32).sampling_grid(6)
+    grid = samples.grid_of("class", 6, torch.arange(3), torch.tensor([5, 2, 5]))
+    assert torch.equal(grid[:, 0], expected) and torch.equal(grid[:, 2], expected)
+    assert not torch.equal(grid[:, 1], expected)
 
 
 def test_the_sweep_is_the_same_for_each_run_and_the_best_decides():
