@@ -134,34 +134,6 @@ def _radius(h: int, w: int, like: Tensor) -> Tensor:
     return cached(_TABLES, key, lambda: radius_grid(h, w, like.device).to(like.dtype))
 
 
-def patches_to_image(tokens: Tensor, grid: tuple[int, int], channels: int = 3, order: str = "hwc") -> Tensor:
-    """Return the image (..., C, h p, w p) of patches (..., h w, p p C), row by row on a grid (h, w).
-
-    `order` is that of the numbers in a patch: "hwc" row, column, channel, or "chw".
-
-    Raises ValueError for patches that are not square, and for a grid that is not that of N tokens.
-    """
-    (h, w), n, width = grid, *tokens.shape[-2:]
-    p = math.isqrt(width // channels)
-    if h * w != n:
-        raise ValueError(f"A grid of {h} x {w} has {h * w} tokens, not {n}.")
-    if p * p * channels != width:
-        raise ValueError(f"A token of {width} numbers is no square patch of {channels} channels.")
-    if order not in ("hwc", "chw"):
-        raise ValueError(f"The order {order!r} of the numbers in a patch must be 'hwc' or 'chw'.")
-    parts = tokens.unflatten(-2, (h, w)).unflatten(-1, (p, p, channels) if order == "hwc" else (channels, p, p))
-    if order == "hwc":
-        parts = parts.movedim(-1, -3)  # (..., h, w, C, p, p)
-    return parts.movedim(-3, -5).transpose(-3, -2).flatten(-4, -3).flatten(-2)
-
-
-def image_to_patches(image: Tensor, patch: int, order: str = "hwc") -> Tensor:
-    """Return the patches (..., N, p p C) of an image (..., C, H, W): the inverse of `patches_to_image`."""
-    parts = image.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch)).transpose(-3, -2)  # (..., C, h, w, p, p)
-    parts = parts.movedim(-5, -1 if order == "hwc" else -3)
-    return parts.flatten(-3).flatten(-3, -2)
-
-
 @lru_cache(maxsize=8)
 def dct_rings(n: int) -> tuple[Tensor, Tensor]:
     """Return the ring floor(|f|) of each DCT mode (n, n), f = (u, v) / 2 cycles per image, and the modes per ring."""
@@ -403,6 +375,8 @@ class SpectralForcing(nn.Module):
             return x.reshape(z.shape).to(z.dtype)
 
     def _check_input(self, z: Tensor, t: Tensor) -> None:
+        if z.ndim < 3:
+            raise ValueError(f"z has the shape {tuple(z.shape)}; (B, ..., H, W) was expected.")
         (h, w), n = z.shape[-2:], self.window_size
         if self.img_size is not None and (h, w) != (self.img_size, self.img_size):
             raise ValueError(f"Spectral Forcing was built for {self.img_size}x{self.img_size} images, not {h}x{w}.")
@@ -416,34 +390,6 @@ class SpectralForcing(nn.Module):
             )
         if t.device != z.device and t.ndim:
             raise ValueError(f"t is on {t.device} and z on {z.device}; both must be on one device.")
-
-    def filter_patches(
-        self,
-        tokens: Tensor,
-        t: Tensor | float,
-        grids: tuple[int, int] | Sequence[tuple[int, int]],
-        channels: int = 3,
-        order: str = "hwc",
-    ) -> Tensor:
-        """Filter images that are given as patches; see `patches_to_image` for `channels` and `order`.
-
-        `grids` is one grid (h, w) for tokens (B, h w, p p C), or a list of them for images of several sizes in one
-        sequence (..., sum h w, p p C), which then have one time each, or one for all.
-
-        Raises:
-            ValueError: grids or times that are not those of the tokens; and as in `forward`.
-        """
-        if isinstance(grids[0], int):
-            image = self(patches_to_image(tokens, grids, channels, order), t)
-            return image_to_patches(image, image.shape[-1] // grids[1], order)
-        lengths = [h * w for h, w in grids]
-        if sum(lengths) != tokens.shape[-2]:
-            raise ValueError(f"The grids {list(grids)} have {sum(lengths)} tokens, not {tokens.shape[-2]}.")
-        t = torch.as_tensor(t, device=tokens.device).reshape(-1)
-        if len(t) not in (1, len(grids)):
-            raise ValueError(f"{len(t)} times were given; one for each of {len(grids)} grids was expected.")
-        parts = zip(tokens.split(lengths, dim=-2), t.expand(len(grids)).split(1), grids, strict=True)
-        return torch.cat([self.filter_patches(*part, channels, order) for part in parts], dim=-2)
 
     def extra_repr(self) -> str:
         names = ("img_size", "window_size", "c_min", "c_max", "kappa", "fixed_scale", "schedule", "alpha", "snr_floor")

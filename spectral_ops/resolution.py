@@ -23,13 +23,13 @@ Shapes: B batch, C channels, n image size, m size of a level, A colour axes, K r
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
 
-from spectral_forcing import dct_matrix, dct_rings, separable_transform
+from spectral_forcing import cached, dct_matrix, dct_rings, separable_transform
 from spectral_ops.conditioning import InstanceTimeSampler
 from spectral_ops.schedule import repeat_to
 
@@ -92,7 +92,7 @@ class ResolutionSchedule:
         self.img_size, self.levels, self.delta = img_size, levels, delta
         self.times = level_times(power, img_size, levels, delta)
         self.variance = power.reshape(-1, len(modes)).mean(0)[ring]  # of each mode (n, n), float64 on the CPU
-        self._tables: dict[tuple, tuple[Tensor, ...]] = {}
+        self._tables: dict[Hashable, Tensor] = {}
 
     def size(self, level: int) -> int:
         return self.img_size >> level
@@ -103,13 +103,17 @@ class ResolutionSchedule:
 
     def _of(self, level: int, z: Tensor) -> tuple[Tensor, ...]:
         """Return the DCT of level 0 and of `level`, L and the variance of modes, in the type and on the device of z."""
-        key = level, z.dtype, z.device
-        if key not in self._tables:
-            n, m = self.img_size, self.size(level)
-            with torch.inference_mode(False):  # training may use them later
-                tables = dct_matrix(n), dct_matrix(m), band_matrix(n, m), self.variance
-                self._tables[key] = tuple(table.to(z.device, z.dtype) for table in tables)
-        return self._tables[key]
+        n, m = self.img_size, self.size(level)
+
+        def table(name: str, make: Callable[[], Tensor]) -> Tensor:
+            return cached(self._tables, (name, level, z.dtype, z.device), lambda: make().to(z.device, z.dtype))
+
+        return (
+            table("dct", lambda: dct_matrix(n)),
+            table("dct_low", lambda: dct_matrix(m)),
+            table("band", lambda: band_matrix(n, m)),
+            table("variance", lambda: self.variance),
+        )
 
     def reduce(self, x: Tensor, level: int) -> Tensor:
         """Return x_l: (B, C, n, n) -> (B, C, m, m)."""

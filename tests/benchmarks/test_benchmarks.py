@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import checkpoint, common, gpu_report, sampler, step
+from benchmarks import attach, checkpoint, common, gpu_report, sampler, step
+from model_jit import JiT_models
 
 TINY = ["--model", "JiT-Demo/8", "--img_size", "16", "--device", "cpu"]
 
@@ -46,6 +47,14 @@ def test_sampler_and_checkpoint_report(monkeypatch, capsys):
     argv = ["--model", "JiT-Demo/8", "--img_size", "32", "--saves", "2", "--device", "cpu"]
     line = line_of(checkpoint, argv, monkeypatch, capsys)
     assert 0 <= line["blocked_range_s"][0] <= line["blocked_s"] <= line["seconds_in_all"] and line["gigabytes"] > 0
+
+
+def test_attach_reports_each_network(monkeypatch, capsys):
+    tiny = lambda: JiT_models["JiT-Demo/8"](input_size=16)  # noqa: E731
+    monkeypatch.setattr(attach, "NETWORKS", {"tiny": (tiny, (3, 16, 16), lambda b: {"y": torch.ones(b).long()})})
+    line = line_of(attach, ["--repeats", "1", "--batch_size", "2", "--device", "cpu"], monkeypatch, capsys)
+    assert line["network"] == "tiny" and 0 < line["operator_ms"][0] < line["step_ms"][0]
+    assert line["attached_over_plain"][0] > 0
 
 
 @pytest.mark.gpu
