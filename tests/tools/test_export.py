@@ -52,6 +52,19 @@ def of_run(folder, key="model"):
     return denoiser
 
 
+def test_others_may_read_an_export_as_other_files(trained, tmp_path):
+    (tmp_path / "plain").touch()
+    export(trained, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_export_of_an_unknown_model_is_refused(trained, tmp_path, monkeypatch):
+    export(trained, tmp_path / "x.safetensors")
+    monkeypatch.delitem(JiT_models, TINY)
+    with pytest.raises(UserError, match=f"{TINY} is unknown"):
+        load_denoiser(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize("choice", list(WEIGHTS))
 def test_export_computes_the_same_velocity(trained, tmp_path, choice):
     config = export(trained, tmp_path / "x.safetensors", choice)

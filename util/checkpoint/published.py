@@ -10,6 +10,7 @@ with "module." or "_orig_mod." in front (DDP, torch.compile) or without "net.".
 
 import json
 import os
+import stat
 import zipfile
 from argparse import Namespace
 from collections.abc import Collection, Mapping
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from util.checkpoint import files, sharded
 from util.errors import UserError
+from util.io import replacing
 from util.operators import BLOCK_OPERATORS
 
 WEIGHTS = {"model": "model", "ema1": "model_ema1", "ema2": "model_ema2"}  # name in a flag -> name in the file
@@ -157,6 +160,18 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         return {"model": tensors, "args": Namespace(**settings)}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def write_safetensors(path: str | Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write weights and, as strings, what is to be known of them; the file appears when it is complete.
+
+    safetensors puts a file of its own, which the owner alone may read, in the place of the one that it is given.
+    """
+    with replacing(path) as file:
+        save_file({name: value.contiguous() for name, value in weights.items()}, file.name, metadata=dict(about))
+        os.chmod(file.name, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        with open(file.name, "rb") as written:
+            os.fsync(written.fileno())
 
 
 def _understand(path: Path, content: Any) -> Checkpoint:
