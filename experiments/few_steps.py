@@ -34,7 +34,7 @@ from util.errors import UserError
 from util.io import REPOSITORY, make_folder, provenance
 
 NETWORK, ARMS = Run("cifar10", 8, "linear_half", 0, steps=2400), ("linear_half", "linear_mixed")
-EVALUATIONS, IMAGES = (8, 16, 32, 50, 64, 100), 500
+EVALUATIONS, IMAGES = (8, 16, 32, 50, 100), 500
 
 
 def steps_for(solver: str, count: int) -> int:
