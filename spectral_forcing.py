@@ -27,13 +27,15 @@ Shapes: B batch, H and W image size, h and w those of a window, n its side if it
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 SCHEDULES = ("linear", "power", "snr", "budget")
+MOST_TABLES = 64  # that are kept; a side of an image is one
+ROUNDING = 2.0**-7  # of a time in bfloat16, relative to the last one
 T_MIN, T_MAX = 1e-12, 1 - 2.0**-24  # the odds t / (1 - t) are finite between them, and so are derivatives
 
 
@@ -82,19 +84,18 @@ def dct_matrix(n: int, device: torch.device | str = "cpu") -> Tensor:
     """
     u = torch.arange(n, dtype=torch.float64, device=device)[:, None]
     i = torch.arange(n, dtype=torch.float64, device=device)[None, :]
-    matrix = math.sqrt(2.0 / n) * torch.cos(math.pi * (2 * i + 1) * u / (2 * n))
-    matrix[0] = math.sqrt(1.0 / n)
-    return matrix
+    scale = ((u.clamp(max=1) + 1) / n).sqrt()  # (n, 1): a_u
+    return scale * torch.cos(math.pi * (2 * i + 1) * u / (2 * n))
 
 
-def radius_grid(h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return r[u,v] = sqrt(((u / (h - 1))^2 + (v / (w - 1))^2) / 2), (h, w) float64: 0 at DC, 1 in the corner.
+def radius_grid(h: int, w: int, like: Tensor) -> Tensor:
+    """Return r[u,v], (h, w): the frequency of a DCT mode in cycles per pixel, divided by that of the corner.
 
-    Equal r is the same frequency in cycles per pixel along both axes; for h = w = n it is
-    sqrt(u^2 + v^2) / (sqrt(2) (n - 1)).
+    It is sqrt((u / h)^2 + (v / w)^2) over the same at u = h - 1, v = w - 1; sqrt(u^2 + v^2) / (sqrt(2) (n - 1)) for
+    h = w = n. Type and device are those of `like`.
     """
-    u, v = (torch.arange(n, dtype=torch.float64, device=device) / (n - 1) for n in (h, w))
-    return torch.hypot(u[:, None], v[None, :]) / math.sqrt(2.0)
+    u, v = (torch.arange(n, dtype=like.dtype, device=like.device) / n for n in (h, w))
+    return torch.hypot(u[:, None], v[None, :]) / torch.hypot(u[-1], v[-1])
 
 
 def separable_transform(rows: Tensor, z: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -109,7 +110,7 @@ def is_traced(*tensors: Tensor) -> bool:
 
 
 def cached(cache: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """Return make(), from the cache if it is there; a compiler makes the table a part of what it compiles."""
+    """Return make(), from the cache if it is there. What is compiled makes the table anew in each call."""
     if torch.compiler.is_compiling():
         return make()
     if key in cache:
@@ -117,21 +118,18 @@ def cached(cache: dict[Hashable, Tensor], key: Hashable, make: Callable[[], Tens
     with torch.inference_mode(False):  # training may use it later
         table = make()
     if not is_traced(table):
+        if len(cache) >= MOST_TABLES:
+            cache.pop(next(iter(cache)))  # the oldest one
         cache[key] = table
     return table
 
 
-_TABLES: dict[Hashable, Tensor] = {}  # of all operators, by size, device and type
+_TABLES: dict[Hashable, Tensor] = {}  # the DCT of all operators, by size, device and type
 
 
 def _dct(n: int, like: Tensor) -> Tensor:
-    key = "dct", n, like.device, like.dtype
-    return cached(_TABLES, key, lambda: dct_matrix(n, like.device).to(like.dtype))
-
-
-def _radius(h: int, w: int, like: Tensor) -> Tensor:
-    key = "radius", h, w, like.device, like.dtype
-    return cached(_TABLES, key, lambda: radius_grid(h, w, like.device).to(like.dtype))
+    make = partial(dct_matrix, n, like.device if torch.compiler.is_compiling() else "cpu")  # some devices lack float64
+    return cached(_TABLES, (n, like.device, like.dtype), lambda: make().to(like.device, like.dtype))
 
 
 @lru_cache(maxsize=8)
@@ -168,7 +166,7 @@ def budget_cutoffs(power: Tensor, img_size: int, budget: float) -> tuple[Tensor,
         power: variance P of the DCT modes in each ring, (K,), or (A, K) along A uncorrelated colour axes.
     """
     power, count = power.double().reshape(-1, power.shape[-1]), dct_rings(img_size)[1]  # (A, K), (K,)
-    low, high = (torch.full((power.shape[-1],), end, dtype=torch.float64) for end in (-60.0, 60.0))
+    low, high = (torch.full((power.shape[-1],), end, dtype=torch.float64, device="cpu") for end in (-60.0, 60.0))
     for _ in range(60):
         middle = (low + high) / 2  # (K,): lambda_j is in low .. high
         seen = 1 / (1 + power[:, None] * middle.exp()[None, :, None])  # (A, j, k)
@@ -176,7 +174,7 @@ def budget_cutoffs(power: Tensor, img_size: int, budget: float) -> tuple[Tensor,
         least = (seen * (power * count)[:, None]).sum((0, 2))
         below = hidden < budget * least
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return low, torch.arange(1.0, power.shape[-1] + 1, dtype=torch.float64)
+    return low, torch.arange(1.0, power.shape[-1] + 1, dtype=torch.float64, device="cpu")
 
 
 class SpectralForcing(nn.Module):
@@ -227,22 +225,40 @@ class SpectralForcing(nn.Module):
         self.img_size, self.window_size = img_size, img_size if window_size is None else window_size
         self.c_min, self.c_max, self.kappa, self.fixed_scale = c_min, c_max, kappa, fixed_scale
         self.schedule, self.alpha, self.snr_floor, self.budget = schedule, alpha, snr_floor, budget
-        self.power, self.alphas_cumprod = (
-            None if values is None else torch.as_tensor(values, dtype=torch.float64, device="cpu")
-            for values in (power, alphas_cumprod)
-        )
-        self.time_convention = time_convention
-        self._check()
+        self.power = None if power is None else torch.as_tensor(power, dtype=torch.float64, device="cpu")
+        alphas = [] if alphas_cumprod is None else alphas_cumprod
+        alphas = torch.as_tensor(alphas, dtype=torch.float64, device="cpu")
+        self.time_convention, self.num_steps = time_convention, len(alphas)
+        self._check(alphas)
+        self._tables = {"alphas_cumprod": alphas} if time_convention == "ddpm" else {}
+        if self.window_size is not None:
+            self._tables["dct"] = dct_matrix(self.window_size)
         if schedule == "snr":
-            self._log_snr, cycles = snr_cutoffs(self.power, img_size, snr_floor)
-            self._cutoffs = self.radius_per_cycle * cycles
+            self._tables["log_snr"], cycles = snr_cutoffs(self.power, img_size, snr_floor)
+            self._tables["cutoffs"] = self.radius_per_cycle * cycles
         if schedule == "budget":
-            self._log_snr, cycles = budget_cutoffs(self.power, img_size, budget)
-            self._cutoffs = self.radius_per_cycle * cycles + 3 / kappa
-        self._constants: dict[Hashable, Tensor] = {}  # the tensors above on the devices and in the types of images
+            self._tables["log_snr"], cycles = budget_cutoffs(self.power, img_size, budget)
+            self._tables["cutoffs"] = self.radius_per_cycle * cycles + 3 / kappa
+        for name, table in self._tables.items():
+            self.register_buffer(name, table.float(), persistent=False)
+        self._elsewhere: dict[Hashable, Tensor] = {}  # copies on the devices and in the types of images
         self._times_were_seen = False  # on a GPU
 
-    def _check(self) -> None:
+    def _apply(self, fn, recurse=True):
+        """Follow the module to its device, but stay in float32: bfloat16 tables would cost an accuracy of 5e-3."""
+        super()._apply(fn, recurse)
+        for name, table in self._tables.items():
+            setattr(self, name, table.float().to(getattr(self, name).device))
+        return self
+
+    def _table(self, name: str, like: Tensor) -> Tensor:
+        table = getattr(self, name)
+        if table.device == like.device and table.dtype == like.dtype:
+            return table
+        key = name, like.device, like.dtype
+        return cached(self._elsewhere, key, lambda: self._tables[name].to(like.device, like.dtype))
+
+    def _check(self, alphas: Tensor) -> None:
         n, size = self.window_size, self.img_size
         if n is not None and (n < 2 or (size is not None and size % n)):
             raise ValueError(
@@ -259,10 +275,11 @@ class SpectralForcing(nn.Module):
         if self.time_convention not in (*TIME_CONVENTIONS, "ddpm"):
             names = ", ".join((*TIME_CONVENTIONS, "ddpm"))
             raise ValueError(f"The time convention {self.time_convention!r} must be one of {names}.")
-        if self.time_convention == "ddpm":
-            a = self.alphas_cumprod
-            if a is None or a.ndim != 1 or not ((a >= 0) & (a <= 1)).all():
-                raise ValueError("The time convention 'ddpm' needs alphas_cumprod: numbers from 0 to 1, one per step.")
+        inside = alphas.ndim == 1 and len(alphas) and ((alphas >= 0) & (alphas <= 1)).all()
+        if self.time_convention == "ddpm" and not (inside and (alphas.diff() <= 0).all()):
+            raise ValueError("The time convention 'ddpm' needs alphas_cumprod, which fall from 1 towards 0.")
+        if self.time_convention != "ddpm" and len(alphas):
+            raise ValueError(f"alphas_cumprod is for the time convention 'ddpm', not {self.time_convention!r}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"The schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}.")
         if self.schedule == "linear":
@@ -291,9 +308,6 @@ class SpectralForcing(nn.Module):
         n = self.window_size
         return math.sqrt(2.0) * n / self.img_size / (n - 1)
 
-    def _constant(self, name: str, like: Tensor) -> Tensor:
-        return cached(self._constants, (name, like.device, like.dtype), lambda: getattr(self, name).to(like))
-
     def flow_time(self, t: Tensor) -> Tensor:
         """Return t of z = t x + (1 - t) e, up to scale, for times t in the operator's convention, in their shape.
 
@@ -301,18 +315,20 @@ class SpectralForcing(nn.Module):
         alone, since the host waits for them; later, and within a compiler or functorch, they count as its ends.
         """
         ddpm = self.time_convention == "ddpm"
-        last = len(self.alphas_cumprod) - 1 if ddpm else TIME_CONVENTIONS[self.time_convention].last
+        last = self.num_steps - 1 if ddpm else TIME_CONVENTIONS[self.time_convention].last
         if t.numel() and not is_traced(t) and (t.device.type == "cpu" or not self._times_were_seen):
-            self._times_were_seen = True
-            low, high = t.min().item(), t.max().item()
-            if not -1e-5 * min(last, 1e3) <= low <= high <= last * (1 + 1e-5):
+            low, high, slack = t.min().item(), t.max().item(), ROUNDING * (last if math.isfinite(last) else 0)
+            if not -slack <= low <= high <= last + slack:
                 raise ValueError(
                     f"Times from {low:g} to {high:g} are not those of the convention {self.time_convention!r}, "
                     f"which are from 0 to {last:g}. See TIME_CONVENTIONS."
                 )
+            if ddpm and not bool((t == t.round()).all()):
+                raise ValueError(f"Times from {low:g} to {high:g} are no steps of 'ddpm', which are whole numbers.")
+            self._times_were_seen = True
         t = t.clamp(0, last)
         if ddpm:
-            a = self._constant("alphas_cumprod", t)[t.long()]
+            a = self._table("alphas_cumprod", t)[t.long()]
             return a.sqrt() / (a.sqrt() + (1 - a).sqrt())
         return TIME_CONVENTIONS[self.time_convention].to_flow(t)
 
@@ -331,7 +347,7 @@ class SpectralForcing(nn.Module):
 
     def _interpolate(self, log_snr: Tensor) -> Tensor:
         """Return the cutoff between its knots: 0 below the first, and c_max from the last on, where all rings show."""
-        knots, cutoffs = (self._constant(name, log_snr) for name in ("_log_snr", "_cutoffs"))
+        knots, cutoffs = (self._table(name, log_snr) for name in ("log_snr", "cutoffs"))
         x = log_snr.clamp(knots[0], knots[-1])
         right = torch.searchsorted(knots, x, right=True).clamp(1, len(knots) - 1)
         x0, x1 = knots[right - 1], knots[right]
@@ -346,7 +362,7 @@ class SpectralForcing(nn.Module):
         """
         t = t if t.dtype == torch.float64 else t.float()
         h, w = size or (self.window_size, self.window_size)
-        return torch.sigmoid(self.kappa * (self.cutoff(t)[:, None, None] - _radius(h, w, t)))
+        return torch.sigmoid(self.kappa * (self.cutoff(t)[:, None, None] - radius_grid(h, w, t)))
 
     def forward(self, z: Tensor, t: Tensor | float) -> Tensor:
         """Filter z (B, ..., H, W) at times t (B,), or one t for all: images, latents, or each frame of a video.
@@ -358,7 +374,8 @@ class SpectralForcing(nn.Module):
             ValueError: an image that is not of the size, or no multiple of the window, or no floating-point numbers; a
                 number of times that is neither 1 nor B; times on another device, or out of the convention's range.
         """
-        t = torch.as_tensor(t, device=None if isinstance(t, Tensor) else z.device)
+        if not isinstance(t, Tensor):  # torch.full: a compiler takes any number without compiling again
+            t = torch.full((1,), t, device=z.device) if isinstance(t, int | float) else torch.tensor(t, device=z.device)
         self._check_input(z, t)
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         (h, w), n = z.shape[-2:], self.window_size
@@ -369,14 +386,14 @@ class SpectralForcing(nn.Module):
                 x = x.unflatten(-1, (w // n, n)).unflatten(-3, (h // n, n)).transpose(-3, -2)  # (B, ..., n, n)
             mask = self.mask(self.flow_time(t.to(z.device, dtype).reshape(-1)), window)
             mask = mask.reshape(-1, *[1] * (x.ndim - 3), *window)
-            rows, columns = (_dct(side, x) for side in window)
+            rows, columns = (self._table("dct", x) if n == side else _dct(side, x) for side in window)
             x = separable_transform(rows.T, separable_transform(rows, x, columns) * mask, columns.T)
             x = x if window == (h, w) else x.transpose(-3, -2)
             return x.reshape(z.shape).to(z.dtype)
 
     def _check_input(self, z: Tensor, t: Tensor) -> None:
-        if z.ndim < 3:
-            raise ValueError(f"z has the shape {tuple(z.shape)}; (B, ..., H, W) was expected.")
+        if z.ndim < 3 or (z.ndim == 3 and t.numel() > 1):
+            raise ValueError(f"z has the shape {tuple(z.shape)}; (B, ..., H, W) was expected. Tokens: filter_patches.")
         (h, w), n = z.shape[-2:], self.window_size
         if self.img_size is not None and (h, w) != (self.img_size, self.img_size):
             raise ValueError(f"Spectral Forcing was built for {self.img_size}x{self.img_size} images, not {h}x{w}.")

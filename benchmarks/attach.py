@@ -74,14 +74,18 @@ def main(argv: list[str] | None = None) -> None:
         t, kwargs = torch.full((len(z),), 0.5, device=device), others(len(z))
         kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
 
-        def step(on: bool, network: nn.Module = network, z: Tensor = z, t: Tensor = t, kwargs: dict = kwargs) -> None:
-            with attach(network, SpectralForcing()) if on else nullcontext():
+        operator = SpectralForcing().to(device)
+
+        def step(on: bool, network=network, operator=operator, z=z, t=t, kwargs=kwargs) -> None:
+            with attach(network, operator, image=0, time=1) if on else nullcontext():
                 out = network(z, t, **kwargs)
             (out[0] if isinstance(out, tuple) else out).square().mean().backward()
 
         seconds = in_turns({"plain": lambda: step(False), "attached": lambda: step(True)}, options.repeats, device)
         ratio = [b / a for a, b in zip(seconds["plain"], seconds["attached"], strict=True)]
-        alone = in_turns({"operator": lambda z=z, t=t: SpectralForcing()(z, t)}, options.repeats, device)["operator"]
+        alone = in_turns({"operator": lambda z=z, t=t, operator=operator: operator(z, t)}, options.repeats, device)[
+            "operator"
+        ]
         content = {
             "network": name,
             "batch_size": len(z),

@@ -7,30 +7,48 @@ Where it goes in is found by the names of the arguments of `forward`. In a plain
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-NAME = "spectral_ops"  # of the hook in diffusers' registry
+TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "sigmas")  # names of the argument
 
 Operator = Callable[[Tensor, Tensor], Tensor]
 
 
-class Argument:
-    """An argument of a function, by its name or its position."""
+def innermost(module: nn.Module) -> nn.Module:
+    """Return the network within the wrappers of torch.compile, DDP and DataParallel."""
+    while True:
+        if isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        else:
+            return module
 
-    def __init__(self, function: Callable, which: str | int):
-        names = [
-            name
-            for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        ]
+
+def named(module: nn.Module) -> list[str]:
+    """Return the names of the arguments of `forward`."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+class Argument:
+    """An argument of a module's `forward`, by its name or its position. Raises ValueError if there is none."""
+
+    def __init__(self, module: nn.Module, which: str | int):
+        parameters = inspect.signature(module.forward).parameters.values()
+        names, kinds = named(module), {p.kind for p in parameters}
         if isinstance(which, str):
             self.name, self.position = which, names.index(which) if which in names else None
+            known = which in names or inspect.Parameter.VAR_KEYWORD in kinds
         else:
-            self.name, self.position = names[which] if which < len(names) else None, which
+            self.name, self.position = names[which] if 0 <= which < len(names) else None, which
+            known = self.name is not None or (which >= 0 and inspect.Parameter.VAR_POSITIONAL in kinds)
+        if not known:
+            takes = ", ".join(p.name for p in parameters)
+            raise ValueError(f"{type(module).__name__}.forward takes {takes}, and no argument {which!r}.")
 
     def find(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.name in kwargs:
@@ -45,6 +63,20 @@ class Argument:
         return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
 
 
+def image_and_time(module: nn.Module, image: str | int | None, time: str | int | None) -> tuple[Argument, Argument]:
+    """Return both arguments of `forward`, by default the one whose name is in TIMES and the first of the others."""
+    names = named(module)
+    if time is None:
+        time = next((name for name in names if name in TIMES), None)
+        if time is None:
+            takes = ", ".join(names) or "any arguments"
+            raise ValueError(f"{type(module).__name__}.forward takes {takes}: say which one is the time.")
+    found = Argument(module, time)
+    if image is None:
+        image = next((name for name in names if name != found.name), 0)
+    return Argument(module, image), found
+
+
 class FilterInput:
     """A forward pre-hook that applies an operator(z, t) to the image among the arguments of a call."""
 
@@ -57,15 +89,10 @@ class FilterInput:
 
 
 class Attachment:
-    """What `attach` returns: `detach()` takes the operator out again, as does the end of a `with` block."""
+    """What `attach` returns: `detach()`, or the end of a `with` block, takes out again what was attached."""
 
     def __init__(self, detach: Callable[[], None]):
-        self._detach: Callable[[], None] | None = detach
-
-    def detach(self) -> None:
-        if self._detach is not None:
-            self._detach()
-            self._detach = None
+        self.detach = detach
 
     def __enter__(self) -> "Attachment":
         return self
@@ -74,44 +101,46 @@ class Attachment:
         self.detach()
 
 
-def attach(module: nn.Module, operator: Operator, image: str | int = 0, time: str | int = 1) -> Attachment:
+def attach(
+    module: nn.Module, operator: Operator, image: str | int | None = None, time: str | int | None = None
+) -> Attachment:
     """Let `module` see operator(z, t) in the place of z, until `detach()` of what is returned, or as a `with` block.
 
-    Parameters and state dict of the module stay as they are: neither holds the operator. It works before or after
-    torch.compile, DDP, and fully_shard. Modules of diffusers get a hook of diffusers, which goes with its others.
+    The operator is a forward pre-hook. Neither parameters nor state dict hold it, so it is attached again to a module
+    that was saved and loaded; copies of the module have one of their own. It works with torch.compile, with DDP, and
+    with fully_shard: attach after fully_shard if that casts inputs, and the operator sees them before they are cast.
 
     Args:
-        module: called as module(..., z, ..., t, ...).
-        operator: (z, t) -> z, such as a SpectralForcing with the `time_convention` of the module.
-        image, time: z and t among the arguments of the module's `forward`, by name or position.
+        module: called as module(..., z, ..., t, ...), not by its `forward`.
+        operator: (z, t) -> z, such as a SpectralForcing with the `time_convention` of the module, on its device.
+        image, time: z and t among the arguments of the module's `forward`, by name or position. By default the time is
+            the one that is called so (TIMES), and the image is the first of the others.
 
     Raises:
+        TypeError: no module, or no operator.
         ValueError: the module has no such argument, or has an operator already.
     """
-    arguments = [Argument(module.forward, which) for which in (image, time)]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
-    for argument in arguments:
-        if argument.position is None and not takes_any:
-            known = ", ".join(inspect.signature(module.forward).parameters)
-            raise ValueError(f"{type(module).__name__}.forward takes {known}, and no {argument.name}.")
-    hook = FilterInput(operator, *arguments)
-    diffusers = sys.modules.get("diffusers")  # a module of diffusers cannot be there without it
-    if diffusers is not None and isinstance(module, diffusers.ModelMixin):
-        return _attach_to_diffusers(module, hook)
-    if any(isinstance(other, FilterInput) for other in module._forward_pre_hooks.values()):
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"{module!r} is no module. Of a function f, the filtered one is lambda z, t: f(operator(z, t), t)."
+        )
+    if isinstance(operator, type) or not callable(operator):
+        raise TypeError(f"{operator!r} is no operator (z, t) -> z; SpectralForcing() is one.")
+    module = innermost(module)
+    hook = FilterInput(operator, *image_and_time(module, image, time))
+    if _hooks(module):
         raise ValueError(f"This {type(module).__name__} sees its input through an operator already.")
-    return Attachment(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+    module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    return Attachment(lambda: detach(module))
 
 
-def _attach_to_diffusers(module: nn.Module, hook: FilterInput) -> Attachment:
-    from diffusers.hooks import HookRegistry, ModelHook
+def detach(module: nn.Module) -> None:
+    """Take out the operator that was attached to the module, or to the one that it is a copy of, if there is one."""
+    module = innermost(module)
+    for key in _hooks(module):
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
-    class DiffusersHook(ModelHook):
-        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
-            return hook(module, args, kwargs)
 
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    if registry.get_hook(NAME) is not None:
-        raise ValueError(f"This {type(module).__name__} sees its input through an operator already.")
-    registry.register_hook(DiffusersHook(), NAME)
-    return Attachment(lambda: registry.remove_hook(NAME, recurse=False))
+def _hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, FilterInput)]

@@ -6,6 +6,7 @@ Shapes: images (..., C, H, W); patches (..., N, p p C), row by row on a grid of 
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def filter_patches(
     operator: Callable[[Tensor, Tensor], Tensor],
     tokens: Tensor,
     t: Tensor | float,
-    grids: tuple[int, int] | Sequence[tuple[int, int]],
+    grids: tuple[int, int] | Sequence[tuple[int, int]] | Tensor,
     channels: int = 3,
     order: str = "hwc",
 ) -> Tensor:
@@ -52,14 +53,15 @@ def filter_patches(
 
     Raises ValueError for grids or times that are not those of the tokens.
     """
-    if grids and isinstance(grids[0], int):
+    grids = grids.tolist() if isinstance(grids, Tensor) else grids
+    if len(grids) and isinstance(grids[0], Integral):
         if tokens.ndim < 3:
             raise ValueError(f"tokens has the shape {tuple(tokens.shape)}; (B, N, p p C) was expected.")
         return _filter_grid(operator, tokens, t, grids, channels, order)
     lengths = [h * w for h, w in grids]
     if sum(lengths) != tokens.shape[-2]:
         raise ValueError(f"The grids {list(grids)} have {sum(lengths)} tokens, not {tokens.shape[-2]}.")
-    t = torch.as_tensor(t, device=tokens.device).reshape(-1)
+    t = torch.as_tensor(t, device=None if isinstance(t, Tensor) else tokens.device).reshape(-1)
     if len(t) not in (1, len(grids)):
         raise ValueError(f"{len(t)} times were given; one for each of {len(grids)} grids was expected.")
     parts = zip(tokens.split(lengths, dim=-2), t.expand(len(grids)).split(1), grids, strict=True)

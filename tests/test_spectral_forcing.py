@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spectral_forcing
@@ -362,16 +363,18 @@ def test_no_state_and_float32_tables_after_the_module_was_cast(settings, dtype):
     assert list(operator.parameters()) == [] and operator.state_dict() == {}
     expected = operator(z, TIMES)
     cast = torch.nn.ModuleList([operator]).to(dtype)[0]
-    assert list(cast.buffers()) == []
+    assert all(table.dtype == torch.float32 for table in cast.buffers())
     assert cast(z, TIMES).equal(expected)
     if settings:
         assert not SpectralForcing(32, 8)(z, TIMES).allclose(expected, atol=0.1)
 
 
-def test_tables_are_right_after_a_move_from_the_meta_device():
+@pytest.mark.parametrize("schedule", ["snr", "budget"])
+def test_tables_are_right_after_a_move_from_the_meta_device(schedule):
+    settings = {"schedule": schedule, "power": SPECTRUM[: 23 if schedule == "snr" else 22]}
     with torch.device("meta"):
-        operator = SpectralForcing(32, schedule="snr", power=SPECTRUM)
-    z, expected = noise(4, 1, 32, 32), SpectralForcing(32, schedule="snr", power=SPECTRUM)
+        operator = SpectralForcing(32, **settings)
+    z, expected = noise(4, 1, 32, 32), SpectralForcing(32, **settings)
     assert operator.to_empty(device="cpu")(z, TIMES).equal(expected(z, TIMES))
 
 
@@ -442,13 +445,25 @@ def test_images_that_are_not_square_are_scipys(shape, window):
     z, (h, w) = noise(*shape), (window, window) if window else shape[-2:]
     out, expected = SpectralForcing(None, window)(z, TIMES), np.empty(shape)
     u, v = np.mgrid[:h, :w]
-    r = np.sqrt((u / (h - 1)) ** 2 / 2 + (v / (w - 1)) ** 2 / 2)
+    r = np.sqrt((u / h) ** 2 + (v / w) ** 2) / np.sqrt(((h - 1) / h) ** 2 + ((w - 1) / w) ** 2)
     for b, i, j in np.ndindex(4, shape[2] // h, shape[3] // w):
         where = (b, slice(None), slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
         modes = scipy.fft.dctn(z[where].double().numpy(), axes=(1, 2), norm="ortho")
         mask = 1 / (1 + np.exp(-30 * (0.05 + 0.95 * float(TIMES[b]) - r)))
         expected[where] = scipy.fft.idctn(modes * mask, axes=(1, 2), norm="ortho")
     assert_same(out, torch.from_numpy(expected))
+
+
+def test_equal_frequencies_pass_alike_along_both_axes():
+    """In cycles per pixel, whatever the shape of the image; a mode of the cosine transform is its own answer."""
+    h, w = 8, 32
+    place = torch.arange(w, dtype=torch.float64) + 0.5
+    for u in range(1, h):  # u / (2 h) cycles per pixel
+        down = torch.cos(torch.pi * u * place[:h, None] / h).expand(h, w)
+        along = torch.cos(torch.pi * u * place / h).expand(h, w)
+        for t in (0.2, 0.6):
+            gains = [(SpectralForcing()(x[None], t)[0] * x).sum() / x.square().sum() for x in (down, along)]
+            assert float(gains[0]) == pytest.approx(float(gains[1]), rel=1e-9)
 
 
 def test_frames_of_a_video_are_images():
@@ -491,15 +506,18 @@ def test_conventions_of_time():
         ("flow", [-0.1, 0.5], "from -0.1 to 0.5"),
         ("flow", [math.nan, 0.5], "from nan to nan"),
         ("sigma", [14.6, 0.5], "from 0.5 to 14.6 are not those of the convention 'sigma'"),
-        ("sigma_1000", [0.0, 1001.0], "from 0 to 1001 .* from 0 to 1000"),
+        ("sigma_1000", [0.0, 1100.0], "from 0 to 1100 .* from 0 to 1000"),
         ("edm", [-1.0, 80.0], "from -1 to 80 .* from 0 to inf"),
         ("ddpm", [0.0, 3.0], "from 0 to 3 .* from 0 to 2"),
+        ("ddpm", [0.2, 0.7], "from 0.2 to 0.7 are no steps"),
     ],
 )
 def test_times_of_another_convention_are_refused(convention, times, sentence):
-    operator = SpectralForcing(time_convention=convention, alphas_cumprod=[0.9, 0.5, 0.1])
-    with pytest.raises(ValueError, match=sentence):
-        operator(noise(2, 1, 8, 8), torch.tensor(times))
+    table = [0.9, 0.5, 0.1] if convention == "ddpm" else None
+    operator = SpectralForcing(time_convention=convention, alphas_cumprod=table)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=sentence):
+            operator(noise(2, 1, 8, 8), torch.tensor(times))
 
 
 @pytest.mark.parametrize(
@@ -510,10 +528,16 @@ def test_times_of_another_convention_are_refused(convention, times, sentence):
         (lambda f: f(torch.zeros(2, 3, 8, 8), torch.zeros(3)), r"t has the shape \(3,\); .* each of 2 images"),
         (lambda f: f(torch.zeros(2, 3, 1, 8), 0.5), "1x8 pixels"),
         (lambda f: f(torch.zeros(8, 8), 0.5), r"z has the shape \(8, 8\)"),
+        (
+            lambda f: f(torch.zeros(4, 16, 48), TIMES),
+            r"\(4, 16, 48\); \(B, ..., H, W\) was expected. Tokens: filter_pat",
+        ),
         (lambda f: SpectralForcing(None, 4)(torch.zeros(2, 3, 8, 10), 0.5), "8x10 .* windows of 4"),
         (lambda f: SpectralForcing(time_convention="karras"), "'karras' must be one of flow, .* edm, ddpm"),
         (lambda f: SpectralForcing(time_convention="ddpm"), "needs alphas_cumprod"),
         (lambda f: SpectralForcing(time_convention="ddpm", alphas_cumprod=[1.5]), "needs alphas_cumprod"),
+        (lambda f: SpectralForcing(time_convention="ddpm", alphas_cumprod=[1e-4, 0.02]), "fall from 1 towards 0"),
+        (lambda f: SpectralForcing(alphas_cumprod=[0.9]), "is for the time convention 'ddpm', not 'flow'"),
         (lambda f: SpectralForcing(schedule="power", alpha=2.0), "'power' counts cycles per image"),
     ],
 )
@@ -539,9 +563,26 @@ def test_one_graph_and_export(settings):
     expected = operator(z, t)
     graph = torch.compile(SpectralForcing(**settings), backend="eager", fullgraph=True)
     assert_same(graph(z, t), expected)
-    batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(SpectralForcing(**settings), (z, t), dynamic_shapes=({0: batch}, {0: batch}))
+    batch, height, width = (torch.export.Dim(name, min=2, max=512) for name in ("batch", "height", "width"))
+    any_size = {2: height, 3: width} if settings.keys().isdisjoint({"img_size", "window_size"}) else {}
+    shapes = {0: batch, **any_size}, {0: batch}
+    program = torch.export.export(SpectralForcing(**settings), (z, t), dynamic_shapes=shapes)
     assert_same(program.module()(z[:2], t[:2]), expected[:2])
+    if any_size:
+        other = z[:2, :, :14, :20]
+        assert_same(program.module()(other, t[:2]), operator(other, t[:2]))
+
+
+def test_compiled_for_all_numbers_and_few_sizes():
+    """A number as time, as in a loop over steps, and sizes that come and go."""
+    counter, z = CompileCounter(), noise(3, 2, 32, 32)
+    graph = torch.compile(SpectralForcing(), backend=counter, fullgraph=True)
+    for i in range(12):
+        assert_same(graph(z, i / 12), SpectralForcing()(z, i / 12))
+    assert counter.frame_count <= 2
+    for h, w in ((8, 8), (8, 12), (16, 12), (10, 14), (6, 20), (32, 8)):
+        graph(z[..., :h, :w], TIMES[:3])
+    assert counter.frame_count <= 5
 
 
 @pytest.mark.slow  # Inductor

@@ -51,7 +51,8 @@ class SpectralJiT(nn.Module, ModelHubMixin, library_name=LIBRARY, tags=list(TAGS
 
     Args:
         config: the content of a config.json; the weights are fresh.
-        device: as in `main_jit.py --sample`, the network computes in bf16 on CUDA and in float32 on a CPU.
+        device: as in `main_jit.py --sample`, the network computes in bf16 on CUDA and in float32 on a CPU; weights
+            stay in float32.
 
     Raises:
         UserError: settings of another project, or that do not fit together.
@@ -66,8 +67,14 @@ class SpectralJiT(nn.Module, ModelHubMixin, library_name=LIBRARY, tags=list(TAGS
         self.settings, self.folder = dict(config), None
         self.config = resolve({}, config, training=False)
         check(self.config, evaluates=False)
-        self.denoiser = build_denoiser(self.config, autocast_dtype(self.config, torch.device(device)))
+        self.denoiser = build_denoiser(self.config)
         self.to(device).eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SpectralJiT":
+        """Follow the module to its device, and compute there as `main_jit.py --sample` does."""
+        super()._apply(fn, recurse)
+        self.denoiser.autocast_dtype = autocast_dtype(self.config, self.device)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +107,8 @@ class SpectralJiT(nn.Module, ModelHubMixin, library_name=LIBRARY, tags=list(TAGS
         if unknown := settings.keys() - {*SAMPLING, *OF_A_CALL}:
             known = ", ".join(("seed", *SAMPLING, *OF_A_CALL))
             raise UserError(f"{', '.join(sorted(unknown))}: no setting of sampling; there are {known}.")
+        if isinstance(labels, str) or not isinstance(labels, Sequence) or not all(isinstance(y, int) for y in labels):
+            raise UserError(f"The labels {labels!r} must be a list of class numbers, such as [3, 1, 4].")
         if wrong := [label for label in labels if not 0 <= label < self.config.class_num]:
             raise UserError(f"The labels {wrong} are no classes; the classes are 0 to {self.config.class_num - 1}.")
         config = resolve({"seed": seed, **settings}, self.config.as_dict(), training=False)

@@ -40,11 +40,15 @@ def model_card(
     reports = [report for report in reports if isinstance(report, dict) and own.items() <= report.items()]
     metrics = table([row_of(report) for report in reports]) if reports else "No evaluation of these weights was found."
     commands = [command for record in (*starts, *reports) if (command := command_of(record))]
-    picture = f"![Samples]({SAMPLES})\n\nSamples: `{grid.relative_to(run / 'samples')}`\n\n" if grid else ""
+    picture = (
+        f"![Samples]({SAMPLES})\n\nSamples of these weights, `{grid.relative_to(run / 'samples')}`\n\n" if grid else ""
+    )
+    forcing = config.input_operator == "spectral_forcing"
+    filtered = ", behind Spectral Forcing ([2606.15236](https://arxiv.org/abs/2606.15236))" if forcing else ""
     spectrum = ", spectrum_file=PATH" if needs_spectrum(config) else ""
     body = f"""# {config.model}, {config.dataset}, {config.img_size} px
 
-A class-conditional diffusion model of pixels: JiT ([arXiv 2511.13720](https://arxiv.org/abs/2511.13720)).
+A class-conditional diffusion model of pixels: JiT ([arXiv 2511.13720](https://arxiv.org/abs/2511.13720)){filtered}.
 
 {picture}{table([{"": name, "of this model": value} for name, value in facts.items()])}
 
@@ -64,7 +68,7 @@ images = model.sample({list(range(min(3, config.class_num)))}, seed=0{spectrum})
 
 ## Commands
 
-Of training and of each evaluation above, without absolute folders.
+Those of training and evaluation, without absolute folders.
 
 ```bash
 {chr(10).join(dict.fromkeys(commands)) or "# not recorded"}
@@ -85,7 +89,8 @@ def facts_of(
     prediction = {"x": "the data", "v": "the velocity", "hybrid": "data and velocity"}[config.pred_param]
     decay = said.get({"ema1": "ema_decay1", "ema2": "ema_decay2"}.get(ema))
     torch_versions = dict.fromkeys(start["versions"]["torch"] for start in starts if "versions" in start)
-    rate = f"{peak_lr(config):.3g}, {config.lr_schedule}" if "lr" in said and config.global_batch else None
+    warmup = f"{config.warmup_epochs:g} epochs" if config.warmup_steps is None else f"{config.warmup_steps} steps"
+    rate = f"{peak_lr(config):.3g} after {warmup} of warm-up, {config.lr_schedule}"
     return {
         "data": f"{config.dataset}, {config.class_num} classes" if "dataset" in said else None,
         "image size": f"{config.img_size} px",
@@ -95,7 +100,7 @@ def facts_of(
         "steps": f"{step:,}" if step else None,
         "epochs": f"{checkpoint.epoch + 1:,}" if checkpoint.epoch >= 0 else None,
         "batch size": f"{config.global_batch:,}" if config.global_batch else None,
-        "peak learning rate": rate,
+        "learning rate": rate if "lr" in said and config.global_batch else None,
         "weights": ema if decay is None else f"{ema}, decay {decay}",
         "solver": f"{config.sampling_method}, {config.num_sampling_steps} steps, {config.sampling_grid} grid",
         "guidance": f"{config.cfg:g} for t from {config.interval_min:g} to {config.interval_max:g}",

@@ -1,5 +1,6 @@
 """Images as patches, in both orders and packed in one sequence."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,8 @@ def test_images_of_several_sizes_in_one_sequence(batch):
     out = filter_patches(operator, packed, TIMES[1:3], [(2, 3), (1, 2)], channels=2)
     expected = [image_to_patches(operator(x, t), 4)[0] for x, t in zip(images, TIMES[1:3], strict=True)]
     assert out.shape == (*batch, 8, 32) and out.reshape(8, 32).equal(torch.cat(expected))
+    for grids in (torch.tensor([[2, 3], [1, 2]]), np.array([[2, 3], [1, 2]])):
+        assert filter_patches(operator, packed, TIMES[1:3], grids, channels=2).equal(out)
     one_time = filter_patches(operator, packed, 0.31, [(2, 3), (1, 2)], channels=2)
     assert one_time.reshape(8, 32)[:6].equal(expected[0])
 

@@ -121,7 +121,10 @@ def test_the_card_says_what_the_run_says(run, hub):
         reports[report["ema"]] = report
     assert said["network"] == f"{TINY}, {start['resolved']['parameters']:,} parameters"
     assert (said["steps"], said["epochs"], said["batch size"]) == ("4", "2", "16")
-    assert (said["peak learning rate"], said["weights"]) == ("0.001, constant", "ema1, decay 0.9")
+    assert (said["learning rate"], said["weights"]) == (
+        "0.001 after 0.5 epochs of warm-up, constant",
+        "ema1, decay 0.9",
+    )
     assert said["operators"] == start["resolved"]["operators"] and said["data"] == "digits, 10 classes"
     assert (said["solver"], said["guidance"]) == ("heun, 2 steps, uniform grid", "1.5 for t from 0.1 to 1")
     assert (said["commit"], said["torch"]) == (start["commit"], start["versions"]["torch"])
@@ -182,6 +185,9 @@ def test_wrong_requests_are_one_sentence(hub, trained):
     for labels, settings, message in (
         ([10], {}, r"\[10\] are no classes; the classes are 0 to 9"),
         ([-1], {}, "no classes"),
+        ("3,1,4", {}, "'3,1,4' must be a list of class numbers"),
+        (3, {}, "3 must be a list"),
+        ([1.5], {}, r"\[1.5\] must be a list"),
         ([1], {"steps": 3}, "steps: no setting of sampling"),
         ([1], {"model": TINY}, "no setting of sampling"),
         ([1], {"num_sampling_steps": 0}, "at least 1"),
