@@ -59,6 +59,20 @@ def test_spectral_forcing_in_float32_and_tf32(precision, tolerance):
     assert error.square().mean().sqrt() < tolerance * expected.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("convention", ["flow", "ddpm"])
+def test_spectral_forcing_of_any_size_with_times_of_any_convention(convention, compiled):
+    """An operator that stayed on the CPU serves images on the GPU; times out of range are refused in its first call."""
+    table = torch.linspace(0.99, 0.01, 10) if convention == "ddpm" else None
+    operator = SpectralForcing(time_convention=convention, alphas_cumprod=table)
+    z, t = normals(1, 3, 4, 12, 20), torch.tensor([0, 1, 1] if convention == "flow" else [2, 9, 0])
+    expected = operator(z, t)
+    on_gpu = torch.compile(operator, fullgraph=True) if compiled else operator
+    torch.testing.assert_close(on_gpu(z.cuda(), t.cuda()).cpu(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="are not those of the convention"):
+        SpectralForcing(time_convention=convention, alphas_cumprod=table)(z.cuda(), 700 + t.cuda())
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 5e-4), (torch.bfloat16, 0.05)])
 @torch.no_grad()
 def test_golden_samples(dtype, tolerance):
