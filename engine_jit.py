@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from denoiser import random_flip, sample_step
+from denoiser import sample_step
 from util.build import autocast_dtype, build_denoiser, describe_operators
 from util.checkpoint import files
 from util.checkpoint.published import Checkpoint
@@ -27,7 +27,7 @@ from util.checkpoint.writer import CheckpointWriter
 from util.compile import check_compiler, compile_denoiser
 from util.config import check, describe, run_name
 from util.cpu_layers import speed_up_on_cpu
-from util.data.datasets import Images, to_float
+from util.data.images import Images
 from util.data.loader import DataTimer, GlobalBatchSampler, ImageLoader, open_images, positions
 from util.dist import preemption
 from util.dist.context import (
@@ -232,9 +232,7 @@ class Trainer:
             x, y = (part.to(ctx.device, non_blocking=True) for part in next(batches))
             where = positions(ctx.rank, ctx.world_size, micro, len(x))
             rng = CounterRNG(config.seed, step, torch.arange(where.start, where.stop, device=ctx.device))
-            x = to_float(x)  # (B, 3, H, W) in [-1, 1]
-            if config.flip:
-                x = random_flip(x, rng)
+            x = self.images.prepare(x, rng, config.flip)  # (B, C, H, W)
             time_sampler = self.time_sampler.for_images(x)
             s = sample_step(rng, y, config.image_shape, time_sampler, config.label_drop_prob, config.null_class)
             last = micro == config.accum_iter - 1
@@ -374,8 +372,9 @@ class Trainer:
         index = self.sampler.permutation()[within * size : (within + 1) * size].tolist()
         labels = torch.as_tensor(self.images.labels[index], device=device)
         x = torch.stack([self.images[i][0] for i in index]) if config.t_sampler == "spectral_instance" else None
-        time_sampler = self.time_sampler if x is None else self.time_sampler.for_images(to_float(x.to(device)))
         rng = CounterRNG(config.seed, step, torch.arange(size, device=device))
+        x = None if x is None else self.images.prepare(x.to(device), rng, config.flip)
+        time_sampler = self.time_sampler if x is None else self.time_sampler.for_images(x)
         s = sample_step(rng, labels, (1, 1, 1), time_sampler, config.label_drop_prob, config.null_class)
         found = {"step": step, "epoch": epoch, "lr": learning_rate(config, step, self.steps_per_epoch)}
         found |= {"index": index, "t": s.t.tolist(), "label": labels.tolist(), "label_after_drop": s.y.tolist()}

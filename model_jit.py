@@ -294,7 +294,8 @@ class JiT(nn.Module):
             )
         if in_context_len and not 0 <= in_context_start < depth:
             raise ValueError(f"in_context_start is {in_context_start}; it must be a block, 0 to {depth - 1}.")
-        self.input_size, self.patch_size, self.out_channels = input_size, patch_size, out_channels
+        self.input_size, self.patch_size = input_size, patch_size
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.num_classes, self.in_context_len, self.in_context_start = num_classes, in_context_len, in_context_start
         side = input_size // patch_size
 

@@ -15,7 +15,7 @@ from experiments import synthetic
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
 from spectral_ops.spectrum import rapsd
 from util.data import cifar10
-from util.data.datasets import to_float
+from util.data.images import to_float
 from util.data.loader import GlobalBatchSampler
 from util.evaluation.validation import random_order
 

@@ -24,7 +24,7 @@ from sampler import uniform_grid
 from spectral_forcing import SpectralForcing, ring_radii
 from spectral_ops.schedule import VARIANTS, TightSchedule
 from util.data.crop import center_crop
-from util.data.datasets import to_float
+from util.data.images import to_float
 from util.rng import CounterRNG
 
 TICKS = torch.tensor([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99, 0.997])  # of t

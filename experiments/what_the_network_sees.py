@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spectral_forcing import SpectralForcing
 from util.data.crop import center_crop
-from util.data.datasets import to_float
+from util.data.images import to_float
 from util.evaluation.images import labelled_grid, quantise, save_png
 from util.rng import CounterRNG
 

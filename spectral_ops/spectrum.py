@@ -127,30 +127,29 @@ class SpectrumSums:
 
 
 class DCTSums:
-    """Sums over real images, batch by batch, for the variance of DCT modes along colour axes.
+    """Sums over images x, batch by batch, for the variance of DCT modes along colour axes.
 
     Colour axes are the eigenvectors of the covariance of the channels, the largest variance first: along them channels
     are uncorrelated, and an orthonormal change of axes leaves white noise white.
     """
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, channels: int = 3):
         self.dct, (self.ring, self.modes), self.count = dct_matrix(n), dct_rings(n), 0
-        self.products = torch.zeros(3, 3, n, n, dtype=torch.float64)  # of the coefficients of two channels
-        self.total = torch.zeros(3, n, n, dtype=torch.float64)
+        self.products = torch.zeros(channels, channels, n, n, dtype=torch.float64)  # of the modes of two channels
+        self.total = torch.zeros(channels, n, n, dtype=torch.float64)
 
-    def update(self, images: Tensor) -> None:
-        """Add uint8 images (B, 3, n, n), on any device."""
-        dct = self.dct.to(images.device)
-        x = separable_transform(dct, images.double() / 127.5 - 1)  # (B, 3, n, n)
-        self.products += torch.einsum("bcuv,bduv->cduv", x, x).cpu()
-        self.total += x.sum(0).cpu()
-        self.count += len(images)
+    def update(self, x: Tensor) -> None:
+        """Add images x (B, C, n, n), on any device."""
+        modes = separable_transform(self.dct.to(x.device), x.double())  # (B, C, n, n)
+        self.products += torch.einsum("bcuv,bduv->cduv", modes, modes).cpu()
+        self.total += modes.sum(0).cpu()
+        self.count += len(x)
 
     def finish(self) -> Tensor:
-        """Return the variance of the modes in each ring along each colour axis, float64 (3, K)."""
+        """Return the variance of the modes in each ring along each colour axis, float64 (C, K)."""
         mean = self.total / self.count
-        covariance = self.products / self.count - mean[:, None] * mean[None, :]  # (3, 3, n, n)
-        axes = torch.linalg.eigh(covariance.sum((2, 3)))[1].flip(1)  # (3, 3), in columns
-        variance = torch.einsum("ca,cduv,da->auv", axes, covariance, axes).flatten(1)  # (3, n*n)
-        rings = variance.new_zeros(3, len(self.modes)).index_add_(1, self.ring.flatten(), variance)
+        covariance = self.products / self.count - mean[:, None] * mean[None, :]  # (C, C, n, n)
+        axes = torch.linalg.eigh(covariance.sum((2, 3)))[1].flip(1)  # (C, C), in columns
+        variance = torch.einsum("ca,cduv,da->auv", axes, covariance, axes).flatten(1)  # (C, n*n)
+        rings = variance.new_zeros(len(mean), len(self.modes)).index_add_(1, self.ring.flatten(), variance)
         return (rings / self.modes).clamp_min(0)  # grey images have one axis; the others are 0 up to rounding

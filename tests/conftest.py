@@ -53,18 +53,20 @@ TINY_MODEL = partial(
 class FewDigits(Digits):
     """The first FEW digits."""
 
-    def __init__(self, img_size: int):
+    def __init__(self, img_size: int, channels: int | None = None):
         super().__init__(img_size)
         self._images, self.labels = self._images[:FEW], self.labels[:FEW]
-        self.name, self.in_memory = "digits", True
+        self.name, self.in_memory, self.channels = "digits", True, channels or 3
 
 
 few_digits = lru_cache(FewDigits)
 
 
-def few(name, data_path, img_size, split="train"):
+def few(name, data_path, img_size, split="train", channels=None):
     """Stand in for build_dataset: of the digits the first FEW, other data sets as they are."""
-    return few_digits(img_size) if name == "digits" else build_dataset(name, data_path, img_size, split)
+    if name == "digits":
+        return few_digits(img_size, channels)
+    return build_dataset(name, data_path, img_size, split, channels)
 
 
 def register(patch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
     python -m tools.measure_spectrum --dataset cifar10
     python -m tools.measure_spectrum --dataset imagefolder --data_path ~/imagenet --img_size 256 --num_images 50000
 
-Shapes: N images as in training, without mirroring, which changes no spectrum; B of a batch, K rings of frequency.
+Shapes: N images x as in training, without mirroring, which changes no spectrum; B of a batch, C channels, K rings of
+frequency.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from spectral_forcing import rings
 from spectral_ops.schedule import FIT, noise_bounds
-from spectral_ops.spectrum import NO_POWER, DCTSums, SpectrumSums, image_fits
+from spectral_ops.spectrum import NO_POWER, DCTSums, image_fits, rapsd
 from util.data.datasets import DATASETS, Images, build_dataset
 from util.data.loader import ImageLoader
 from util.data.spectrum_file import DataSpectrum, default_spectrum_file, save_spectrum
@@ -32,21 +33,24 @@ def measure(images: Images, index: np.ndarray, batch_size=256, num_workers=None,
     if len(absent := np.setdiff1d(np.arange(images.num_classes), labels)):
         raise UserError(f"Class {absent[0]} has no image among the {len(index)} measured ones. Measure more.")
     batches = [index[i : i + batch_size].tolist() for i in range(0, len(index), batch_size)]
-    sums, dct_sums, powers, levels = SpectrumSums(n), DCTSums(n), [], []
+    dct_sums, powers, levels, total = DCTSums(n, images.channels), [], [], 0.0
     for x, _ in tqdm(ImageLoader(images, batches, num_workers, pin_memory=False), unit="batch", disable=None):
-        x = x.to(device)  # uint8 (B, 3, H, W)
-        powers.append(sums.update(x).float().cpu())  # (B, K)
+        x = images.prepare(x.to(device)).double()  # (B, C, n, n)
+        powers.append(rapsd(x).cpu())  # (B, K)
         dct_sums.update(x)
-        levels.append((x.double().mean((2, 3)) / 127.5 - 1).cpu())  # (B, 3)
-    level, spectra = torch.cat(levels), sums.finish()
-    if spectra["rapsd_centred"].min() <= NO_POWER:
+        levels.append(x.mean((2, 3)).cpu())  # (B, C)
+        total = total + x.sum(0).cpu()
+    level, powers = torch.cat(levels), torch.cat(powers)
+    power = powers.mean(0)
+    centred = power - rapsd(total[None] / len(index))[0]  # mean_i P_k(x_i - m) = mean_i P_k(x_i) - P_k(m)
+    if centred.min() <= NO_POWER:
         raise UserError("The images do not differ in every ring of frequency. Measure more, or other images.")
-    fits = image_fits(torch.cat(powers), level, level.mean(0), n).numpy()  # (N, 4)
+    fits = image_fits(powers, level, level.mean(0), n).numpy()  # (N, 4)
     of_classes = [fits[labels == c] for c in range(images.num_classes)]
     return DataSpectrum(
         dct_power=dct_sums.finish().numpy(),
-        power=spectra["rapsd"].numpy(),
-        centred=spectra["rapsd_centred"].numpy(),
+        power=power.numpy(),
+        centred=centred.numpy(),
         counts=rings(n)[1].numpy(),
         level=level.mean(0).numpy(),
         fits=fits.astype(np.float32),
@@ -56,13 +60,13 @@ def measure(images: Images, index: np.ndarray, batch_size=256, num_workers=None,
         covariance=np.stack([np.cov(rows.T, bias=True) for rows in of_classes]),
         low=np.stack([np.quantile(rows, 0.01, axis=0) for rows in of_classes]),
         high=np.stack([np.quantile(rows, 0.99, axis=0) for rows in of_classes]),
-        meta=summary(spectra, fits) | {"dataset": images.name, "img_size": n, "class_num": images.num_classes},
+        meta=summary(power, centred, fits) | {"dataset": images.name, "img_size": n, "class_num": images.num_classes},
     )
 
 
-def summary(spectra: dict[str, torch.Tensor], fits: np.ndarray) -> dict:
+def summary(power: torch.Tensor, centred: torch.Tensor, fits: np.ndarray) -> dict:
     """Return the noise bounds at DELTA, and mean and spread of the fits (N, 4)."""
-    nu_min, nu_max = map(float, noise_bounds(spectra["rapsd_centred"].max(), spectra["rapsd"][1:].min(), DELTA))
+    nu_min, nu_max = map(float, noise_bounds(centred.max(), power[1:].min(), DELTA))
     bounds = {"delta": DELTA, "nu_min": nu_min, "nu_max": nu_max}
     return {
         "num_images": len(fits),
@@ -79,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data_path", help="folder of the data set")
     parser.add_argument("--img_size", type=int, help="pixels per side (default: the data set's)")
+    parser.add_argument("--channels", type=int, help="1 for grey, 4 for RGBA (default: the data set's)")
     parser.add_argument("--split", default="train", help="part of the data set (default: train)")
     parser.add_argument("--num_images", type=int, help="measure a fixed random subset of this size (default: all)")
     parser.add_argument("--batch_size", type=int, default=256, help="default: 256")
@@ -92,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or default_spectrum_file(args.dataset, img_size)
         if out.exists() and not args.overwrite:
             raise UserError(f"{out} exists. --overwrite replaces it; --out names another file.")
-        images = build_dataset(args.dataset, args.data_path, img_size, args.split)
+        images = build_dataset(args.dataset, args.data_path, img_size, args.split, args.channels)
         if args.num_images is not None and not 1 <= args.num_images <= len(images):
             raise UserError(f"--num_images must be from 1 to {len(images)}, the number of images in the data set.")
         index = np.sort(np.random.RandomState(0).permutation(len(images))[: args.num_images])

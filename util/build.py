@@ -31,7 +31,8 @@ def build_denoiser(config: Any, dtype: torch.dtype | None = None) -> Denoiser:
         net = JiT_models[config.model](
             input_size=config.img_size,
             num_classes=config.class_num,
-            out_channels=6 if config.pred_param == "hybrid" else 3,  # data and velocity
+            in_channels=config.channels,
+            out_channels=config.channels * (2 if config.pred_param == "hybrid" else 1),  # data and velocity
             attn_drop=config.attn_dropout,
             proj_drop=config.proj_dropout,
             attn_fp32=config.attn_fp32,

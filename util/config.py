@@ -63,6 +63,7 @@ class ModelConfig:
         None, LOCKED, "pixels along a side (default: the data set's, 256 for imagefolder)", ge=1
     )
     class_num: int | None = flag(None, LOCKED, "classes (default: the data set's)", ge=1)
+    channels: int = flag(3, LOCKED, "channels: 3 RGB, 1 grey, 4 RGBA; latents have their own", added=True, ge=1)
     input_operator: str = flag(
         "spectral_forcing", LOCKED, "what filters the model's input: none or spectral_forcing", added=True
     )
@@ -89,7 +90,8 @@ class ModelConfig:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return 3, self.img_size, self.img_size
+        """Of what the network sees: pixels or latents."""
+        return self.channels, self.img_size, self.img_size
 
     @property
     def null_class(self) -> int:

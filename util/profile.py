@@ -42,7 +42,7 @@ def count_flops(model: str, img_size: int, level: int = 0, **arguments: Any) -> 
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         net, size = JiT_models[model](input_size=img_size, levels=level, **arguments), img_size >> level
         with FlopCounterMode(display=False) as counter:
-            net(torch.zeros(1, 3, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+            net(torch.zeros(1, net.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops()
 
 
@@ -54,7 +54,8 @@ def levels_of(trainer: Any) -> tuple[int, ...]:
 def mean_flops(trainer: Any) -> float:
     """Return the operations of a forward pass of one image in training, the mean over levels of resolution."""
     config, levels = trainer.config, levels_of(trainer)
-    of_level = {i: count_flops(config.model, config.img_size, i, num_classes=config.class_num) for i in set(levels)}
+    sizes = {"num_classes": config.class_num, "in_channels": config.channels, "out_channels": config.channels}
+    of_level = {i: count_flops(config.model, config.img_size, i, **sizes) for i in set(levels)}
     return sum(of_level[level] for level in levels) / len(levels)
 
 
@@ -78,7 +79,7 @@ def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
 
     handles = [block.register_forward_hook(lambda *_: enter(-1)) for block in net.blocks]
     handles += [b.register_forward_pre_hook(lambda _, x, i=i: enter(i, x)) for i, b in enumerate(net.blocks)]
-    x = torch.zeros(images, 3, net.input_size, net.input_size, device=device)
+    x = torch.zeros(images, net.in_channels, net.input_size, net.input_size, device=device)
     y, t = torch.zeros(images, dtype=torch.int64, device=device), torch.full((images,), 0.5, device=device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         denoiser(x, y, t, x)
@@ -94,9 +95,17 @@ def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
 class Memory:
     """Memory of training a model behind Spectral Forcing, with autocast to `dtype`."""
 
-    def __init__(self, model: str, img_size: int, dtype: torch.dtype | None = torch.bfloat16, levels: int = 0):
+    def __init__(
+        self,
+        model: str,
+        img_size: int,
+        dtype: torch.dtype | None = torch.bfloat16,
+        levels: int = 0,
+        channels: int = 3,
+    ):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            net = JiT_models[model](input_size=img_size, levels=levels)
+            sizes = {"input_size": img_size, "in_channels": channels, "out_channels": channels}
+            net = JiT_models[model](**sizes, levels=levels)
             denoiser = Denoiser(net, SpectralForcing(img_size), autocast_dtype=dtype)
             self.one, self.two = count_saved(denoiser, 1), count_saved(denoiser, 2)
         self.shapes = [tuple(p.shape) for p in denoiser.parameters()]
@@ -115,7 +124,7 @@ class Memory:
 def dry_run(trainer: Any) -> str:
     """Time a few training steps of a run and return what the rest of it will take, as lines of text."""
     config, ctx, cuda = trainer.config, trainer.ctx, trainer.ctx.device.type == "cuda"
-    memory = Memory(config.model, config.img_size, trainer.denoiser.autocast_dtype, config.levels)
+    memory = Memory(config.model, config.img_size, trainer.denoiser.autocast_dtype, config.levels, config.channels)
     fixed, image = memory.per_gpu(ctx.world_size, config.parallel, config.activation_checkpointing)
     net = trainer.denoiser.net
     tokens = [net.in_context_len + (net.pos_embed.shape[1] >> 2 * level) for level in levels_of(trainer)]

@@ -36,7 +36,7 @@ def test_a_level_takes_the_operations_of_images_of_its_size_and_a_run_the_mean()
     assert count_flops("JiT-B/16", 256, level=1, num_classes=10) == half < whole / 2
     times = LevelTimes(LogitNormal(), ResolutionSchedule(256, [20.0] * len(dct_rings(256)[1])))
     assert times.levels == (1, 0, 0, 0, 0, 0, 0, 0)
-    config = SimpleNamespace(model="JiT-B/16", img_size=256, class_num=10)
+    config = SimpleNamespace(model="JiT-B/16", img_size=256, class_num=10, channels=3)
     assert mean_flops(SimpleNamespace(config=config, time_sampler=times)) == (7 * whole + half) / 8
     assert mean_flops(SimpleNamespace(config=config, time_sampler=LogitNormal())) == whole
 

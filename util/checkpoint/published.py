@@ -218,11 +218,11 @@ def _state_dict(state: Any, foreign: str) -> Mapping[str, Tensor]:
         state = {_key(key): value for key, value in state.items()}
     if PROJ1 not in state:
         raise UserError(f"{foreign}: its weights lack {PROJ1}.")
-    weight = state[PROJ1]  # convolution (bottleneck, C, p, p), or linear (bottleneck, C*p*p)
+    weight = state[PROJ1]  # convolution (bottleneck, C, p, p), or linear (bottleneck, 3*p*p) in published ones
     size = weight[0].numel() if weight.dim() in (2, 4) and len(weight) else 0
-    p = round((size / 3) ** 0.5)
-    if size == 0 or 3 * p * p != size:
-        raise UserError(f"{foreign}: {PROJ1} is {list(weight.shape)}, not for square patches of 3 channels.")
+    p = weight.shape[-1] if weight.dim() == 4 else round((size / 3) ** 0.5)
+    if size == 0 or weight.shape[1:] not in ((weight.shape[1], p, p), (3 * p * p,)):
+        raise UserError(f"{foreign}: {PROJ1} is {list(weight.shape)}, not for square patches.")
     return state if weight.dim() == 4 else {**state, PROJ1: weight.reshape(-1, 3, p, p)}
 
 

@@ -1,6 +1,6 @@
-"""Reads one image file: ADM's centre crop, in RGB.
+"""Reads one image file: ADM's centre crop, in RGB or RGBA.
 
-Shapes: an image is uint8 (H, W, 3); a crop is (size, size, 3).
+Shapes: an image is uint8 (H, W, C) of any size; a crop is (size, size, C), with C = 3, or 4 with alpha.
 """
 
 import os
@@ -17,8 +17,8 @@ MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # PIL's own check of the header; its default warns at a third of that
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to mode RGB. Alpha is dropped; 16-bit grey keeps its upper 8 bits, as PIL does for 16-bit colour."""
+def to_rgb(image: Image.Image, alpha: bool = False) -> Image.Image:
+    """Convert to mode RGB, or RGBA with `alpha`. 16-bit grey keeps its upper 8 bits, as PIL does for 16-bit colour."""
     if image.mode == "F":
         raise DataError("floating-point images have no agreed range; expected 8 or 16 bits per channel.")
     if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip values above 255
@@ -26,18 +26,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(grey.astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image.convert("RGBA" if alpha else "RGB")
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Return the centre crop (size, size, 3) of a PIL image of any size and mode, as ADM makes it.
+def center_crop(image: Image.Image, size: int, alpha: bool = False) -> np.ndarray:
+    """Return the centre crop (size, size, C) of a PIL image of any size and mode, as ADM makes it.
 
     Halve with BOX while the short side is at least 2 * size, resize with BICUBIC to a short side of `size`, cut out
     the centre. An image of the right size comes back unchanged to the bit. DataError for mode F, and for an image so
     narrow that it would be enlarged to more than MAX_PIXELS.
     Source: Dhariwal and Nichol 2021, guided-diffusion, image_datasets.py.
     """
-    image = to_rgb(image)
+    image = to_rgb(image, alpha)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -47,13 +47,13 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
             f"{image.width} x {image.height} pixels are too narrow: with a short side of {size} the image would have "
             f"{width} x {height}; at most {MAX_PIXELS} pixels are made."
         )
-    array = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (height, width, 3)
+    array = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (height, width, C)
     top, left = (height - size) // 2, (width - size) // 2
-    return array[top : top + size, left : left + size].copy()  # (size, size, 3)
+    return array[top : top + size, left : left + size].copy()  # (size, size, C)
 
 
-def read_crop(path: str, size: int) -> np.ndarray:
-    """Return the centre crop (size, size, 3) of an image file, of its first frame where it has several.
+def read_crop(path: str, size: int, alpha: bool = False) -> np.ndarray:
+    """Return the centre crop (size, size, C) of an image file, of its first frame where it has several.
 
     The whole file is read before PIL sees it, so that errors of the file system (DataError) are told from those of the
     content (BadImage): no image, a damaged one, one with more than MAX_PIXELS, or one that cannot be converted to RGB.
@@ -76,7 +76,7 @@ def read_crop(path: str, size: int) -> np.ndarray:
         with Image.open(BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}.")
-            return center_crop(image, size)
+            return center_crop(image, size, alpha)
     except MemoryError:
         raise
     except UnidentifiedImageError:

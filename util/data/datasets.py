@@ -26,15 +26,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 UNREAD_EXTENSIONS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".svg")
 
 
-def to_float(images: Tensor) -> Tensor:
-    """Convert uint8 (B, 3, H, W) in 0..255 to float32 in [-1, 1]: x / 127.5 - 1."""
-    if images.dtype != torch.uint8:
-        raise TypeError(f"to_float expects uint8 images, not {images.dtype}")
-    return images.to(torch.float32) / 127.5 - 1
-
-
 def _to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) -> (3, H, W), contiguous, not sharing memory with the argument."""
+    """(H, W, C) -> (C, H, W), contiguous, not sharing memory with the argument."""
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
@@ -84,9 +77,11 @@ class ImageFolderImages(FileImages):
 
     `data_path` holds `train/` (and `val/` or `test/`), or is the training folder itself; `split` is train or val.
     Labels number the class folders in sorted order, as torchvision's ImageFolder does; hidden files and folders are
-    ignored. EXIF orientation is ignored, as in ADM. DataError for a missing path, missing or empty class folders, and
-    classes that differ between the splits.
+    ignored. EXIF orientation is ignored, as in ADM. With four channels the alpha of the files is kept.
+    DataError for a missing path, missing or empty class folders, and classes that differ between the splits.
     """
+
+    has_alpha = True
 
     def __init__(self, data_path: str | os.PathLike | None, img_size: int, split: str = "train"):
         if split not in ("train", "val"):
@@ -133,7 +128,7 @@ class ImageFolderImages(FileImages):
             self.notes.append(f"{folder} also has files that are not read ({counts}): convert them to PNG or JPEG")
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return _to_tensor(read_crop(self.path(i), self.img_size)), int(self.labels[i])
+        return _to_tensor(read_crop(self.path(i), self.img_size, self.channels == 4)), int(self.labels[i])
 
 
 class Cifar10(Images):
@@ -206,11 +201,28 @@ DATASETS = {
 }
 
 
-def build_dataset(name: str, data_path: str | os.PathLike | None, img_size: int, split: str = "train") -> Images:
-    """Open the data set `name` of DATASETS. data_path None: the data set's own default."""
+def build_dataset(
+    name: str, data_path: str | os.PathLike | None, img_size: int, split: str = "train", channels: int | None = None
+) -> Images:
+    """Open the data set `name` of DATASETS. data_path None: the data set's own default; channels None: its own.
+
+    Raises DataError for data that cannot be opened, or that do not have these channels.
+    """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}.")
     info = DATASETS[name]
     images = info.build(data_path or info.data_path, img_size, split)
     images.name, images.in_memory = name, info.in_memory
+    channels = images.channels if channels is None else channels
+    possible = {
+        images.channels,
+        1 if images.channels == 3 else images.channels,
+        4 if images.has_alpha else images.channels,
+    }
+    if channels not in possible:
+        raise DataError(
+            f"{data_path or name} has {images.channels} channels, and --channels is {channels}; possible are "
+            f"{', '.join(map(str, sorted(possible)))}."
+        )
+    images.channels = channels
     return images

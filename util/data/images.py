@@ -1,16 +1,27 @@
 """The base classes of all data sets, and the errors that data can raise.
 
-Shapes: an image is uint8 (3, H, W) in 0..255 (red, green, blue), H = W = img_size; its label is an int in
-0..num_classes-1. N images in a data set.
+Shapes: an image is uint8 (3, H, W) in 0..255 (red, green, blue), or (4, H, W) with alpha, H = W = img_size; its label
+is an int in 0..num_classes-1. N images in a data set, B in a batch.
 """
 
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from denoiser import RandomNumbers, random_flip
+from spectral_ops.spectrum import GREY
 from util.errors import UserError
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Convert uint8 (B, C, H, W) in 0..255 to float32 in [-1, 1]: x / 127.5 - 1."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"to_float expects uint8 images, not {images.dtype}")
+    return images.to(torch.float32) / 127.5 - 1
 
 
 class DataError(UserError):
@@ -47,6 +58,7 @@ class Images(Dataset):
     """
 
     name, in_memory = "", False  # build_dataset takes them from DATASETS
+    channels, has_alpha = 3, False  # build_dataset sets the channels; RGBA needs files with alpha
     max_workers = 12  # more loader processes gain nothing
     bad_image_log = None  # or a BadImageLog
 
@@ -60,6 +72,17 @@ class Images(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def prepare(self, batch: Tensor, rng: RandomNumbers | None = None, flip: bool = False) -> Tensor:
+        """Return what the network learns from a batch of items, on its device: float32 (B, C, H, W).
+
+        Pixels uint8 become x / 127.5 - 1; grey is made from red, green and blue (ITU-R BT.601). With `flip` a random
+        half is mirrored. Nothing is random without `rng`, which has the numbers of the images.
+        """
+        x = to_float(batch)
+        if self.channels == 1:
+            x = torch.einsum("bchw,c->bhw", x, x.new_tensor(GREY))[:, None]
+        return random_flip(x, rng) if flip and rng is not None else x
 
 
 class FileImages(Images):

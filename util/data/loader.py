@@ -80,7 +80,7 @@ def open_images(config: Any) -> Images:
     Raises:
         DataError: data that cannot be read, or that has another number of classes.
     """
-    images = build_dataset(config.dataset, config.data_path, config.img_size)
+    images = build_dataset(config.dataset, config.data_path, config.img_size, channels=config.channels)
     if images.num_classes != config.class_num:
         raise DataError(
             f"{config.data_path or config.dataset} has {images.num_classes} classes and --class_num is "

@@ -25,10 +25,10 @@ COMMAND = "python -m tools.measure_spectrum"
 class DataSpectrum:
     """The content of a spectrum file."""
 
-    power: np.ndarray  # (K,) P_k of x in [-1, 1], mean over all images
+    power: np.ndarray  # (K,) P_k of x, mean over all images
     centred: np.ndarray  # (K,) P^c_k, the same without the mean image
     counts: np.ndarray  # (K,) modes in each ring
-    level: np.ndarray  # (3,) mean pixel of each channel, in [-1, 1]
+    level: np.ndarray  # mean of x in each channel: (3,) for RGB
     fits: np.ndarray  # (N, 4) FIT of each image, float32
     labels: np.ndarray  # (N,) its class
     index: np.ndarray  # (N,) its number in the data set
@@ -37,7 +37,7 @@ class DataSpectrum:
     low: np.ndarray  # (C, 4)
     high: np.ndarray  # (C, 4)
     meta: dict
-    dct_power: np.ndarray | None = None  # (3, K') variance of DCT modes along colour axes; earlier files have none
+    dct_power: np.ndarray | None = None  # (channels, K') variance of DCT modes along colour axes; not in old files
     path: Path | None = None
     sha256: str | None = None
 

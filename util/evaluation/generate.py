@@ -1,6 +1,6 @@
 """Images from a denoiser: image i is a function of weights, sampling settings, seed, its label and i alone.
 
-Shapes: N images in all, with indices 0 .. N - 1; B of a batch; images (B, 3, H, W), labels y (B,).
+Shapes: N images in all, with indices 0 .. N - 1; B of a batch; images (B, C, H, W), labels y (B,).
 """
 
 import math
@@ -78,7 +78,7 @@ def sampling_mode(denoiser: Denoiser) -> Iterator[None]:
 
 
 def start_noise(config: Any, index: Sequence[int]) -> Tensor:
-    """Draw the unit noise (B, 3, H, W) of the images `index`, on the CPU."""
+    """Draw the unit noise (B, C, H, W) of the images `index`, on the CPU."""
     rng = CounterRNG(config.seed, 0, torch.tensor(index))
     return rng.normal("start_noise", math.prod(config.image_shape)).view(-1, *config.image_shape)
 
@@ -86,7 +86,7 @@ def start_noise(config: Any, index: Sequence[int]) -> Tensor:
 def generate(
     denoiser: Denoiser, config: Any, index: Sequence[int], labels: Sequence[int], ctx: DistContext
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Yield (indices, images uint8 (B, 3, H, W) on the device) of the images `index`, in batches of --gen_bsz.
+    """Yield (indices, images uint8 (B, C, H, W) on the device) of the images `index`, in batches of --gen_bsz.
 
     Image i has labels[i]. It ends early, between two batches, once a rank was asked to stop. The denoiser is in
     `sampling_mode` until the end: exhaust or close the generator before the weights change.
@@ -112,7 +112,7 @@ def generate(
 def _sample_batch(
     denoiser: Denoiser, config: Any, index: Sequence[int], schedules: SampleSchedules, y: Tensor, noise: Tensor
 ) -> Tensor:
-    """Return the images `index` (B,) with labels y (B,) from unit noise (B, 3, H, W) as uint8 (B, 3, H, W)."""
+    """Return the images `index` (B,) with labels y (B,) from unit noise (B, C, H, W) as uint8 (B, C, H, W)."""
     grid, logsnr_range = schedules.times(config.num_sampling_steps, CounterRNG(config.seed, 0, torch.tensor(index)), y)
     if logsnr_range is not None:
         logsnr_range = logsnr_range.to(y.device)
@@ -138,7 +138,7 @@ def _sample_batch(
 
 
 def generate_all(denoiser: Denoiser, config: Any, labels: Sequence[int], ctx: DistContext) -> Tensor | None:
-    """Return all images uint8 (len(labels), 3, H, W) on rank 0's host, None elsewhere.
+    """Return all images uint8 (len(labels), C, H, W) on rank 0's host, None elsewhere.
 
     Raises:
         Preempted: on all ranks, once one was asked to stop.

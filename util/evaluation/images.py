@@ -1,6 +1,7 @@
 """Images for files and for people: quantisation, PNGs and labelled grids.
 
-Shapes: B images, H = W; float images (B, 3, H, W) in [-1, 1]; uint8 images (B, 3, H, W) in 0..255.
+Shapes: B images, H = W; float images (B, C, H, W) in [-1, 1]; uint8 images (B, C, H, W) in 0..255; C = 1 grey, 3 RGB,
+4 RGBA.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,15 @@ def quantise(x: Tensor) -> Tensor:
     return ((x + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
+def rgb(images: Tensor) -> Tensor:
+    """Return uint8 images (B, 3, H, W): grey three times, and no alpha, which real images lose in the same way."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """Convert a uint8 image (3, H, W)."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    """Convert a uint8 image (C, H, W)."""
+    array = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def spread_labels(count: int, class_num: int) -> list[int]:
@@ -29,7 +36,7 @@ def spread_labels(count: int, class_num: int) -> list[int]:
 
 
 def labelled_grid(images: Tensor, labels: Sequence[str], columns: int, title: str = "") -> Image.Image:
-    """Draw uint8 images (B, 3, H, W) row by row with their labels; images below 64 pixels are magnified.
+    """Draw uint8 images (B, C, H, W) row by row with their labels; images below 64 pixels are magnified.
 
     A row in which all labels are equal has its label in front, if that holds for every row; otherwise each image has
     its own above it.
@@ -59,7 +66,8 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int, title: st
             x = left + c * (cell + gap)
             if not in_front:
                 draw.text((x, y), labels[i], fill="black", font=font)
-            canvas.paste(to_pil(images[i]).resize((cell, cell), Image.Resampling.NEAREST), (x, y + above))
+            image = to_pil(images[i]).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(image, (x, y + above), image if image.mode == "RGBA" else None)  # alpha: over white
     return canvas
 
 
@@ -70,6 +78,6 @@ def save_png(image: Image.Image, path: Path) -> Path:
 
 
 def write_numbered(images: Tensor, index: Sequence[int], folder: Path) -> None:
-    """Write uint8 images (B, 3, H, W) as the PNGs `index` in a folder that exists."""
+    """Write uint8 images (B, C, H, W) as the PNGs `index` in a folder that exists."""
     for i, image in zip(index, images, strict=True):
         to_pil(image).save(folder / f"{i:06d}.png", compress_level=1)  # lossless too, and several times faster

@@ -21,6 +21,7 @@ from spectral_ops.spectrum import ring_ratio, spectrum_gap
 from util.data.datasets import Digits
 from util.errors import UserError
 from util.evaluation.features import DigitPixels, EffNetLite0, Extractor, GreySpectrum, InceptionV3
+from util.evaluation.images import rgb
 from util.evaluation.reference import Reference, default_reference, load_reference
 
 ISC = {"splits": 10, "shuffle": True, "rng_seed": 2020}  # these three are torch-fidelity's defaults, and in each report
@@ -274,10 +275,10 @@ class MetricSuite:
         self.streams = {m.stream: build(m.extractor).streams[m.stream] for m in self.metrics.values()}
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        """Return {stream: float32 (B, F) on the CPU} of uint8 images (B, 3, H, W) on any device."""
+        """Return {stream: float32 (B, F) on the CPU} of uint8 images (B, C, H, W) on any device."""
         features = {}
         for extractor in self.extractors:
-            features |= extractor(images)
+            features |= extractor(rgb(images))
         return {stream: features[stream] for stream in self.streams}
 
     def compute(self, features: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, float], dict[str, Any]]:

@@ -25,7 +25,7 @@ from denoiser import Denoiser, TimeSampler
 from spectral_forcing import num_rings
 from spectral_ops.spectrum import rapsd
 from util.compile import no_recompile
-from util.data.datasets import DataError, Images, build_dataset, to_float
+from util.data.datasets import DataError, Images, build_dataset
 from util.data.loader import ImageLoader
 from util.dist.context import DistContext, all_reduce_mean, local_range
 from util.errors import UserError
@@ -45,7 +45,7 @@ class Subset(Images):
     def __init__(self, whole: Images, numbers: np.ndarray):
         super().__init__(whole.img_size, whole.class_names, whole.labels[numbers])
         self.name, self.in_memory, self.max_workers = whole.name, whole.in_memory, whole.max_workers
-        self.bad_image_log = whole.bad_image_log
+        self.bad_image_log, self.channels, self.prepare = whole.bad_image_log, whole.channels, whole.prepare
         self.whole, self.numbers = whole, numbers
 
     def path(self, i: int) -> str:
@@ -92,7 +92,7 @@ def hold_out(
     split = parse_split(config.val_split)
     if isinstance(split, str):
         try:
-            whole = build_dataset(dataset.name, config.data_path, dataset.img_size, split)
+            whole = build_dataset(dataset.name, config.data_path, dataset.img_size, split, dataset.channels)
         except DataError as error:
             raise UserError(f"{flag}: {error} A fraction, such as 0.05, holds out training images.") from error
         if len(whole) == 0:
@@ -167,7 +167,7 @@ class Validation:
                 with ema.applied() if ema else nullcontext(), sampling_mode(denoiser):
                     for batch, (x, y) in zip(batches, loader, strict=True):
                         numbers = torch.as_tensor(self.images.numbers[batch], device=ctx.device)
-                        x, y = to_float(x.to(ctx.device)), y.to(ctx.device)
+                        x, y = self.images.prepare(x.to(ctx.device)), y.to(ctx.device)
                         with no_recompile(len(x) < self.batch_size):
                             row += torch.stack([self._one_bin(denoiser, x, y, numbers, b) for b in range(BINS)])
         finally:

@@ -10,7 +10,8 @@ from torchvision.datasets import ImageFolder
 
 from tests.util.data.image_files import SIZE, make_folder, noise_image, save_modes
 from util.data.crop import center_crop
-from util.data.datasets import DATASETS, DataError, DatasetInfo, Digits, ImageFolderImages, build_dataset, to_float
+from util.data.datasets import DATASETS, DataError, DatasetInfo, Digits, ImageFolderImages, build_dataset
+from util.data.images import to_float
 
 
 @pytest.mark.filterwarnings("error")

@@ -15,7 +15,8 @@ import main_jit
 from denoiser import Denoiser, LogitNormal
 from tests.conftest import ONE, TINY_MODEL, arguments, few_digits, read_log, state_differences, train
 from tests.util.evaluation.toy import CONFIG, on_ranks
-from util.data.datasets import build_dataset, to_float
+from util.data.datasets import build_dataset
+from util.data.images import to_float
 from util.errors import UserError
 from util.evaluation.validation import (
     BINS,
