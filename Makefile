@@ -8,6 +8,7 @@
 #   make bench     the benchmarks, in small: one JSON line each (docs/performance.md)
 #   make gpu-report MINUTES=9         what a GPU measures, most important first: benchmarks/results/
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
+#   make cifar10-latents              a small VAE of CIFAR-10, and what it makes of the images: data/cifar10_latents
 #   make results   do all runs of docs/results.md that have no line yet      make figures   draw its figures
 #   make evaluate-cifar10 RUN=DIR     reference statistics and a small sweep of a CIFAR-10 run
 
@@ -19,7 +20,8 @@ READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 UV     := uv==0.13.8
 
-.PHONY: help setup demo bench gpu-report test test-slow test-gpu test-cluster lint cifar10 evaluate-cifar10 results figures clean
+.PHONY: help setup demo bench gpu-report test test-slow test-gpu test-cluster lint
+.PHONY: cifar10 cifar10-latents evaluate-cifar10 results figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -75,7 +77,7 @@ gpu-report: setup
 	$(BIN)/python -m benchmarks.gpu_report $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REFERENCE),--reference $(REFERENCE))
 
 # A run that has a line in experiments/results/ is not done again: move the files away to do all of them.
-results: $(READY_DEV) cifar10
+results: $(READY_DEV) cifar10 cifar10-latents
 	@echo "All runs take about 6 hours on two cores. Interrupted, the same command goes on."
 	for study in $$($(BIN)/python -c 'from experiments.studies import STUDIES; print(*(n for n, s in STUDIES.items() if s.device == "cpu"))'); do \
 	  $(BIN)/python -m experiments.run $$study --processes 2 || exit; done
@@ -93,6 +95,12 @@ lint: $(READY_DEV)
 
 cifar10: setup
 	$(BIN)/python -m util.data.cifar10
+
+# One thread: more wait for each other in layers so small. Ten minutes.
+cifar10-latents: $(READY_DEV) cifar10
+	test -d output/tiny_vae || OMP_NUM_THREADS=1 $(BIN)/python -m experiments.tiny_vae --dataset cifar10 --out output/tiny_vae
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.prepare_data latents --vae output/tiny_vae --dataset cifar10 --no-flip \
+	  --out data/cifar10_latents
 
 # RUN is the folder of a CIFAR-10 run. Reference statistics once, then three guidance scales, then the best one.
 evaluate-cifar10: setup

@@ -2,6 +2,7 @@
 
     python prepare_ref.py --dataset cifar10 --extractor effnet_lite0
     torchrun --nproc_per_node=8 prepare_ref.py --dataset imagefolder --data_path ~/imagenet --img_size 256
+    python prepare_ref.py ... --vae ~/sd-vae --out fid_stats/reconstructions.npz     of what a VAE makes of the images
 
 The images are read in index order, unaugmented, with the crop of training. Each rank takes a contiguous part of the
 batches and rank 0 merges them, so one rank and many give the same numbers.
@@ -26,11 +27,12 @@ from torch import Tensor
 from spectral_ops.spectrum import SpectrumSums
 from util.data.datasets import DATASETS, Images, build_dataset
 from util.data.loader import ImageLoader
+from util.data.vae import Vae, load_vae
 from util.dist.context import DistContext, find_context, gloo_group, local_range, process_group, raise_on_all_ranks
 from util.errors import UserError
 from util.evaluation.features import Extractor, InceptionV3, ensure_inception_weights
-from util.evaluation.metrics import METRICS
-from util.evaluation.reference import Moments, default_reference, save_reference
+from util.evaluation.metrics import METRICS, frechet_of_moments
+from util.evaluation.reference import Moments, default_reference, load_reference, save_reference
 from util.io import provenance
 from util.log import progress
 
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dataset", required=True, choices=DATASETS)
     add("--data_path", help="folder of the data set")
+    add("--labels_file", help="file with the classes to use, as in training")
     add("--img_size", type=int, help="pixels per side (default: the data set's)")
     add("--split", default="train", help="part of the data set (default: train)")
     add("--extractor", default="inception", choices=EXTRACTORS)
@@ -53,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_workers", type=int, help="workers per rank that read images; default: by the data set and the cores")
     add("--num_images", type=int, help="use the first so many images of a fixed permutation; default: all")
     add("--num_features", type=int, default=10_000, help="store those of so many images, for precision, recall and KID")
+    add("--vae", help="encode and decode the images first: folder in diffusers' format, or hub name; needs --out")
     add("--out", type=Path, help="file to write; default: the one that evaluation looks for in fid_stats/")
     add("--overwrite", action="store_true", help="replace the file if it exists")
     add("--device", help="cpu or cuda; default: cuda if available")
@@ -68,9 +72,11 @@ def check(args: argparse.Namespace) -> None:
     least = METRICS["precision_recall"].least
     if args.num_features != 0 and args.num_features < least:
         raise UserError(f"--num_features must be 0 or at least {least}, not {args.num_features}.")
+    if args.out is None and args.vae:
+        raise UserError("--vae needs --out: these are not the statistics of real images, which evaluation looks for.")
     if args.out is None and args.split != "train":
         raise UserError(f"--split {args.split} needs --out: evaluation expects files of the split train in fid_stats/.")
-    args.out = args.out or default_reference(args.dataset, args.img_size, args.extractor)
+    args.out = args.out or default_reference(real_images(args), args.img_size, args.extractor)
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out} must end in .npz.")
     if args.out.exists() and not args.overwrite:
@@ -78,6 +84,11 @@ def check(args: argparse.Namespace) -> None:
     folder = next(path for path in args.out.absolute().parents if path.exists())
     if not os.access(folder, os.W_OK):
         raise UserError(f"--out {args.out}: the folder {folder} cannot be written to. Name another one.")
+
+
+def real_images(args: argparse.Namespace) -> str:
+    """Return the name of the images, as Config.real_images does."""
+    return f"{args.dataset}-{Path(args.labels_file).stem}" if args.labels_file else args.dataset
 
 
 def choose_indices(total: int, num_images: int | None) -> list[int]:
@@ -94,9 +105,15 @@ def choose_features(num_images: int, num_features: int) -> list[int]:
 
 
 def compute(
-    images: Images, indices: Sequence[int], stored: Sequence[int], extractor: Extractor, args: Any, ctx: DistContext
+    images: Images,
+    indices: Sequence[int],
+    stored: Sequence[int],
+    extractor: Extractor,
+    args: Any,
+    ctx: DistContext,
+    vae: Vae | None = None,
 ) -> Statistics:
-    """Compute this rank's part of the statistics of the images `indices`, in that order.
+    """Compute this rank's part of the statistics of the images `indices`, in that order, or of their reconstructions.
 
     Features are returned of the positions `stored` in `indices`. Raises UserError for an unreadable image.
     """
@@ -110,6 +127,7 @@ def compute(
     keep = set(stored)
     for start, (x, _) in zip(starts, progress(loader, ctx, len(batches), stream, "batch"), strict=True):
         x = x.to(extractor.device, non_blocking=True)  # (B, 3, H, W)
+        x = x if vae is None else vae.decode(vae.encode(x)[0])  # of the mean, without noise
         features = extractor(x)[stream]  # (B, F)
         moments.update(features)
         spectra.update(x)
@@ -142,7 +160,8 @@ def run(args: argparse.Namespace) -> str | None:
 
         def prepare() -> tuple[Images, list[int], list[int]]:
             check(args)
-            images = build_dataset(args.dataset, args.data_path, args.img_size, args.split)
+            kind = args.dataset, args.data_path, args.img_size, args.split, None, args.labels_file
+            images = build_dataset(*kind)
             indices = choose_indices(len(images), args.num_images)
             if kind is InceptionV3 and ctx.local_rank == 0:
                 ensure_inception_weights(args.inception_weights)  # the other ranks of the node find the file
@@ -150,14 +169,15 @@ def run(args: argparse.Namespace) -> str | None:
 
         images, indices, stored = raise_on_all_ranks(ctx, prepare)
         extractor = raise_on_all_ranks(ctx, lambda: kind(ctx.device, args.inception_weights, args.img_size))
-        part = raise_on_all_ranks(ctx, lambda: compute(images, indices, stored, extractor, args, ctx))
+        vae = raise_on_all_ranks(ctx, lambda: load_vae(args.vae, ctx.device) if args.vae else None)
+        part = raise_on_all_ranks(ctx, lambda: compute(images, indices, stored, extractor, args, ctx, vae))
         total = merge(part, ctx)
     if total is None:
         return None
     moments, spectra, features = total
     arrays = {**moments.finish(), **spectra.finish(), **({"features": features} if stored else {})}
     meta = {
-        "dataset": args.dataset,
+        "dataset": real_images(args),
         "split": args.split,
         "img_size": args.img_size,
         "crop": info.crop,
@@ -170,10 +190,17 @@ def run(args: argparse.Namespace) -> str | None:
         "features_seed": FEATURES_SEED if stored else None,
         "batch_size": args.batch_size,
         "processes": ctx.world_size,
+        **({} if vae is None else {"reconstructed_by": vae.describe()}),
         "tf32": {"matmul": False, "cudnn": torch.backends.cudnn.allow_tf32},
         **provenance(ctx.device),
     }
-    return f"{args.out}\nsha256 {save_reference(args.out, arrays, meta)}"
+    line = f"{args.out}\nsha256 {save_reference(args.out, arrays, meta)}"
+    real = default_reference(real_images(args), args.img_size, args.extractor)
+    if vae is None or not real.exists():
+        return line
+    mu, sigma = (load_reference(real, real_images(args), args.img_size).arrays[name] for name in ("mu", "sigma"))
+    distance = frechet_of_moments(arrays["mu"], arrays["sigma"], mu, sigma)
+    return f"{line}\nFréchet distance of the reconstructions to {real}: {distance:.4f}, below which no samples can get"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,11 +15,15 @@ from experiments import synthetic
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
 from spectral_ops.spectrum import rapsd
 from util.data import cifar10
-from util.data.images import to_float
+from util.data.datasets import build_dataset
+from util.data.images import DataError, to_float
 from util.data.loader import GlobalBatchSampler
 from util.evaluation.validation import random_order
+from util.io import REPOSITORY
+from util.rng import CounterRNG
 
-DATA = (*synthetic.KINDS, "cifar10")
+DATA = (*synthetic.KINDS, "cifar10", "cifar10_latents")
+LATENTS = REPOSITORY / "data" / "cifar10_latents"  # made by `make cifar10-latents`
 HELD_OUT_SEED = 2**40  # no run has it
 
 
@@ -37,10 +41,13 @@ class Cifar10:
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), torch.from_numpy(labels)
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
+        index = self._index(seed, step, size)
+        return to_float(self.images[index]), self.labels[index]
+
+    def _index(self, seed: int, step: int, size: int) -> Tensor:
         sampler = GlobalBatchSampler(len(self.images), size, 0, 1, 1, seed)
         epoch, within = divmod(step, sampler.steps_per_epoch)
-        index = self._order(seed, epoch, size)[within * size : (within + 1) * size]
-        return to_float(self.images[index]), self.labels[index]
+        return self._order(seed, epoch, size)[within * size : (within + 1) * size]
 
     @cache  # noqa: B019 (one object for each process)
     def _order(self, seed: int, epoch: int, size: int) -> Tensor:
@@ -56,17 +63,55 @@ class Cifar10:
 
     @cache  # noqa: B019
     def mode_power(self) -> tuple[Tensor, Tensor]:
-        """Return variance and second moment of DCT modes along the axes of the channels' covariance, (3, n, n) each."""
-        dct = dct_matrix(self.size).float()
-        x = torch.cat([separable_transform(dct, to_float(part)) for part in self.images.split(5000)])  # (M, 3, n, n)
-        mean, products = x.mean(0).double(), torch.einsum("mcuv,mduv->cduv", x, x).double() / len(x)
-        covariance = products - mean[:, None] * mean
-        axes = torch.linalg.eigh(covariance.sum((2, 3)))[1]
+        return power_along_axes(torch.cat([to_float(part) for part in self.images.split(5000)]))
 
-        def along(matrix: Tensor) -> Tensor:
-            return torch.einsum("ca,cduv,da->auv", axes, matrix, axes)
 
-        return along(covariance), along(products)
+def power_along_axes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return variance and second moment of DCT modes along the axes of the channels' covariance, (C, n, n) each."""
+    x = separable_transform(dct_matrix(x.shape[-1]).float(), x)  # (M, C, n, n)
+    mean, products = x.mean(0).double(), torch.einsum("mcuv,mduv->cduv", x, x).double() / len(x)
+    covariance = products - mean[:, None] * mean
+    axes = torch.linalg.eigh(covariance.sum((2, 3)))[1]
+
+    def along(matrix: Tensor) -> Tensor:
+        return torch.einsum("ca,cduv,da->auv", axes, matrix, axes)
+
+    return along(covariance), along(products)
+
+
+class Cifar10Latents(Cifar10):
+    """CIFAR-10 in the latent space of experiments/tiny_vae.py: z = mean + std * noise, drawn anew for each batch."""
+
+    channels, size = 4, 8
+
+    def __init__(self):
+        super().__init__()
+        if len(self.images) != len(self.labels) or self.images.shape[2:] != (2, self.channels, self.size, self.size):
+            raise DataError(f"{LATENTS} does not hold moments of {self.channels} x {self.size} x {self.size} latents.")
+
+    @staticmethod
+    def _load(split: str) -> tuple[Tensor, Tensor]:
+        """Return moments (M, V, 2, C, n, n) as they are stored, and classes (M,)."""
+        images = build_dataset("latents", LATENTS, Cifar10Latents.size, {"test": "val"}.get(split, split))
+        return torch.stack([images[i][0] for i in range(len(images))]), torch.from_numpy(images.labels)
+
+    def _draw(self, moments: Tensor, seed: int, step: int) -> Tensor:
+        mean, std = moments[:, 0].float().unbind(1)  # of the images as they are; (B, C, n, n) each
+        rng = CounterRNG(seed, step, torch.arange(len(mean)))
+        return mean + std * rng.normal("latent", mean[0].numel()).view_as(mean)
+
+    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
+        index = self._index(seed, step, size)
+        return self._draw(self.images[index], seed, step), self.labels[index]
+
+    def held_out(self, count: int) -> tuple[Tensor, Tensor]:
+        images, labels = self._load("test")
+        index = torch.from_numpy(random_order(len(images), seed=0)[:count].copy())
+        return self._draw(images[index], HELD_OUT_SEED, 0), labels[index]
+
+    @cache  # noqa: B019
+    def mode_power(self) -> tuple[Tensor, Tensor]:
+        return power_along_axes(self._draw(self.images, HELD_OUT_SEED, 1))
 
 
 class Synthetic(synthetic.GaussianImages):
@@ -75,11 +120,12 @@ class Synthetic(synthetic.GaussianImages):
 
 
 @cache
-def open_data(name: str) -> Cifar10 | Synthetic:
+def open_data(name: str) -> Cifar10 | Cifar10Latents | Synthetic:
     """Return a data set; opened once in each process. Raises ValueError for a name that is not in DATA."""
     if name not in DATA:
         raise ValueError(f"The data {name!r} must be one of {', '.join(DATA)}.")
-    return Cifar10() if name == "cifar10" else Synthetic(name)
+    kinds = {"cifar10": Cifar10, "cifar10_latents": Cifar10Latents}
+    return kinds[name]() if name in kinds else Synthetic(name)
 
 
 @cache

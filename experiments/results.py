@@ -32,7 +32,7 @@ from experiments.train import Run, density
 from spectral_forcing import dct_rings
 from util.errors import UserError
 
-SIZE, LOW_RINGS = 32, 6
+SIZES, LOW_RINGS = {len(dct_rings(n)[1]): n for n in (8, 32)}, 6  # rings -> pixels
 COLUMNS = {  # number -> its column
     "density": "against {}",
     "low": "rings 0 to 5",
@@ -47,8 +47,9 @@ VARIES = ("arm", "seed")  # within a group of runs that are compared
 
 def table_of(line: Mapping[str, Any]) -> np.ndarray:
     """Return what each ring adds to the excess or loss per pixel, (T, K)."""
-    modes = dct_rings(SIZE)[1].numpy()
-    return np.array(line.get("excess") or line["loss"]) * modes / SIZE**2
+    table = np.array(line.get("excess") or line["loss"])
+    size = SIZES[table.shape[1]]
+    return table * dct_rings(size)[1].numpy() / size**2
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:

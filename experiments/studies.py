@@ -168,6 +168,13 @@ STUDIES = {
         steps=(600, 1100),
         samples=500,
     ),
+    "latents": Study(
+        "In the latent space of a small VAE: does the filter help there, and the correction of blocks?",
+        data=("cifar10_latents",),
+        patches=(2, 1),
+        arms=("plain", "linear", "budget0.03", "residual"),
+        images=1000,
+    ),
     "synthetic_patch4": Study(
         "Does the same hold at fine patches, where the best denoiser is known?",
         data=("noise", "essential"),

@@ -21,7 +21,7 @@ from model_jit import JiT, JiT_models
 from util.checkpoint.files import NAME
 from util.config import resolve
 from util.data import loader
-from util.data.datasets import Digits, build_dataset
+from util.data.datasets import Digits, build_dataset, of_classes
 from util.dist.context import DistContext
 
 TINY = "JiT-Test/8"
@@ -62,11 +62,12 @@ class FewDigits(Digits):
 few_digits = lru_cache(FewDigits)
 
 
-def few(name, data_path, img_size, split="train", channels=None):
+def few(name, data_path, img_size, split="train", channels=None, labels_file=None):
     """Stand in for build_dataset: of the digits the first FEW, other data sets as they are."""
     if name == "digits":
-        return few_digits(img_size, channels)
-    return build_dataset(name, data_path, img_size, split, channels)
+        images = few_digits(img_size, channels)
+        return images if labels_file is None else of_classes(images, labels_file)
+    return build_dataset(name, data_path, img_size, split, channels, labels_file)
 
 
 def register(patch: pytest.MonkeyPatch) -> None:

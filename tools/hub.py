@@ -36,7 +36,7 @@ LIBRARY, TAGS = "spectral-jit", ("diffusion", "flow-matching", "image-generation
 # Settings of sampling that a run's own are the default of; those of one call are not kept.
 SAMPLING = ("cfg", "interval_min", "interval_max", "sampling_method", "num_sampling_steps", "sampling_grid")
 SAMPLING += ("spectral_variant", "spectral_delta", "sample_t_eps")
-OF_A_CALL = ("gen_bsz", "spectrum_file")
+OF_A_CALL = ("gen_bsz", "spectrum_file", "vae", "vae_tiled")
 
 
 def hub_settings(config: Any) -> dict[str, Any]:

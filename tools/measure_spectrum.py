@@ -23,6 +23,7 @@ from util.data.loader import ImageLoader
 from util.data.spectrum_file import DataSpectrum, default_spectrum_file, save_spectrum
 from util.errors import UserError
 from util.io import provenance
+from util.rng import CounterRNG
 
 DELTA = 0.1  # of the noise bounds in the metadata; a run has its own
 
@@ -34,8 +35,10 @@ def measure(images: Images, index: np.ndarray, batch_size=256, num_workers=None,
         raise UserError(f"Class {absent[0]} has no image among the {len(index)} measured ones. Measure more.")
     batches = [index[i : i + batch_size].tolist() for i in range(0, len(index), batch_size)]
     dct_sums, powers, levels, total = DCTSums(n, images.channels), [], [], 0.0
-    for x, _ in tqdm(ImageLoader(images, batches, num_workers, pin_memory=False), unit="batch", disable=None):
-        x = images.prepare(x.to(device)).double()  # (B, C, n, n)
+    loader = ImageLoader(images, batches, num_workers, pin_memory=False)
+    for batch, (x, _) in zip(batches, tqdm(loader, unit="batch", disable=None), strict=True):
+        rng = CounterRNG(0, 0, torch.tensor(batch, device=device))  # latents are drawn
+        x = images.prepare(x.to(device), rng).double()  # (B, C, n, n)
         powers.append(rapsd(x).cpu())  # (B, K)
         dct_sums.update(x)
         levels.append(x.mean((2, 3)).cpu())  # (B, C)
@@ -83,21 +86,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data_path", help="folder of the data set")
     parser.add_argument("--img_size", type=int, help="pixels per side (default: the data set's)")
+    parser.add_argument("--labels_file", help="file with the classes to use, as in training; needs --out")
     parser.add_argument("--channels", type=int, help="1 for grey, 4 for RGBA (default: the data set's)")
     parser.add_argument("--split", default="train", help="part of the data set (default: train)")
     parser.add_argument("--num_images", type=int, help="measure a fixed random subset of this size (default: all)")
     parser.add_argument("--batch_size", type=int, default=256, help="default: 256")
     parser.add_argument("--num_workers", type=int, help="loader processes (default: by the data set and the cores)")
-    parser.add_argument("--out", type=Path, help="npz file (default: fid_stats/<dataset>_<img_size>_spectrum.npz)")
+    parser.add_argument("--out", type=Path, help="npz file (default: in fid_stats/, or beside latents)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.add_argument("--device", default="cpu", help="where the transforms run (default: cpu)")
     args = parser.parse_args(argv)
     try:
-        img_size = args.img_size or DATASETS[args.dataset].img_size
-        out = args.out or default_spectrum_file(args.dataset, img_size)
+        info = DATASETS[args.dataset]
+        if args.labels_file and not args.out:
+            raise UserError("--labels_file needs --out: the default file is that of all classes.")
+        known = info.describe(args.data_path) if info.describe else {"img_size": info.img_size}
+        img_size = args.img_size or known["img_size"]
+        out = args.out or default_spectrum_file(args.dataset, img_size, args.data_path)
         if out.exists() and not args.overwrite:
             raise UserError(f"{out} exists. --overwrite replaces it; --out names another file.")
-        images = build_dataset(args.dataset, args.data_path, img_size, args.split, args.channels)
+        images = build_dataset(args.dataset, args.data_path, img_size, args.split, args.channels, args.labels_file)
         if args.num_images is not None and not 1 <= args.num_images <= len(images):
             raise UserError(f"--num_images must be from 1 to {len(images)}, the number of images in the data set.")
         index = np.sort(np.random.RandomState(0).permutation(len(images))[: args.num_images])

@@ -76,7 +76,7 @@ def denoiser_settings(config: Any) -> dict[str, Any]:
     for entry in (*INPUT_OPERATORS.values(), *BLOCK_OPERATORS.values()):
         names += [field.name for field in dataclasses.fields(entry.settings)]
     flags, values = all_flags(), {}
-    for name in (*names, "schedule_delta", "schedule_level"):
+    for name in (*names, "schedule_delta", "schedule_level", "latents"):
         value = getattr(config, name)
         settled = name not in flags or flags[name].metadata["added"]
         default = flags[name].default if name in flags else None

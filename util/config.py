@@ -20,7 +20,7 @@ from sampler import SOLVERS
 from spectral_ops.resolution import GROUP
 from spectral_ops.schedule import GRIDS, T_SAMPLERS, VARIANTS
 from util.compile import MODES as COMPILE_MODES
-from util.data.datasets import DATASETS
+from util.data.datasets import DATASETS, read_labels_file
 from util.dist.parallel import PARALLEL
 from util.errors import UserError
 from util.flags import (
@@ -82,6 +82,7 @@ class ModelConfig:
     )
     resolution_levels: int = flag(1, LOCKED, "how often the image is halved, for spectrum", added=True, ge=1)
     resolution_power: list | None = recorded()  # variances of DCT modes by colour axis and ring, for spectrum
+    latents: dict | None = recorded()  # of what the network's images are latents: VAE, pixels, data set; None: of none
 
     @property
     def levels(self) -> int:
@@ -92,6 +93,17 @@ class ModelConfig:
     def image_shape(self) -> tuple[int, int, int]:
         """Of what the network sees: pixels or latents."""
         return self.channels, self.img_size, self.img_size
+
+    @property
+    def pixels(self) -> int:
+        """Of an image along a side, decoded if the network sees latents."""
+        return self.latents["pixels"] if self.latents else self.img_size
+
+    @property
+    def real_images(self) -> str:
+        """The name of the real images that samples are compared with, part of the name of their statistics."""
+        name = self.latents["dataset"] if self.latents else self.dataset
+        return f"{name}-{Path(self.labels_file).stem}" if self.labels_file else name
 
     @property
     def null_class(self) -> int:
@@ -144,6 +156,9 @@ class DataConfig:
 
     dataset: str = flag("imagefolder", LOCKED_FOR_TRAINING, "data set", DATASETS)
     data_path: str | None = flag(None, OVERRIDABLE, "folder with train/, train/ itself, or a cache")
+    labels_file: str | None = flag(
+        None, LOCKED_FOR_TRAINING, "file with the classes to use, a class folder's name on each line", added=True
+    )
     flip: bool | None = flag(None, LOCKED_FOR_TRAINING, "mirror at random (default: the data set's)")
     on_bad_image: str = flag(
         "error", OVERRIDABLE, "an image that cannot be read: stop, or use another one of its class", ("error", "skip")
@@ -230,6 +245,10 @@ class EvaluateConfig:
     inception_weights: str | None = flag(None, PER_CALL, "file of Inception weights (also: INCEPTION_WEIGHTS)")
     save_images: str | None = flag(None, PER_CALL, "folder for PNGs of the images of --evaluate_gen")
     keep_features: bool = flag(False, PER_CALL, "keep the features of the images beside the report")
+    vae: str | None = flag(
+        None, OVERRIDABLE, "VAE that decodes latents: folder or hub name (default: where they were encoded)"
+    )
+    vae_tiled: bool = flag(False, OVERRIDABLE, "decode large images in parts")
 
 
 @dataclass(frozen=True)
@@ -340,7 +359,15 @@ def resolve(
     config = cls(**values)
     info = DATASETS[config.dataset]
     of_data_set = {"img_size": info.img_size, "class_num": info.class_num, "flip": info.flip, "metrics": info.metrics}
-    unset = {name: value for name, value in of_data_set.items() if getattr(config, name) in (None, "")}
+    if info.describe is not None and config.latents is None:
+        of_data_set |= info.describe(config.data_path)
+    if config.labels_file and config.class_num is None:
+        of_data_set["class_num"] = len(read_labels_file(config.labels_file))
+    unset = {name: value for name, value in of_data_set.items() if getattr(config, name, None) in (None, "")}
+    if (channels := of_data_set.get("channels")) is not None:
+        if given.get("channels", channels) != channels:
+            raise UserError(f"--channels {given['channels']}: {config.data_path} has {channels}. Leave the flag out.")
+        unset["channels"] = channels
     has_floor = config.sf_schedule in ("power", "snr")
     if has_floor and config.sf_snr_floor is None:
         unset["sf_snr_floor"] = SNR_FLOOR
@@ -444,6 +471,8 @@ NEEDS = {
     "window_size": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
     "sf_schedule": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
     "disable_dct_scale_schedule": (lambda c: c.input_operator == "spectral_forcing", "Spectral Forcing"),
+    "vae": (lambda c: c.latents, "latents (--dataset latents)"),
+    "vae_tiled": (lambda c: c.latents, "latents (--dataset latents)"),
     "resolution_delta": (lambda c: c.levels, "--resolution_schedule spectrum"),
     "resolution_levels": (lambda c: c.levels, "--resolution_schedule spectrum"),
     "spectral_residual_scale": (lambda c: c.spectral_residual != "off", "--spectral_residual"),
@@ -555,7 +584,7 @@ def run_name(config: Any) -> str:
     if config.input_operator in ("none", "spectral_forcing"):
         locked.pop("input_operator", None)
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settled = ("sf_power", "resolution_power", "schedule_delta", "schedule_level", "spectrum_sha256")
+    settled = ("sf_power", "resolution_power", "latents", "schedule_delta", "schedule_level", "spectrum_sha256")
     locked |= {name: fields[name] for name in settled if fields[name] is not None}
     locked["data_path"] = str(Path(config.data_path).resolve()) if config.data_path else None
     locked |= {"init_from": config.init_from, "init_weights": config.init_weights if config.init_from else None}

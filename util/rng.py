@@ -23,6 +23,7 @@ STREAMS = {
     "validation": 5,
     "schedule": 6,
     "solver": 7,
+    "latent": 8,
 }
 CPU_BLOCKS = 2**15  # that a CPU draws at a time: its cache holds them
 _MASK = 0xFFFFFFFF

@@ -31,7 +31,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def open_spectrum(config: Any) -> DataSpectrum:
     """Load the configuration's spectrum file. Raises UserError if there is none, or none that fits."""
-    path = config.spectrum_file or default_spectrum_file(config.dataset, config.img_size)
+    path = config.spectrum_file or default_spectrum_file(config.dataset, config.img_size, config.data_path)
     return load_spectrum(path, config.img_size, config.class_num)
 
 

@@ -207,3 +207,18 @@ def test_density_is_that_of_training_times():
     t = torch.sigmoid(-0.8 + 0.8 * torch.randn(200_000, generator=torch.Generator().manual_seed(0)))
     counted = torch.histc(t, 20, 0, 1) / len(t)
     torch.testing.assert_close(train.density(20).float(), counted, atol=3e-3, rtol=0)
+
+
+def test_latents_are_drawn_from_their_moments():
+    latents = data.open_data("cifar10_latents")
+    x, _ = latents.batch(3, 5, 64)
+    assert x.shape == (64, 4, 8, 8) and torch.equal(x, latents.batch(3, 5, 64)[0])
+    assert not torch.equal(x, latents.batch(4, 5, 64)[0])
+    held, _ = latents.held_out(5000)
+    moments = latents._load("test")[0][torch.from_numpy(data.random_order(5200, seed=0)[:5000].copy()), 0].float()
+    noise = (held - moments[:, 0]) / moments[:, 1]
+    assert noise.mean().abs() < 0.01 and noise.std() == pytest.approx(1, abs=0.01)
+    variance, second = latents.mode_power()
+    assert variance.shape == second.shape == (4, 8, 8)
+    expected = (1 / np.maximum(np.hypot(*np.mgrid[:8, :8]), 1)) ** 2 + 0.01
+    np.testing.assert_allclose(variance.mean(0), expected, rtol=0.15)

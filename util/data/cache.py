@@ -20,6 +20,7 @@ Shapes: N images, each uint8 (3, H, W), H = W = img_size.
 """
 
 import hashlib
+import io
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from PIL import features
 from torch import Tensor
 
 from util.data.bad_images import check_bad_count
-from util.data.images import BadImage, DataError, FileImages
+from util.data.images import BadImage, DataError, FileImages, NoSplitError
 from util.dist.context import DistContext
 from util.io import json_hash, provenance, read_json, write_json
 from util.log import ImageProgress
@@ -43,12 +44,15 @@ BLOCK_BYTES = 2**27  # 682 images at 256 x 256
 AGAIN = "run the same `python -m tools.prepare_data cache` again"
 
 
-def find(data_path: str | os.PathLike | None, split: str = "train") -> Path | None:
-    """Return the folder of a split where data_path is a cache, or the train folder of one; None for anything else."""
+def find(data_path: str | os.PathLike | None, split: str = "train", index: str = INDEX) -> Path | None:
+    """Return the folder of a split where data_path is a cache, or the train folder of one; None for anything else.
+
+    `index` is the file that tells a cache: latents (util/data/latents.py) have another one.
+    """
     if data_path:
         root = Path(data_path).expanduser().absolute()
         for train in (root, root / "train"):
-            if os.path.isfile(train / INDEX):
+            if os.path.isfile(train / index):
                 return train if split == "train" else train.parent / split
     return None
 
@@ -91,6 +95,16 @@ def damaged_blocks(folder: Path, index: dict) -> list[str]:
     return damaged
 
 
+def read_item(file: io.FileIO, offset: int, i: int, item: Tensor) -> None:
+    """Fill a tensor with item i of a file of such items after `offset` bytes. DataError if it cannot be read."""
+    try:
+        size = os.preadv(file.fileno(), [item.view(torch.uint8).numpy()], offset + i * item.nbytes)
+    except OSError as e:
+        raise DataError(f"cannot read {file.name}: {e.strerror}. Check the disk, and start again.") from None
+    if size != item.nbytes:
+        raise DataError(f"{file.name} ends within image {i}: it was changed while in use. Copy it again.")
+
+
 class CachedImages(FileImages):
     """One split of a cache, in the place of the ImageFolderImages that it was made from: same items, order and paths.
 
@@ -102,7 +116,7 @@ class CachedImages(FileImages):
 
     def __init__(self, folder: Path, img_size: int):
         if not os.path.isfile(folder / INDEX):
-            raise DataError(
+            raise NoSplitError(
                 f"the image cache {folder.parent} has no {folder.name} images: {folder / INDEX} is missing. Where the "
                 f"image folder has them, {AGAIN}."
             )
@@ -127,12 +141,7 @@ class CachedImages(FileImages):
         if i in self.bad:
             raise BadImage.at(self.path(i), self.bad[i], f"Replace it and {AGAIN}")
         image = torch.empty(3, self.img_size, self.img_size, dtype=torch.uint8)
-        try:
-            size = os.preadv(self._file.fileno(), [image.numpy()], self._offset + i * image.nbytes)
-        except OSError as e:
-            raise DataError(f"cannot read {self._file.name}: {e.strerror}. Check the disk, and start again.") from None
-        if size != image.nbytes:
-            raise DataError(f"{self._file.name} ends within image {i}: it was changed while in use. Copy it again.")
+        read_item(self._file, self._offset, i, image)
         return image, int(self.labels[i])
 
 

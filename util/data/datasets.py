@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util.data import cache, cifar10
+from util.data import cache, cifar10, latents
 from util.data.crop import center_crop, read_crop
-from util.data.images import DataError, FileImages, Images, NoSplitError
+from util.data.images import DataError, FileImages, Images, NoSplitError, Subset
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
 UNREAD_EXTENSIONS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".svg")
@@ -150,7 +150,7 @@ class Digits(Images):
 
     def __init__(self, img_size: int, split: str = "train"):
         if split != "train":
-            raise DataError(f"the digits have no split {split!r}; all 1797 of them are train.")
+            raise NoSplitError(f"the digits have no split {split!r}; all 1797 of them are train.")
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -176,12 +176,37 @@ class DatasetInfo:
     in_memory: bool = False  # reading an item opens no file
     class_names: tuple[str, ...] | None = None  # for the labels of pictures; None: the numbers of the classes
     crop: str = "centre crop of ADM (util.data.center_crop)"  # recorded in reference statistics
+    describe: Callable[[str | os.PathLike | None], dict] | None = None  # data_path -> what the data say of these
 
 
 def _image_folder(data_path: str | os.PathLike | None, img_size: int, split: str) -> Images:
     """Open an image folder, or a cache of one (util/data/cache.py)."""
     folder = cache.find(data_path, split)
     return cache.CachedImages(folder, img_size) if folder else ImageFolderImages(data_path, img_size, split)
+
+
+def _latents(data_path: str | os.PathLike | None, img_size: int, split: str) -> Images:
+    folder = latents.find(data_path, split)
+    if folder is None:
+        raise DataError(
+            f"{data_path or 'no data path'} holds no latents: set --data_path (DATA_PATH) to what was --out of "
+            "`python -m tools.prepare_data latents`."
+        )
+    images = latents.LatentImages(folder)
+    if images.img_size != img_size:
+        raise DataError(f"the latents {folder} are {images.img_size} wide, and --img_size is {img_size}.")
+    return images
+
+
+def _describe_latents(data_path: str | os.PathLike | None) -> dict:
+    """Return what the index of latents says. Raises DataError if there is none."""
+    folder = latents.find(data_path)
+    if folder is None:
+        _latents(data_path, 0, "train")
+    index = latents.read_index(folder)
+    known = {"vae": index["vae"], "pixels": index["img_size"], "dataset": index["dataset"]}
+    sizes = {"img_size": index["size"], "channels": index["channels"], "class_num": index["class_num"]}
+    return {**sizes, "flip": index["views"] == 2, "latents": known}
 
 
 DATASETS = {
@@ -198,15 +223,44 @@ DATASETS = {
         in_memory=True,
         crop="none, resized with bicubic interpolation",
     ),
+    "latents": DatasetInfo(_latents, 32, 1000, describe=_describe_latents),
 }
 
 
-def build_dataset(
-    name: str, data_path: str | os.PathLike | None, img_size: int, split: str = "train", channels: int | None = None
-) -> Images:
-    """Open the data set `name` of DATASETS. data_path None: the data set's own default; channels None: its own.
+def read_labels_file(path: str | os.PathLike) -> list[str]:
+    """Return the names of classes in a file, one on each line; what follows a # is a comment. Raises DataError."""
+    try:
+        lines = Path(path).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--labels_file {path} cannot be read: {error}.") from None
+    names = [name for line in lines if (name := line.partition("#")[0].strip())]
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"--labels_file {path} must hold names of classes, each once, one on a line.")
+    return names
 
-    Raises DataError for data that cannot be opened, or that do not have these channels.
+
+def of_classes(images: Images, labels_file: str | os.PathLike) -> Subset:
+    """Return the images of the classes in a file; their labels number these classes in the order of the data set."""
+    names = read_labels_file(labels_file)
+    if unknown := sorted(set(names) - set(images.class_names)):
+        raise DataError(f"--labels_file {labels_file} names {unknown[0]}, which is no class of the data set.")
+    chosen = [name for name in images.class_names if name in set(names)]
+    of_chosen = np.isin(images.labels, [images.class_names.index(name) for name in chosen])
+    return Subset(images, of_chosen.nonzero()[0], chosen)
+
+
+def build_dataset(
+    name: str,
+    data_path: str | os.PathLike | None,
+    img_size: int,
+    split: str = "train",
+    channels: int | None = None,
+    labels_file: str | os.PathLike | None = None,
+) -> Images:
+    """Open the data set `name` of DATASETS, or the classes of it that a file names.
+
+    data_path None: the data set's own default; channels None: its own. Raises DataError for data that cannot be opened,
+    that do not have these channels, or these classes.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}.")
@@ -225,4 +279,4 @@ def build_dataset(
             f"{', '.join(map(str, sorted(possible)))}."
         )
     images.channels = channels
-    return images
+    return images if labels_file is None else of_classes(images, labels_file)

@@ -85,6 +85,29 @@ class Images(Dataset):
         return random_flip(x, rng) if flip and rng is not None else x
 
 
+class Subset(Images):
+    """The images `numbers` (M,) of another data set, with everything else as it is there.
+
+    With `classes`, a part of its class names in their order, labels are numbered anew.
+    """
+
+    def __init__(self, whole: Images, numbers: np.ndarray, classes: list[str] | None = None):
+        classes = whole.class_names if classes is None else classes
+        renumbered = np.array([classes.index(name) if name in classes else -1 for name in whole.class_names])
+        super().__init__(whole.img_size, classes, renumbered[whole.labels[numbers]])
+        self.name, self.in_memory, self.max_workers = whole.name, whole.in_memory, whole.max_workers
+        self.bad_image_log, self.channels, self.prepare = whole.bad_image_log, whole.channels, whole.prepare
+        self.notes, self.whole, self.numbers = whole.notes, whole, numbers
+        if whole.bad:
+            self.bad = {i: whole.bad[n] for i, n in enumerate(numbers.tolist()) if n in whole.bad}
+
+    def path(self, i: int) -> str:
+        return self.whole.path(int(self.numbers[i]))
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.whole[int(self.numbers[i])][0], int(self.labels[i])
+
+
 class FileImages(Images):
     """Images of files: `files` below `folder`, one for each label."""
 

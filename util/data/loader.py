@@ -80,11 +80,17 @@ def open_images(config: Any) -> Images:
     Raises:
         DataError: data that cannot be read, or that has another number of classes.
     """
-    images = build_dataset(config.dataset, config.data_path, config.img_size, channels=config.channels)
+    what = {"channels": config.channels, "labels_file": config.labels_file}
+    images = build_dataset(config.dataset, config.data_path, config.img_size, **what)
     if images.num_classes != config.class_num:
         raise DataError(
             f"{config.data_path or config.dataset} has {images.num_classes} classes and --class_num is "
             f"{config.class_num}; --class_num {images.num_classes} starts a new run on it."
+        )
+    if config.latents and images.vae["sha256"] != config.latents["vae"]["sha256"]:
+        raise DataError(
+            f"the latents {config.data_path} were made with the VAE {images.vae['name']}, and this network was trained "
+            f"on those of another one, {config.latents['vae']['name']}."
         )
     if config.on_bad_image == "skip" and not images.in_memory:
         images.bad_image_log = BadImageLog(images)

@@ -54,8 +54,10 @@ class DataSpectrum:
 ARRAYS = tuple(field.name for field in fields(DataSpectrum) if field.type is np.ndarray)
 
 
-def default_spectrum_file(dataset: str, img_size: int) -> Path:
-    """Return the default place of a data set's spectrum, inside the repository's fid_stats/."""
+def default_spectrum_file(dataset: str, img_size: int, data_path: str | Path | None = None) -> Path:
+    """Return the default place of a data set's spectrum: the repository's fid_stats/, or beside latents."""
+    if dataset == "latents" and data_path:
+        return Path(data_path).expanduser() / "spectrum.npz"
     return FID_STATS / f"{dataset}_{img_size}_spectrum.npz"
 
 

@@ -57,7 +57,7 @@ def build_suite(config: Any, ctx: DistContext, num_images: int) -> MetricSuite:
 
     def build() -> MetricSuite:
         files = config.fid_stats, config.inception_weights
-        return MetricSuite(names, config.dataset, config.img_size, num_images, ctx.device, *files)
+        return MetricSuite(names, config.real_images, config.pixels, num_images, ctx.device, *files)
 
     return raise_on_all_ranks(ctx, build)
 

@@ -22,7 +22,8 @@ from util.dist.context import DistContext, any_rank, gather_rows, local_range
 from util.dist.parallel import unsharded
 from util.dist.preemption import Preempted, requested_on_any_rank
 from util.errors import UserError
-from util.evaluation.images import labelled_grid, quantise, save_png
+from util.evaluation.decode import to_images
+from util.evaluation.images import labelled_grid, save_png
 from util.log import progress
 from util.rng import CounterRNG
 from util.schedules import SampleSchedules
@@ -46,6 +47,7 @@ def sampling_settings(config: Any) -> dict[str, Any]:
         "seed": config.seed,
         **schedules.describe(),
         **({} if t_eps is None else {"sample_t_eps": t_eps}),
+        **({"vae": config.latents["vae"]["sha256"], "vae_tiled": config.vae_tiled} if config.latents else {}),
     }
 
 
@@ -94,7 +96,7 @@ def generate(
     Raises:
         UserError: an image with non-finite values.
     """
-    schedules = SampleSchedules.from_config(config)
+    schedules, decode = SampleSchedules.from_config(config), to_images(config, ctx.device)
     batches = [index[i : i + config.gen_bsz] for i in range(0, len(index), config.gen_bsz)]
     with sampling_mode(denoiser), ThreadPoolExecutor(1) as thread:  # draws the next noise while a GPU is busy
         pending = [thread.submit(start_noise, config, batch) for batch in batches[:1]]
@@ -105,14 +107,14 @@ def generate(
             pending += [thread.submit(start_noise, config, following) for following in batches[i + 1 : i + 2]]
             y = torch.tensor([labels[k] for k in batch], device=ctx.device)
             with no_recompile(len(batch) < config.gen_bsz):
-                images = _sample_batch(denoiser, config, batch, schedules, y, noise.to(ctx.device))
-            yield batch, images
+                images = _sample_batch(denoiser, config, batch, schedules, y, noise.to(ctx.device))  # x
+            yield batch, decode(images)
 
 
 def _sample_batch(
     denoiser: Denoiser, config: Any, index: Sequence[int], schedules: SampleSchedules, y: Tensor, noise: Tensor
 ) -> Tensor:
-    """Return the images `index` (B,) with labels y (B,) from unit noise (B, C, H, W) as uint8 (B, C, H, W)."""
+    """Return the images `index` (B,) with labels y (B,) from unit noise (B, C, H, W): x (B, C, H, W)."""
     grid, logsnr_range = schedules.times(config.num_sampling_steps, CounterRNG(config.seed, 0, torch.tensor(index)), y)
     if logsnr_range is not None:
         logsnr_range = logsnr_range.to(y.device)
@@ -134,7 +136,7 @@ def _sample_batch(
             f"Sampling with seed {config.seed} gave non-finite values: {which}, {len(bad)} in this batch. Use another "
             "checkpoint, or --precision fp32."
         )
-    return quantise(x)
+    return x
 
 
 def generate_all(denoiser: Denoiser, config: Any, labels: Sequence[int], ctx: DistContext) -> Tensor | None:
@@ -146,7 +148,8 @@ def generate_all(denoiser: Denoiser, config: Any, labels: Sequence[int], ctx: Di
     index = local_range(len(labels), ctx)
     batches = generate(denoiser, config, index, labels, ctx)
     shown = progress(batches, ctx, math.ceil(len(index) / config.gen_bsz), "sampling", "batch")
-    images = [torch.empty((0, *config.image_shape), dtype=torch.uint8), *(images.cpu() for _, images in shown)]
+    none = torch.empty((0, *to_images(config, ctx.device).shape), dtype=torch.uint8)
+    images = [none, *(images.cpu() for _, images in shown)]
     if any_rank(ctx, requested_on_any_rank(ctx) is not None):
         raise Preempted("Stopped before all images existed; none was kept. The same command generates them.")
     return gather_rows(torch.cat(images), len(labels), ctx)
@@ -163,6 +166,7 @@ def sample_grid(
     if ctx.is_main:
         counts = {labels.count(label) for label in labels}
         columns = counts.pop() if len(counts) == 1 and counts != {1} else max(1, round(len(labels) ** 0.5))
-        names = DATASETS[config.dataset].class_names or [str(i) for i in range(config.class_num)]
+        known = None if config.labels_file else DATASETS[config.dataset].class_names
+        names = known or [str(i) for i in range(config.class_num)]
         save_png(labelled_grid(images, [names[label] for label in labels], columns, title), path)
     return images

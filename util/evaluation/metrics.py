@@ -39,8 +39,15 @@ def frechet_distance(features: Tensor, mu: Tensor | np.ndarray, sigma: Tensor | 
     """
     from torch_fidelity import metric_fid
 
-    pair = metric_fid.fid_features_to_statistics(features), {"mu": mu, "sigma": sigma}
-    pair = [{key: np.asarray(array, dtype=np.float64) for key, array in moments.items()} for moments in pair]
+    return frechet_of_moments(*metric_fid.fid_features_to_statistics(features).values(), mu, sigma)
+
+
+def frechet_of_moments(*moments: Tensor | np.ndarray) -> float:
+    """Compute the same of mu_1 (F,), sigma_1 (F, F), mu_2, sigma_2."""
+    from torch_fidelity import metric_fid
+
+    mu_1, sigma_1, mu_2, sigma_2 = (np.asarray(array, dtype=np.float64) for array in moments)
+    pair = {"mu": mu_1, "sigma": sigma_1}, {"mu": mu_2, "sigma": sigma_2}
     return metric_fid.fid_statistics_to_metric(*pair, False)[metric_fid.KEY_METRIC_FID]
 
 

@@ -25,7 +25,8 @@ from denoiser import Denoiser, TimeSampler
 from spectral_forcing import num_rings
 from spectral_ops.spectrum import rapsd
 from util.compile import no_recompile
-from util.data.datasets import DataError, Images, build_dataset
+from util.data.datasets import DataError, build_dataset
+from util.data.images import Images, Subset
 from util.data.loader import ImageLoader
 from util.dist.context import DistContext, all_reduce_mean, local_range
 from util.errors import UserError
@@ -37,22 +38,6 @@ BINS = 10
 WEIGHTS = ("model", "ema1", "ema2")
 SPLITS = ("val", "test")
 ORDER, TIMES, NOISE = 0, 1, 2  # steps of the stream "validation": which images, their times, and (+ bin) their noise
-
-
-class Subset(Images):
-    """The images `numbers` (M,) of another data set, with everything else as it is there."""
-
-    def __init__(self, whole: Images, numbers: np.ndarray):
-        super().__init__(whole.img_size, whole.class_names, whole.labels[numbers])
-        self.name, self.in_memory, self.max_workers = whole.name, whole.in_memory, whole.max_workers
-        self.bad_image_log, self.channels, self.prepare = whole.bad_image_log, whole.channels, whole.prepare
-        self.whole, self.numbers = whole, numbers
-
-    def path(self, i: int) -> str:
-        return self.whole.path(int(self.numbers[i]))
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.whole[int(self.numbers[i])]
 
 
 def random_order(count: int, seed: int) -> np.ndarray:
@@ -92,7 +77,8 @@ def hold_out(
     split = parse_split(config.val_split)
     if isinstance(split, str):
         try:
-            whole = build_dataset(dataset.name, config.data_path, dataset.img_size, split, dataset.channels)
+            kind = dataset.name, config.data_path, dataset.img_size, split, dataset.channels, config.labels_file
+            whole = build_dataset(*kind)
         except DataError as error:
             raise UserError(f"{flag}: {error} A fraction, such as 0.05, holds out training images.") from error
         if len(whole) == 0:
