@@ -48,21 +48,22 @@ WITHOUT_DEFAULT = """
 """
 LOCKS = {  # also by hand: a lock that changes decides which commands still work with old checkpoints
     LOCKED: """model img_size class_num channels disable_dct_patchify input_operator window_size
-        disable_dct_scale_schedule dct_fixed_scale sf_c_min sf_c_max sf_kappa spectral_residual spectral_residual_scale pred_param noise_scale
-        t_eps P_mean P_std sf_schedule sf_alpha sf_snr_floor sf_budget hybrid_x_weight_mode hybrid_x_weight_power
-        hybrid_x_weight_min hybrid_x_weight_max resolution_schedule resolution_delta resolution_levels""".split(),
-    LOCKED_FOR_TRAINING: """attn_dropout proj_dropout dataset labels_file flip warmup_epochs warmup_steps global_batch lr
-        blr min_lr lr_schedule weight_decay beta1 beta2 grad_clip ema_decay1 ema_decay2 label_drop_prob seed val_split t_sampler
-        t_uniform_mix spectral_variant spectral_delta""".split(),
+        disable_dct_scale_schedule dct_fixed_scale sf_c_min sf_c_max sf_kappa spectral_residual
+        spectral_residual_scale pred_param noise_scale t_eps P_mean P_std sf_schedule sf_alpha sf_snr_floor
+        sf_budget hybrid_x_weight_mode hybrid_x_weight_power hybrid_x_weight_min hybrid_x_weight_max
+        resolution_schedule resolution_delta resolution_levels""".split(),
+    LOCKED_FOR_TRAINING: """attn_dropout proj_dropout dataset labels_file flip warmup_epochs warmup_steps
+        global_batch lr blr min_lr lr_schedule weight_decay beta1 beta2 grad_clip ema_decay1 ema_decay2
+        label_drop_prob seed val_split t_sampler t_uniform_mix spectral_variant spectral_delta""".split(),
     OVERRIDABLE: """data_path epochs batch_size sampling_method num_sampling_steps cfg interval_min interval_max
         online_eval eval_freq metrics num_images gen_bsz save_last_freq on_bad_image save_every_steps
         save_every_minutes keep_last keep_every_epochs skip_nonfinite parallel activation_checkpointing log_freq
         precision attn_fp32 compile val_images val_freq val_rings sampling_grid sample_t_eps spectrum_file vae
         vae_tiled""".split(),
-    PER_CALL: """wandb_project wandb_entity wandb_run_name wandb_mode wandb_num_vis evaluate_gen sample labels dry_run
-        num_per_class num_workers accum_iter start_epoch init_from init_weights ema fid_stats inception_weights
-        save_images keep_features sweep_cfg sweep_ema sweep_interval sweep_images output_dir output_root resume
-        checkpoint device dist_timeout""".split(),
+    PER_CALL: """wandb_project wandb_entity wandb_run_name wandb_mode wandb_num_vis evaluate_gen sample labels
+        dry_run num_per_class num_workers accum_iter start_epoch init_from init_weights ema fid_stats
+        inception_weights save_images keep_features sweep_cfg sweep_ema sweep_interval sweep_images output_dir
+        output_root resume checkpoint device dist_timeout""".split(),
 }
 CHOSEN = {"model": "JiT-L/16", "dataset": "cifar10", "val_split": "0.1", "interval_min": 0.2, "device": "cuda"}
 CHOSEN["labels_file"] = str(REPOSITORY / "experiments" / "imagenet" / "imagenet100.txt")
