@@ -98,7 +98,7 @@ cifar10: setup
 
 # One thread: more wait for each other in layers so small. Ten minutes.
 cifar10-latents: $(READY_DEV) cifar10
-	test -d output/tiny_vae || OMP_NUM_THREADS=1 $(BIN)/python -m experiments.tiny_vae --dataset cifar10 --out output/tiny_vae
+	test -f output/tiny_vae/diffusion_pytorch_model.safetensors || OMP_NUM_THREADS=1 $(BIN)/python -m experiments.tiny_vae --dataset cifar10 --out output/tiny_vae
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.prepare_data latents --vae output/tiny_vae --dataset cifar10 --no-flip \
 	  --out data/cifar10_latents
 

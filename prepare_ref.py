@@ -25,12 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectral_ops.spectrum import SpectrumSums
-from util.data.datasets import DATASETS, Images, build_dataset
+from util.data.datasets import DATASETS, Images, build_dataset, part_name, read_labels_file
 from util.data.loader import ImageLoader
 from util.data.vae import Vae, load_vae
 from util.dist.context import DistContext, find_context, gloo_group, local_range, process_group, raise_on_all_ranks
 from util.errors import UserError
 from util.evaluation.features import Extractor, InceptionV3, ensure_inception_weights
+from util.evaluation.images import quantise, rgb
 from util.evaluation.metrics import METRICS, frechet_of_moments
 from util.evaluation.reference import Moments, default_reference, load_reference, save_reference
 from util.io import provenance
@@ -45,9 +46,10 @@ Statistics = tuple[Moments, SpectrumSums, Tensor]  # with the features to store 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--dataset", required=True, choices=DATASETS)
+    add("--dataset", required=True, choices=[name for name, info in DATASETS.items() if info.describe is None])
     add("--data_path", help="folder of the data set")
     add("--labels_file", help="file with the classes to use, as in training")
+    add("--channels", type=int, choices=(1, 3), help="1: of grey images, as for CHANNELS=1")
     add("--img_size", type=int, help="pixels per side (default: the data set's)")
     add("--split", default="train", help="part of the data set (default: train)")
     add("--extractor", default="inception", choices=EXTRACTORS)
@@ -88,7 +90,10 @@ def check(args: argparse.Namespace) -> None:
 
 def real_images(args: argparse.Namespace) -> str:
     """Return the name of the images, as Config.real_images does."""
-    return f"{args.dataset}-{Path(args.labels_file).stem}" if args.labels_file else args.dataset
+    name = args.dataset
+    if args.labels_file:
+        name += f"-{part_name(args.labels_file, read_labels_file(args.labels_file))}"
+    return f"{name}-grey" if args.channels == 1 else name
 
 
 def choose_indices(total: int, num_images: int | None) -> list[int]:
@@ -127,6 +132,8 @@ def compute(
     keep = set(stored)
     for start, (x, _) in zip(starts, progress(loader, ctx, len(batches), stream, "batch"), strict=True):
         x = x.to(extractor.device, non_blocking=True)  # (B, 3, H, W)
+        if images.channels == 1:
+            x = rgb(quantise(images.prepare(x)))
         x = x if vae is None else vae.decode(vae.encode(x)[0])  # of the mean, without noise
         features = extractor(x)[stream]  # (B, F)
         moments.update(features)
@@ -160,8 +167,9 @@ def run(args: argparse.Namespace) -> str | None:
 
         def prepare() -> tuple[Images, list[int], list[int]]:
             check(args)
-            kind = args.dataset, args.data_path, args.img_size, args.split, None, args.labels_file
-            images = build_dataset(*kind)
+            images = build_dataset(
+                args.dataset, args.data_path, args.img_size, args.split, args.channels, args.labels_file
+            )
             indices = choose_indices(len(images), args.num_images)
             if kind is InceptionV3 and ctx.local_rank == 0:
                 ensure_inception_weights(args.inception_weights)  # the other ranks of the node find the file

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,17 +22,21 @@ import prepare_ref
 from model_jit import JiT_models
 from spectral_forcing import num_rings
 from tests.conftest import TINY_MODEL, config_of, flags, raw, read_log, train
+from tests.util.data.image_files import make_folder
 from tests.util.evaluation.colours import Colours
 from tools import measure_spectrum, prepare_data
 from tools.export import export_folder
 from tools.hub import SpectralJiT
+from util.config import resolve
 from util.data import datasets
-from util.data.datasets import build_dataset
+from util.data.datasets import build_dataset, part_name
 from util.data.spectrum_file import load_spectrum
 from util.data.vae import load_vae
+from util.errors import UserError
 from util.evaluation import reference
 from util.evaluation.metrics import frechet_distance
 from util.io import REPOSITORY
+from util.schedules import open_spectrum
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -118,8 +123,9 @@ def test_spectral_methods_and_resuming(latents, tmp_path, settings):
     assert all(torch.equal(first[name], second[name]) for name in first)
     (*_, last), (*_, again) = read_log(whole, "val"), read_log(parts, "val")
     assert last | {"seconds": 0} == again | {"seconds": 0} and np.isfinite(last["loss_ema1"])
-    power, config = config_of(whole).sf_power, config_of(whole)
-    assert power is None or len(power) == {"budget": config.channels, "snr": num_rings(8)}[config.sf_schedule]
+    config = config_of(whole)
+    lengths = {"linear": None, "budget": config.channels, "snr": num_rings(8)}
+    assert (config.sf_power and len(config.sf_power)) == lengths[config.sf_schedule]
 
 
 def test_samples_are_decoded_by_the_vae(run, latents, tmp_path, capsys):
@@ -129,8 +135,13 @@ def test_samples_are_decoded_by_the_vae(run, latents, tmp_path, capsys):
     assert [Image.open(path).size for path in files] == [(16, 16)] * 2
     export_folder(run, tmp_path / "hub")
     model = SpectralJiT.from_pretrained(tmp_path / "hub")
-    assert model.config.latents == config_of(run).latents
-    images = model.sample([0, 1])
+    own, found = config_of(run).latents, model.config.latents
+    assert found["vae"] == own["vae"] | {"name": "vae"} and "/tmp" not in (tmp_path / "hub" / "config.json").read_text()
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "model of latents" in card and own["vae"]["sha256"][:12] in card and "pixel-space" not in card
+    with pytest.raises(UserError, match="--vae names the one that decodes the latents"):
+        model.sample([0, 1])
+    images = model.sample([0, 1], vae=str(latents.parent / "vae"))
     assert np.abs(np.asarray(Image.open(files[0])).astype(int) - images[0].permute(1, 2, 0).numpy()).max() <= 1
     other = save_vae(tmp_path / "other", seed=1)
     assert main_jit.main(flags(**sample, output_dir=tmp_path / "x", vae=other)) == 2
@@ -139,7 +150,7 @@ def test_samples_are_decoded_by_the_vae(run, latents, tmp_path, capsys):
     assert main_jit.main(flags(**sample, output_dir=tmp_path / "y", vae=copied)) == 0
 
 
-def test_metrics_of_decoded_images_and_the_floor(run, latents, tmp_path, monkeypatch, capsys):
+def test_metrics_are_those_of_decoded_images(run):
     argv = flags(evaluate_gen=True, resume=run, num_images=20, device="cpu", metrics="class_agreement")
     assert main_jit.main(argv) == 0
     (report,) = (run / "eval").glob("*.json")
@@ -152,6 +163,7 @@ def test_metrics_of_decoded_images_and_the_floor(run, latents, tmp_path, monkeyp
         ({"data_path": None}, "holds no latents"),
         ({"img_size": 32}, "are 8 wide, and --img_size is 32"),
         ({"channels": 16}, "has 4. Leave the flag out"),
+        ({"labels_file": "some.txt"}, "--labels_file goes to `prepare_data latents`"),
     ],
 )
 def test_latents_that_do_not_fit(latents, tmp_path, change, sentence, capsys):
@@ -212,3 +224,27 @@ def test_the_imagenet100_script_passes_a_dry_run(latents, method):
         assert words[words.index(f"--{flag}") + 1] == value
     assert ("--disable_dct_patchify" in words) == (method != "sf")
     assert ("--spectral_residual" in words) == (method == "residual")
+
+
+def test_latents_of_some_classes_are_compared_with_these(tmp_path, latents, capsys):
+    """And another folder of images is not taken for the same."""
+    for folder in ("a", "b"):
+        make_folder(tmp_path / folder / "train", {"one": 6, "two": 5, "three": 4}, size=(16, 16))
+    (tmp_path / "some.txt").write_text("one\nthree\n")
+    words = ["latents", "--vae", str(latents.parent / "vae"), "--img_size", "16", "--out", str(tmp_path / "out")]
+    words += ["--labels_file", str(tmp_path / "some.txt")]
+    assert prepare_data.main([*words, "--data_path", str(tmp_path / "a")]) == 0
+    assert prepare_data.main([*words, "--data_path", str(tmp_path / "b")]) == 2
+    assert "has other latents" in capsys.readouterr().err
+    config = resolve({"dataset": "latents", "data_path": str(tmp_path / "out")})
+    assert config.class_num == 2
+    assert config.real_images == f"imagefolder-{part_name(tmp_path / 'some.txt', ['one', 'three'])}"
+    images = build_dataset("latents", tmp_path / "out", 8)
+    assert Path(images.path(0)).parent == tmp_path / "a" / "train" / "one"
+    before = (tmp_path / "out" / "spectrum.npz").read_bytes()
+    assert prepare_data.main([*words, "--data_path", str(tmp_path / "a")]) == 0  # nothing is left to do
+    assert (tmp_path / "out" / "spectrum.npz").read_bytes() == before
+    at_train = resolve({"dataset": "latents", "data_path": str(tmp_path / "out" / "train"), "sf_schedule": "snr"})
+    assert open_spectrum(at_train).path == tmp_path / "out" / "spectrum.npz"
+    with pytest.raises(UserError, match="is of 4 channels, and this network has 3"):
+        open_spectrum(replace(at_train, channels=3))

@@ -42,6 +42,10 @@ OF_A_CALL = ("gen_bsz", "spectrum_file", "vae", "vae_tiled")
 def hub_settings(config: Any) -> dict[str, Any]:
     """Return what config.json holds: what decides the model's function, and how it is sampled by default."""
     settings = denoiser_settings(config) | {name: getattr(config, name) for name in (*SAMPLING, "precision")}
+    if config.latents:  # without the folder on this machine
+        vae = config.latents["vae"]
+        name = Path(vae["name"]).name if Path(vae["name"]).is_absolute() else vae["name"]
+        settings["latents"] = config.latents | {"vae": vae | {"name": name}}
     trained_with = {} if config.spectrum_sha256 is None else {"spectrum_sha256": config.spectrum_sha256}
     return settings | trained_with
 

@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         info = DATASETS[args.dataset]
-        if args.labels_file and not args.out:
-            raise UserError("--labels_file needs --out: the default file is that of all classes.")
+        if (args.labels_file or args.channels) and not args.out:
+            raise UserError("--labels_file and --channels need --out: the default file is that of the whole data set.")
         known = info.describe(args.data_path) if info.describe else {"img_size": info.img_size}
         img_size = args.img_size or known["img_size"]
         out = args.out or default_spectrum_file(args.dataset, img_size, args.data_path)

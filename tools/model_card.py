@@ -48,7 +48,7 @@ def model_card(
     spectrum = ", spectrum_file=PATH" if needs_spectrum(config) else ""
     body = f"""# {config.model}, {config.dataset}, {config.img_size} px
 
-A class-conditional diffusion model of pixels: JiT ([arXiv 2511.13720](https://arxiv.org/abs/2511.13720)){filtered}.
+A class-conditional diffusion model of {"latents" if config.latents else "pixels"}: JiT ([arXiv 2511.13720](https://arxiv.org/abs/2511.13720)){filtered}.
 
 {picture}{table([{"": name, "of this model": value} for name, value in facts.items()])}
 
@@ -74,7 +74,8 @@ Those of training and evaluation, without absolute folders.
 {chr(10).join(dict.fromkeys(commands)) or "# not recorded"}
 ```
 """
-    return ModelCard(f"---\n{ModelCardData(library_name=LIBRARY, tags=list(TAGS)).to_yaml()}\n---\n\n{body}")
+    tags = [tag for tag in TAGS if not (config.latents and tag == "pixel-space")]
+    return ModelCard(f"---\n{ModelCardData(library_name=LIBRARY, tags=tags).to_yaml()}\n---\n\n{body}")
 
 
 def facts_of(
@@ -89,11 +90,17 @@ def facts_of(
     prediction = {"x": "the data", "v": "the velocity", "hybrid": "data and velocity"}[config.pred_param]
     decay = said.get({"ema1": "ema_decay1", "ema2": "ema_decay2"}.get(ema))
     torch_versions = dict.fromkeys(start["versions"]["torch"] for start in starts if "versions" in start)
+    latents = None
+    if config.latents:
+        vae = config.latents["vae"]
+        latents = f"{config.channels} x {config.img_size} x {config.img_size}, of the VAE {Path(vae['name']).name}"
+        latents += f" (sha256 {vae['sha256'][:12]}...), which decodes samples"
     warmup = f"{config.warmup_epochs:g} epochs" if config.warmup_steps is None else f"{config.warmup_steps} steps"
     rate = f"{peak_lr(config):.3g} after {warmup} of warm-up, {config.lr_schedule}"
     return {
         "data": f"{config.dataset}, {config.class_num} classes" if "dataset" in said else None,
-        "image size": f"{config.img_size} px",
+        "image size": f"{config.pixels} px",
+        "latents": latents,
         "network": f"{config.model}, {parameters:,} parameters",
         "operators": describe_operators(config),
         "prediction": prediction,

@@ -36,7 +36,7 @@ from util.data.spectrum_file import save_spectrum
 from util.data.vae import load_vae
 from util.dist.context import find_context, process_group, raise_on_all_ranks
 from util.errors import UserError
-from util.io import provenance
+from util.io import json_hash, provenance
 
 SECONDS = 15.0  # that are measured
 SPECTRUM_IMAGES = 50_000  # that the spectrum of latents is measured on
@@ -132,8 +132,11 @@ def write_latents(args: argparse.Namespace) -> None:
 def measure_latents(folder: Path, num_workers: int | None) -> None:
     """Measure the spectrum of SPECTRUM_IMAGES training latents, where there is none of them yet."""
     path = folder / "spectrum.npz"
-    if path.exists() and path.stat().st_mtime >= (folder / "train" / latents.LATENTS).stat().st_mtime:
-        return
+    blocks = json_hash(latents.read_index(folder / "train")["sha256"])
+    if path.exists():
+        with np.load(path, allow_pickle=False) as file:
+            if json.loads(str(file["meta"])).get("latents") == blocks:
+                return
     images = latents.LatentImages(folder / "train")
     images.name = "latents"
     good = np.setdiff1d(np.arange(len(images)), list(images.bad))
@@ -143,7 +146,7 @@ def measure_latents(folder: Path, num_workers: int | None) -> None:
     except UserError as error:
         print(f"{path} was not written: {error}", file=sys.stderr, flush=True)
         return
-    spectrum.meta.update(split="train", data_path=str(folder), **provenance(torch.device("cpu")))
+    spectrum.meta.update(split="train", data_path=str(folder), latents=blocks, **provenance(torch.device("cpu")))
     save_spectrum(spectrum, path)
     print(f"{path}: spectrum of {len(index)} latents", flush=True)
 
@@ -170,7 +173,8 @@ def verify(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """Print images per second of one loader, in the order of an epoch of training, measured for SECONDS."""
-    img_size = args.img_size or DATASETS[args.dataset].img_size
+    info = DATASETS[args.dataset]
+    img_size = args.img_size or (info.describe(args.data_path)["img_size"] if info.describe else info.img_size)
     images = build_dataset(args.dataset, args.data_path, img_size)
     args.batch_size = min(args.batch_size, len(images))
     sampler = GlobalBatchSampler(len(images), args.batch_size, 0, 1, 1, seed=0)

@@ -20,7 +20,7 @@ from sampler import SOLVERS
 from spectral_ops.resolution import GROUP
 from spectral_ops.schedule import GRIDS, T_SAMPLERS, VARIANTS
 from util.compile import MODES as COMPILE_MODES
-from util.data.datasets import DATASETS, read_labels_file
+from util.data.datasets import DATASETS, part_name, read_labels_file
 from util.dist.parallel import PARALLEL
 from util.errors import UserError
 from util.flags import (
@@ -103,7 +103,8 @@ class ModelConfig:
     def real_images(self) -> str:
         """The name of the real images that samples are compared with, part of the name of their statistics."""
         name = self.latents["dataset"] if self.latents else self.dataset
-        return f"{name}-{Path(self.labels_file).stem}" if self.labels_file else name
+        name = f"{name}-{part_name(self.labels_file, self.classes)}" if self.classes else name
+        return f"{name}-grey" if self.channels == 1 and not self.latents else name
 
     @property
     def null_class(self) -> int:
@@ -157,8 +158,9 @@ class DataConfig:
     dataset: str = flag("imagefolder", LOCKED_FOR_TRAINING, "data set", DATASETS)
     data_path: str | None = flag(None, OVERRIDABLE, "folder with train/, train/ itself, or a cache")
     labels_file: str | None = flag(
-        None, LOCKED_FOR_TRAINING, "file with the classes to use, a class folder's name on each line", added=True
+        None, LOCKED, "file with the classes to use, a class folder's name on each line", added=True
     )
+    classes: list[str] | None = recorded()  # those in --labels_file
     flip: bool | None = flag(None, LOCKED_FOR_TRAINING, "mirror at random (default: the data set's)")
     on_bad_image: str = flag(
         "error", OVERRIDABLE, "an image that cannot be read: stop, or use another one of its class", ("error", "skip")
@@ -361,8 +363,13 @@ def resolve(
     of_data_set = {"img_size": info.img_size, "class_num": info.class_num, "flip": info.flip, "metrics": info.metrics}
     if info.describe is not None and config.latents is None:
         of_data_set |= info.describe(config.data_path)
-    if config.labels_file and config.class_num is None:
-        of_data_set["class_num"] = len(read_labels_file(config.labels_file))
+    if config.labels_file and info.describe is not None:
+        raise UserError("--labels_file goes to `prepare_data latents`: these latents have all of their classes.")
+    if config.labels_file and (training or config.classes is None):
+        names = sorted(read_labels_file(config.labels_file))
+        if config.classes not in (None, names):
+            raise UserError(f"--labels_file {config.labels_file} names other classes than this run was trained on.")
+        of_data_set |= {"classes": names, "class_num": len(names)}
     unset = {name: value for name, value in of_data_set.items() if getattr(config, name, None) in (None, "")}
     if (channels := of_data_set.get("channels")) is not None:
         if given.get("channels", channels) != channels:
@@ -584,7 +591,8 @@ def run_name(config: Any) -> str:
     if config.input_operator in ("none", "spectral_forcing"):
         locked.pop("input_operator", None)
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settled = ("sf_power", "resolution_power", "latents", "schedule_delta", "schedule_level", "spectrum_sha256")
+    settled = ("sf_power", "resolution_power", "latents", "classes", "schedule_delta", "schedule_level")
+    settled = (*settled, "spectrum_sha256")
     locked |= {name: fields[name] for name in settled if fields[name] is not None}
     locked["data_path"] = str(Path(config.data_path).resolve()) if config.data_path else None
     locked |= {"init_from": config.init_from, "init_weights": config.init_weights if config.init_from else None}

@@ -32,7 +32,10 @@ def _settings(config: Any) -> dict[str, Any]:
 def open_spectrum(config: Any) -> DataSpectrum:
     """Load the configuration's spectrum file. Raises UserError if there is none, or none that fits."""
     path = config.spectrum_file or default_spectrum_file(config.dataset, config.img_size, config.data_path)
-    return load_spectrum(path, config.img_size, config.class_num)
+    spectrum = load_spectrum(path, config.img_size, config.class_num)
+    if len(spectrum.level) != config.channels:
+        raise UserError(f"{path} is of {len(spectrum.level)} channels, and this network has {config.channels}.")
+    return spectrum
 
 
 def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:

@@ -47,12 +47,12 @@ WITHOUT_DEFAULT = """
     --global_batch 1024 --window_size 16 --evaluate_gen --disable_dct_patchify --disable_dct_scale_schedule
 """
 LOCKS = {  # also by hand: a lock that changes decides which commands still work with old checkpoints
-    LOCKED: """model img_size class_num channels disable_dct_patchify input_operator window_size
+    LOCKED: """model img_size class_num channels labels_file disable_dct_patchify input_operator window_size
         disable_dct_scale_schedule dct_fixed_scale sf_c_min sf_c_max sf_kappa spectral_residual
         spectral_residual_scale pred_param noise_scale t_eps P_mean P_std sf_schedule sf_alpha sf_snr_floor
         sf_budget hybrid_x_weight_mode hybrid_x_weight_power hybrid_x_weight_min hybrid_x_weight_max
         resolution_schedule resolution_delta resolution_levels""".split(),
-    LOCKED_FOR_TRAINING: """attn_dropout proj_dropout dataset labels_file flip warmup_epochs warmup_steps
+    LOCKED_FOR_TRAINING: """attn_dropout proj_dropout dataset flip warmup_epochs warmup_steps
         global_batch lr blr min_lr lr_schedule weight_decay beta1 beta2 grad_clip ema_decay1 ema_decay2
         label_drop_prob seed val_split t_sampler t_uniform_mix spectral_variant spectral_delta""".split(),
     OVERRIDABLE: """data_path epochs batch_size sampling_method num_sampling_steps cfg interval_min interval_max

@@ -9,7 +9,7 @@ Shapes: an item is uint8 (3, H, W) in 0..255 with its label, an int in 0..num_cl
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from util.data import cache, cifar10, latents
 from util.data.crop import center_crop, read_crop
 from util.data.images import DataError, FileImages, Images, NoSplitError, Subset
+from util.io import json_hash
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
 UNREAD_EXTENSIONS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".svg")
@@ -246,7 +247,14 @@ def of_classes(images: Images, labels_file: str | os.PathLike) -> Subset:
         raise DataError(f"--labels_file {labels_file} names {unknown[0]}, which is no class of the data set.")
     chosen = [name for name in images.class_names if name in set(names)]
     of_chosen = np.isin(images.labels, [images.class_names.index(name) for name in chosen])
-    return Subset(images, of_chosen.nonzero()[0], chosen)
+    subset = Subset(images, of_chosen.nonzero()[0], chosen)
+    subset.part = part_name(labels_file, chosen)
+    return subset
+
+
+def part_name(labels_file: str | os.PathLike, classes: Sequence[str]) -> str:
+    """Return a name for a part of the classes, another one for other classes in a file of the same name."""
+    return f"{Path(labels_file).stem}-{json_hash(sorted(classes), digits=6)}"
 
 
 def build_dataset(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from util.data.bad_images import check_bad_count
 from util.data.cache import FILES, blocks
-from util.data.images import BadImage, DataError, FileImages, Images
+from util.data.images import BadImage, DataError, Images
 from util.data.latents import AGAIN, DTYPES, INDEX, LATENTS, VERSION, damaged_blocks, open_latents, read_index, shape
 from util.data.loader import ImageLoader
 from util.data.vae import Vae
@@ -56,13 +56,13 @@ def _files(images: Images) -> dict[str, list[str | int]]:
     files = {name: [] for name in images.class_names}
     for i, label in enumerate(images.labels):
         name = images.class_names[label]
-        has_files = isinstance(images, FileImages)
+        has_files = hasattr(images, "folder")
         files[name].append(os.path.relpath(images.path(i), Path(images.folder, name)) if has_files else i)
     return files
 
 
 def _name(images: Images, i: int) -> str:
-    return images.path(i) if isinstance(images, FileImages) else f"{images.name} {i}"
+    return images.path(i) if hasattr(images, "folder") else f"{images.name} {i}"
 
 
 def _begin(images: Images, vae: Vae, folder: Path, content: str, dtype: str, flip: bool) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _begin(images: Images, vae: Vae, folder: Path, content: str, dtype: str, fli
         "views": 1 + flip,
         "content": content,
         "dtype": dtype,
-        "source": str(images.folder) if isinstance(images, FileImages) else images.name,
+        "source": str(getattr(images, "folder", images.name)),
         "files_hash": json_hash(files),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _begin(images: Images, vae: Vae, folder: Path, content: str, dtype: str, fli
         raise DataError(f"{folder} holds {other[0]} and no latents: name an empty folder in --out.")
     else:
         index = {"version": VERSION, **expected, "num_images": len(images), "class_num": images.num_classes}
-        index |= {"dataset": images.name, "channels": vae.channels, "size": images.img_size // vae.factor}
+        index |= {"dataset": images.full_name, "channels": vae.channels, "size": images.img_size // vae.factor}
         index |= {"vae": vae.describe(), "made": provenance(vae.model.device)}
         index["block_size"] = max(1, BLOCK_BYTES // (2 * math.prod(shape(index))))
         index |= {"sha256": {}, "sums": {}, "bad": {}, "statistics": None}

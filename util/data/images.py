@@ -59,6 +59,7 @@ class Images(Dataset):
 
     name, in_memory = "", False  # build_dataset takes them from DATASETS
     channels, has_alpha = 3, False  # build_dataset sets the channels; RGBA needs files with alpha
+    part = ""  # names the classes that were chosen of all
     max_workers = 12  # more loader processes gain nothing
     bad_image_log = None  # or a BadImageLog
 
@@ -72,6 +73,11 @@ class Images(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def full_name(self) -> str:
+        """The name of the images, part of the name of their statistics."""
+        return f"{self.name}-{self.part}" if self.part else self.name
 
     def prepare(self, batch: Tensor, rng: RandomNumbers | None = None, flip: bool = False) -> Tensor:
         """Return what the network learns from a batch of items, on its device: float32 (B, C, H, W).
@@ -97,7 +103,9 @@ class Subset(Images):
         super().__init__(whole.img_size, classes, renumbered[whole.labels[numbers]])
         self.name, self.in_memory, self.max_workers = whole.name, whole.in_memory, whole.max_workers
         self.bad_image_log, self.channels, self.prepare = whole.bad_image_log, whole.channels, whole.prepare
-        self.notes, self.whole, self.numbers = whole.notes, whole, numbers
+        self.notes, self.part, self.whole, self.numbers = whole.notes, whole.part, whole, numbers
+        if hasattr(whole, "folder"):  # images of files
+            self.folder = whole.folder
         if whole.bad:
             self.bad = {i: whole.bad[n] for i, n in enumerate(numbers.tolist()) if n in whole.bad}
 

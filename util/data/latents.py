@@ -51,9 +51,17 @@ def find(data_path: str | os.PathLike | None, split: str = "train") -> Path | No
 
 
 def read_index(folder: Path) -> dict[str, Any]:
+    """Read the index of latents. Raises DataError for another version, and for one that is damaged."""
     index = read_json(folder / INDEX)
     version = index.get("version") if isinstance(index, dict) else "unknown"
-    if version != VERSION:
+    try:
+        sizes = [index[name] for name in ("img_size", "num_images", "channels", "size", "class_num", "block_size")]
+        whole = all(isinstance(n, int) and n > 0 for n in sizes) and index["views"] in (1, 2)
+        whole &= index["content"] in CONTENTS and index["dtype"] in DTYPES and {"statistics", "bad"} <= index.keys()
+        whole &= {"name", "sha256", "factor"} <= index["vae"].keys() and index["sha256"].keys() <= blocks(index).keys()
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if version != VERSION or not whole:
         raise DataError(
             f"the latents {folder} are damaged or have another layout (version {version}, expected {VERSION}): make "
             "them again with `python -m tools.prepare_data latents`, under another --out."
@@ -110,6 +118,9 @@ class LatentImages(FileImages):
         labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files.values()])
         paths = [f"{name}/{file}" for name, names in files.items() for file in names]
         numbers = [file for names in files.values() for file in names]
+        in_order = isinstance(numbers[0], int) and sorted(numbers) != list(range(len(numbers)))
+        if in_order or len(numbers) != index["num_images"] or len(files) != index["class_num"]:
+            raise DataError(f"{folder / FILES} does not fit the index: copy it again, or {AGAIN}.")
         if isinstance(numbers[0], int):  # the order is not that of the classes
             order = np.argsort(numbers)
             labels, paths = labels[order], [paths[i] for i in order]

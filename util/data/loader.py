@@ -92,6 +92,8 @@ def open_images(config: Any) -> Images:
             f"the latents {config.data_path} were made with the VAE {images.vae['name']}, and this network was trained "
             f"on those of another one, {config.latents['vae']['name']}."
         )
+    if config.latents and config.flip and images.views == 1:
+        raise DataError(f"the latents {config.data_path} have no mirrored images: train with --no-flip (FLIP=0).")
     if config.on_bad_image == "skip" and not images.in_memory:
         images.bad_image_log = BadImageLog(images)
     elif images.bad:

@@ -87,7 +87,7 @@ def load_vae(path: str | os.PathLike, device: torch.device) -> Vae:
     path = os.fspath(path)
     if (folder := Path(path).expanduser()).is_dir():
         path = str(folder.absolute())
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+    elif folder.parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise UserError(f"The VAE {path} is no folder, and no name on the Hugging Face hub (owner/name).")
     try:
         kind = diffusers.AutoencoderKL.load_config(path).get("_class_name")
@@ -115,6 +115,8 @@ def load_vae(path: str | os.PathLike, device: torch.device) -> Vae:
         raise UserError(
             f"The VAE {path} has no scaling_factor: set it in config.json, to 1 / the standard deviation of latents."
         )
+    if config.get("latents_mean") is not None:
+        raise UserError(f"The VAE {path} scales each channel by itself (latents_mean), which is not supported.")
     return Vae(
         model.requires_grad_(False).eval().to(device),
         path,
@@ -130,6 +132,7 @@ def _digest(model: nn.Module) -> str:
     """The SHA-256 of the class, the settings that are not its defaults, the scale, and all weights by name."""
     known = inspect.signature(type(model).__init__).parameters
     settings = {k: v for k, v in model.config.items() if k in known and json.dumps(v) != json.dumps(known[k].default)}
+    settings.pop("sample_size", None)  # of the images that it was trained on: it changes no latent
     scale = [type(model).__name__, model.config.scaling_factor, model.config.get("shift_factor")]
     digest = hashlib.sha256(json.dumps([scale, settings], sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):

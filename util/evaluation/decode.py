@@ -32,7 +32,10 @@ def to_images(config: Any, device: torch.device) -> ToImages:
     if config.latents is None:
         return ToImages(config.image_shape)
     expected = config.latents["vae"]
-    vae = _load(str(config.vae or expected["name"]), device)
+    try:
+        vae = _load(str(config.vae or expected["name"]), device)
+    except UserError as error:
+        raise UserError(f"{error} --vae names the one that decodes the latents, wherever it is.") from error
     if vae.sha256 != expected["sha256"]:
         raise UserError(
             f"The VAE {vae.name} is not the one that the network's latents were made with, {expected['name']} "

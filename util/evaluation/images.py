@@ -20,7 +20,7 @@ def quantise(x: Tensor) -> Tensor:
 
 
 def rgb(images: Tensor) -> Tensor:
-    """Return uint8 images (B, 3, H, W): grey three times, and no alpha, which real images lose in the same way."""
+    """Return uint8 images (B, 3, H, W): grey three times, and no alpha."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
 
 

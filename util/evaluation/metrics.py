@@ -228,7 +228,7 @@ class MetricSuite:
         # The metrics asked for. Those of one extractor share a reference file.
         file_of: dict[type[Extractor], Reference] = {}
         for name, metric in self.metrics.items():
-            if metric.dataset not in (None, dataset):
+            if metric.dataset not in (None, dataset, dataset.removesuffix("-grey")):
                 raise UserError(
                     f"{name} is defined for the data set {metric.dataset}, not for {dataset}. Drop it from --metrics."
                 )

@@ -119,9 +119,10 @@ def load_reference(
         dim = extractor.streams[stream] if extractor else arrays["mu"].size
         shapes = {"mu": (dim,), "sigma": (dim, dim)} | dict.fromkeys(SPECTRA, (num_rings(img_size),))
     except FileNotFoundError as error:
-        data, _, classes = dataset.partition("-")  # Config.real_images
+        data, part = (dataset, "") if dataset in DATASETS else dataset.split("-", 1)  # Config.real_images
         data += "" if DATASETS[data].in_memory else " --data_path DIR"
-        data += f" --labels_file .../{classes}.txt" if classes else ""
+        data += " --channels 1" if part.endswith("grey") else ""
+        data += " --labels_file FILE" if part not in ("", "grey") else ""
         command = f"python prepare_ref.py --dataset {data} --img_size {img_size} --extractor {name} --out {path}"
         raise UserError(f"The reference {path} does not exist. Make it: {command} (fid_stats/README.md).") from error
     except Exception as error:  # a damaged or hostile file may raise anything

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.conftest import config_of, few_digits, read_log, train
+import main_jit
+from tests.conftest import config_of, few_digits, flags, read_log, train
 from tests.util.data.image_files import make_folder
-from util.data.datasets import build_dataset, of_classes, read_labels_file
+from util.data.datasets import build_dataset, of_classes, part_name, read_labels_file
 from util.data.images import DataError
 from util.io import REPOSITORY
 
@@ -53,12 +54,21 @@ def test_a_run_on_some_classes(tmp_path, labels_file, capsys):
     path = labels_file("1\n4\n8\n")
     run = train(tmp_path / "run", labels_file=path, batch_size=4, val_split=0.2)
     config = config_of(run)
-    assert config.class_num == 3 and config.real_images == "digits-some"
+    name = part_name(path, ["8", "1", "4"])
+    assert config.class_num == 3 and config.classes == ["1", "4", "8"] and config.real_images == f"digits-{name}"
+    assert name.startswith("some-") and name != part_name(path, ["1", "4"])
     assert read_log(run, "val") and np.isfinite(read_log(run)[-1]["loss"])
-    other = labels_file("1\n4\n")
-    other = other.rename(tmp_path / "other.txt")
+    other = tmp_path / "other.txt"
+    other.write_text("1\n4\n")
     train(run, code=2, labels_file=other, batch_size=4, val_split=0.2, epochs=3)
     assert "--labels_file" in capsys.readouterr().err
+    path.write_text("0\n2\n3\n")
+    train(run, code=2, labels_file=path, batch_size=4, val_split=0.2, epochs=3)
+    assert "names other classes than this run was trained on" in capsys.readouterr().err
+    path.unlink()  # what is sampled and evaluated does not need it
+    assert main_jit.main(flags(sample=True, resume=run, labels="0,2", num_per_class=1, device="cpu")) == 0
+    argv = flags(evaluate_gen=True, resume=run, labels_file=other, num_images=2, device="cpu")
+    assert main_jit.main(argv) == 2 and "--labels_file" in capsys.readouterr().err
 
 
 def test_imagenet100_has_100_classes():

@@ -307,7 +307,8 @@ def test_latents_of_this_format_are_opened_in_later_versions(tmp_path):
     files = {"a": [1], "b": [0, 2]}
     index = {"version": 1, "img_size": 32, "num_images": 3, "channels": 5, "size": 4, "views": 1}
     index |= {"content": "moments", "dtype": "float16", "source": "toy", "made": {}, "bad": {"2": "truncated"}}
-    index |= {"vae": {"name": "x", "sha256": "y"}, "block_size": 2, "sums": {}}
+    index |= {"vae": {"name": "x", "sha256": "y", "factor": 8}, "block_size": 2, "sums": {}}
+    index |= {"dataset": "toy", "class_num": 2}
     index["files_hash"] = io.json_hash(files)
     index["statistics"] = {"mean": [0.0] * 5, "std": [1.0] * 5}
     parts = {"0": values[:2], "1": values[2:]}
