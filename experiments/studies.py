@@ -171,7 +171,7 @@ STUDIES = {
     "latents": Study(
         "In the latent space of a small VAE: does the filter help there, and the correction of blocks?",
         data=("cifar10_latents",),
-        patches=(2, 1),
+        patches=(2,),
         arms=("plain", "linear", "budget0.03", "residual"),
         images=1000,
     ),
