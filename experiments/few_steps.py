@@ -94,9 +94,10 @@ def main(argv: list[str] | None = None) -> int:
         for solver in SOLVERS
     ]
     done = [line["setting"] for line in read_lines(path)]
+    left = [setting for setting in settings if setting not in done]
     try:
-        networks = {arm: network(run) for arm, run in runs.items()}
-        for setting in tqdm([s for s in settings if s not in done], unit="setting", disable=None):
+        networks = {arm: network(runs[arm]) for arm in {setting["arm"] for setting in left}}
+        for setting in tqdm(left, unit="setting", disable=None):
             solver, grid, steps = (setting[name] for name in ("solver", "grid", "steps"))
             images = generate(networks[setting["arm"]], count, steps, solver, grid)
             own = own_gap(solver, grid, steps)
