@@ -26,12 +26,13 @@ from torch import Tensor
 
 from spectral_ops.spectrum import SpectrumSums
 from util.data.datasets import DATASETS, Images, build_dataset, part_name, read_labels_file
+from util.data.images import quantise
 from util.data.loader import ImageLoader
 from util.data.vae import Vae, load_vae
 from util.dist.context import DistContext, find_context, gloo_group, local_range, process_group, raise_on_all_ranks
 from util.errors import UserError
 from util.evaluation.features import Extractor, InceptionV3, ensure_inception_weights
-from util.evaluation.images import quantise, rgb
+from util.evaluation.images import rgb
 from util.evaluation.metrics import METRICS, frechet_of_moments
 from util.evaluation.reference import Moments, default_reference, load_reference, save_reference
 from util.io import provenance

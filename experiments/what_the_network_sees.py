@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spectral_forcing import SpectralForcing
 from util.data.crop import center_crop
-from util.data.images import to_float
-from util.evaluation.images import labelled_grid, quantise, save_png
+from util.data.images import quantise, to_float
+from util.evaluation.images import labelled_grid, save_png
 from util.rng import CounterRNG
 
 TIMES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)

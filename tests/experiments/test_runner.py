@@ -110,7 +110,8 @@ def test_killed_or_interrupted_no_process_stays(tmp_path):
         assert len(workers) == 3
         process.send_signal(number)
         _, said = process.communicate(timeout=30)
-        assert (process.returncode, "Traceback" in said) == (-9 if number == signal.SIGKILL else 130, False), said
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
+        assert "Traceback" not in said or number == signal.SIGKILL, said  # a worker may not have read its task yet
         while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

@@ -24,6 +24,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
+def quantise(x: Tensor) -> Tensor:
+    """Convert images in [-1, 1] to uint8 on their device: (x + 1) / 2 * 255, rounded."""
+    return ((x + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
+
+
 class DataError(UserError):
     """The data that the user named cannot be used.
 

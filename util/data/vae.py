@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.data.images import to_float
+from util.data.images import quantise, to_float
 from util.errors import UserError
-from util.evaluation.images import quantise
 
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.data.images import quantise
 from util.data.vae import Vae, load_vae
 from util.errors import UserError
-from util.evaluation.images import quantise
 
 _load = lru_cache(maxsize=1)(load_vae)
 

@@ -7,16 +7,10 @@ Shapes: B images, H = W; float images (B, C, H, W) in [-1, 1]; uint8 images (B, 
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 QUANTISATION = "((x + 1) / 2 * 255).clamp(0, 255).round()"  # as it is written into reports
-
-
-def quantise(x: Tensor) -> Tensor:
-    """Convert images in [-1, 1] to uint8 on their device, as QUANTISATION says."""
-    return ((x + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
 def rgb(images: Tensor) -> Tensor:

@@ -24,12 +24,11 @@ from util.data import encode
 from util.data import latents as latents_file
 from util.data.datasets import ImageFolderImages, build_dataset
 from util.data.encode import write_latents
-from util.data.images import BadImage, DataError
+from util.data.images import BadImage, DataError, quantise
 from util.data.latents import LatentImages, damaged_blocks, read_index
 from util.data.loader import ImageLoader
 from util.data.vae import _digest, load_vae
 from util.errors import UserError
-from util.evaluation.images import quantise
 from util.rng import CounterRNG
 
 diffusers = pytest.importorskip("diffusers")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from util.evaluation.images import labelled_grid, quantise, save_png, spread_labels, to_pil, write_numbered
+from util.data.images import quantise
+from util.evaluation.images import labelled_grid, save_png, spread_labels, to_pil, write_numbered
 
 
 def quantised(*numbers):
