@@ -51,6 +51,7 @@ def _work(rank: int, folder, ports: list[int]) -> None:
     half = {"batch_size": 8}
     call("plain", arguments(output_dir=folder / "plain", flip=True, **half))
     call("accumulated", arguments(output_dir=folder / "accumulated", flip=True, batch_size=4, global_batch=16))
+    call("grey", arguments(output_dir=folder / "grey", flip=True, channels=1, **half))
     call("dropout", arguments(output_dir=folder / "dropout", **half, **DROPOUT))
     generator = torch.get_rng_state()  # where the masks came from
     call("dropout again", arguments(output_dir=folder / "again", **half, **DROPOUT))
@@ -112,21 +113,22 @@ def _poisoned(rank: int, folder, call) -> None:
 def pair(tmp_path_factory):
     """The folder in which two processes have worked, and their results."""
     folder = tmp_path_factory.mktemp("pair")
-    run_on(2, _work, folder, calls=9)
+    run_on(2, _work, folder, calls=10)
     return folder, [torch.load(folder / f"results-{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The same run by one process."""
-    return train(tmp_path_factory.mktemp("alone") / "run", flip=True)
+    """The same runs by one process, of 3 channels and of 1."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {channels: train(folder / f"run{channels}", flip=True, channels=channels) for channels in (3, 1)}
 
 
 def test_exit_codes(pair):
     for results in pair[1]:
         codes = results["codes"]
         assert {name: code for name, code in codes.items() if code} == {"refused": 2, "poisoned": 2}
-        assert len(codes) == 9
+        assert len(codes) == 10
         assert results["group"]  # ending it would wait for ranks that do not fail
     assert not (pair[0] / "refused").exists()
 
@@ -134,12 +136,12 @@ def test_exit_codes(pair):
 def test_ddp_is_gone_before_its_process_group(pair):
     """But for the run that fails, whose exception holds on to it."""
     for results in pair[1]:
-        assert results["alive"][:4] == [False] * 4
+        assert results["alive"][:5] == [False] * 5
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulated"])
+@pytest.mark.parametrize("name", ["plain", "accumulated", "grey"])
 def test_two_processes_train_as_one(pair, alone, name):
-    folder = pair[0] / name
+    folder, alone = pair[0] / name, alone[1 if name == "grey" else 3]
     assert len(read_log(folder)) == 4
     for a, b in zip(read_log(folder), read_log(alone), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

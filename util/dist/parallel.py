@@ -46,8 +46,9 @@ def _settle_buckets(model: DistributedDataParallel, denoiser: nn.Module, ctx: Di
     DDP does so after its first pass, and with three and more ranks the order decides how sums are rounded. Left to the
     first step, that step of a resumed run would be rounded differently than in a run without interruption.
     """
-    side, levels = denoiser.net.input_size, range(1 + len(denoiser.net.levels))  # of resolution: an image for each
-    x, t = (torch.full((len(levels), *shape), 0.5, device=ctx.device) for shape in ((3, side, side), ()))
+    net = denoiser.net
+    levels, image = range(1 + len(net.levels)), (net.in_channels, net.input_size, net.input_size)  # an image for each
+    x, t = (torch.full((len(levels), *shape), 0.5, device=ctx.device) for shape in (image, ()))
     with torch.compiler.set_stance("force_eager"):  # these images are not worth a compilation
         model(x, torch.zeros_like(t, dtype=torch.int64), t, x, tuple(levels)).backward()
     denoiser.zero_grad()
