@@ -119,7 +119,8 @@ def load_reference(
         dim = extractor.streams[stream] if extractor else arrays["mu"].size
         shapes = {"mu": (dim,), "sigma": (dim, dim)} | dict.fromkeys(SPECTRA, (num_rings(img_size),))
     except FileNotFoundError as error:
-        data, part = (dataset, "") if dataset in DATASETS else dataset.split("-", 1)  # Config.real_images
+        data = max((name for name in DATASETS if f"{dataset}-".startswith(f"{name}-")), key=len)  # Config.real_images
+        part = dataset[len(data) + 1 :]
         data += "" if DATASETS[data].in_memory else " --data_path DIR"
         data += " --channels 1" if part.endswith("grey") else ""
         data += " --labels_file FILE" if part not in ("", "grey") else ""

@@ -1,11 +1,17 @@
 """Image files for tests: whole ones in class folders, and damaged ones."""
 
+import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from util import io
 
 SIZE = 16
 
@@ -80,3 +86,19 @@ def save_modes(folder):
         image.save(folder / name)
     palette.save(folder / "transparent.png", transparency=bytes([0, 128]))
     return {name: colour for name, (_, colour) in images.items()} | {"transparent.png": (11, 22, 33)}
+
+
+@contextmanager
+def interrupted_at_rename(monkeypatch: pytest.MonkeyPatch, n: int) -> Iterator[None]:
+    """Within the block a KeyboardInterrupt comes before the rename number n of a file, and must come."""
+    renames = []
+
+    def replace(*names):
+        if len(renames) == n:
+            raise KeyboardInterrupt
+        renames.append(os.rename(*names))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.util.data.image_files import SIZE, damage, make_folder, noise_image, save_modes
-from util import io
+from tests.util.data.image_files import SIZE, damage, interrupted_at_rename, make_folder, noise_image, save_modes
 from util.data import cache as cache_file
 from util.data import datasets
 from util.data.bad_images import MAX_COUNT
@@ -132,17 +131,8 @@ def test_it_continues_wherever_it_was_interrupted(cache, folder, monkeypatch, de
     whole = (cache / "train" / "images.npy").read_bytes()
     for n in range(6):
         shutil.rmtree(cache)
-        renames = []
-
-        def replace(*names, n=n, renames=renames):
-            if len(renames) == n:
-                raise KeyboardInterrupt
-            renames.append(os.rename(*names))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(io.os, "replace", replace)
-            with pytest.raises(KeyboardInterrupt):
-                write(folder, cache)
+        with interrupted_at_rename(monkeypatch, n):
+            write(folder, cache)
         if n > 1:  # there is an index
             with pytest.raises(DataError, match=f"not finished, {6 - n} blocks are missing: run the same"):
                 open_cache(cache)

@@ -16,7 +16,7 @@ import torch
 from denoiser import random_flip
 from experiments import tiny_vae
 from tests.conftest import ONE, listing
-from tests.util.data.image_files import SIZE, damage, make_folder
+from tests.util.data.image_files import SIZE, damage, interrupted_at_rename, make_folder
 from tests.util.evaluation.toy import fork_ranks
 from tools import prepare_data
 from util import io
@@ -366,17 +366,8 @@ def test_it_continues_wherever_it_was_interrupted(out, folder, tmp_path, vae, mo
     monkeypatch.setattr(encode, "encode_views", lambda *a: encoded.extend(a[2]) or encode_views(*a))
     for n in range(6):
         shutil.rmtree(out)
-        renames = []
-
-        def replace(*names, n=n, renames=renames):
-            if len(renames) == n:
-                raise KeyboardInterrupt
-            renames.append(os.rename(*names))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(io.os, "replace", replace)
-            with pytest.raises(KeyboardInterrupt):
-                write(folder, out.parent, vae)
+        with interrupted_at_rename(monkeypatch, n):
+            write(folder, out.parent, vae)
         if n > 1:  # there is an index
             with pytest.raises(DataError, match=f"not finished, {6 - n} blocks are missing: run the same"):
                 LatentImages(out)

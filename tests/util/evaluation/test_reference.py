@@ -10,6 +10,7 @@ import torch
 from spectral_forcing import num_rings
 from tests.conftest import Payload
 from tests.util.evaluation.colours import DIM, SIZE, Colours, meta
+from util.data.datasets import DATASETS
 from util.errors import UserError
 from util.evaluation.reference import Moments, default_reference, load_reference, save_reference
 
@@ -212,3 +213,10 @@ def test_a_file_that_would_unpack_to_far_more_is_refused_unread(tmp_path, statis
     np.savez_compressed(tmp_path / "a.npz", **statistics, features=np.zeros((200_000, DIM)))
     with pytest.raises(UserError, match="not a reference file"):
         load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("part", ["", "-grey", "-some-abc123"])
+def test_a_missing_file_of_a_data_set_with_a_dash_in_its_name(monkeypatch, tmp_path, part):
+    monkeypatch.setitem(DATASETS, "my-data", DATASETS["digits"])
+    with pytest.raises(UserError, match=r"Make it: python prepare_ref.py --dataset my-data "):
+        load_reference(tmp_path / "none.npz", f"my-data{part}", 32)
