@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> str | None:
         return line
     mu, sigma = (load_reference(real, real_images(args), args.img_size).arrays[name] for name in ("mu", "sigma"))
     distance = frechet_of_moments(arrays["mu"], arrays["sigma"], mu, sigma)
-    return f"{line}\nFréchet distance of the reconstructions to {real}: {distance:.4f}, below which no samples can get"
+    return f"{line}\nFréchet distance of the reconstructions to {real}: {distance:.4f}, about the least for samples"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

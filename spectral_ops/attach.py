@@ -130,8 +130,7 @@ def attach(
     hook = FilterInput(operator, *image_and_time(module, image, time))
     if _hooks(module):
         raise ValueError(f"This {type(module).__name__} sees its input through an operator already.")
-    module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-    return Attachment(lambda: detach(module))
+    return Attachment(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
 
 
 def detach(module: nn.Module) -> None:

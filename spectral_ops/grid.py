@@ -49,8 +49,13 @@ class SpectralGrid:
             raise ValueError("A spectral grid has sigmas from 1 to 0, and this scheduler inverts them.")
         if "set_timesteps" in vars(scheduler):
             raise ValueError(f"This {type(scheduler).__name__} follows a grid already.")
-        scheduler.set_timesteps = _SetTimesteps(self, scheduler)
-        return Attachment(lambda: vars(scheduler).pop("set_timesteps", None))
+        ours = scheduler.set_timesteps = _SetTimesteps(self, scheduler)
+
+        def detach() -> None:
+            if vars(scheduler).get("set_timesteps") is ours:
+                del scheduler.set_timesteps
+
+        return Attachment(detach)
 
 
 class _SetTimesteps:

@@ -56,8 +56,11 @@ def test_the_network_sees_what_is_filtered_until_it_is_detached(z):
     assert network(z, T).equal(expected) and network(z=z, t=T).equal(expected) and network(z, t=T).equal(expected)
     assert not plain.allclose(expected) and z.equal(raw) and list(network.state_dict()) == state
     attached.detach()
-    attached.detach()  # once more does no harm
     assert network(z, T).equal(plain)
+    again = attach(network, operator)
+    attached.detach()  # once more does no harm, not even to another one
+    assert network(z, T).equal(expected)
+    again.detach()
     with attach(network, operator):
         assert network(z, T, label=1).equal(expected)
     assert network(z, T).equal(plain) and not network._forward_pre_hooks
@@ -228,6 +231,10 @@ def test_a_scheduler_of_diffusers_makes_the_steps_of_our_solver(name, shift):
     attached.detach()
     scheduler.set_timesteps(9)
     assert scheduler.sigmas.equal(before)
+    grid.attach(scheduler)
+    attached.detach()  # is over
+    scheduler.set_timesteps(9)
+    assert not scheduler.sigmas.equal(before)
 
 
 def test_a_copy_of_a_scheduler_follows_the_grid():
