@@ -49,6 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "levels0.01": {"levels": 1, "delta": 0.01},
     "levels0.2": {"levels": 1, "delta": 0.2},
     "linear_levels": {"levels": 1, "input": "linear"},
+    "linear_two_levels": {"levels": 2, "input": "linear"},
     "levels_half": {"levels": 1, "times": "half"},
     "linear_levels_half": {"levels": 1, "input": "linear", "times": "half"},
 }

@@ -6,12 +6,13 @@ the best prediction is known, posterior_mean(z, t, y) and least_loss(t) (experim
 """
 
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from experiments import synthetic
+from experiments import photographs, synthetic
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
 from spectral_ops.spectrum import rapsd
 from util.data import cifar10
@@ -22,7 +23,7 @@ from util.evaluation.validation import random_order
 from util.io import REPOSITORY
 from util.rng import CounterRNG
 
-DATA = (*synthetic.KINDS, "cifar10", "cifar10_latents")
+DATA = (*synthetic.KINDS, "cifar10", "cifar10_latents", "photographs")
 LATENTS = REPOSITORY / "data" / "cifar10_latents"  # made by `make cifar10-latents`
 HELD_OUT_SEED = 2**40  # no run has it
 
@@ -114,17 +115,29 @@ class Cifar10Latents(Cifar10):
         return power_along_axes(self._draw(self.images, HELD_OUT_SEED, 1))
 
 
+class Photographs(Cifar10):
+    """64 x 64 pictures cut out of photographs (experiments/photographs.py), all of one class."""
+
+    classes, size = 1, 64
+    pictures: ClassVar = {"train": 10_000, "test": 1_000}
+
+    @staticmethod
+    def _load(split: str) -> tuple[Tensor, Tensor]:
+        pictures = photographs.cut(split, Photographs.pictures[split], Photographs.size)
+        return torch.from_numpy(pictures), torch.zeros(len(pictures), dtype=torch.long)
+
+
 class Synthetic(synthetic.GaussianImages):
     def held_out(self, count: int) -> tuple[Tensor, Tensor]:
         return self.batch(HELD_OUT_SEED, 0, count)
 
 
 @cache
-def open_data(name: str) -> Cifar10 | Cifar10Latents | Synthetic:
+def open_data(name: str) -> Cifar10 | Synthetic:
     """Return a data set; opened once in each process. Raises ValueError for a name that is not in DATA."""
     if name not in DATA:
         raise ValueError(f"The data {name!r} must be one of {', '.join(DATA)}.")
-    kinds = {"cifar10": Cifar10, "cifar10_latents": Cifar10Latents}
+    kinds = {"cifar10": Cifar10, "cifar10_latents": Cifar10Latents, "photographs": Photographs}
     return kinds[name]() if name in kinds else Synthetic(name)
 
 

@@ -157,23 +157,25 @@ def gain_and_steps(path: Path) -> None:
 
 
 def loss_and_operations(path: Path) -> None:
-    """Held-out loss on CIFAR-10 against the operations of training, with levels of resolution and without."""
-    patches = (4, 8)
-    figure = Figure(figsize=(4.6 * len(patches), 3.6), layout="constrained")
+    """Held-out loss against the operations of training, with levels of resolution and without."""
+    figure = Figure(figsize=(4.2 * len(resolution.ARMS), 3.6), layout="constrained")
     styles = {"plain": "ko", "linear": "C7o", "levels": "C0s-", "linear_levels": "C3s-"}
-    for ax, patch in zip(figure.subplots(1, len(patches)), patches, strict=True):
-        found = resolution.by_cost(resolution.lines_of(patch))
+    styles |= {"two_levels": "C2^-", "linear_two_levels": "C1^-"}
+    for ax, (data, patch) in zip(figure.subplots(1, len(resolution.ARMS)), resolution.ARMS, strict=True):
+        found = resolution.by_cost(resolution.lines_of(data, patch))
         for arm, style in styles.items():
             keys = sorted(key for key in found if key[0] == arm)
+            if not keys:
+                continue
             x, y = ([found[key][name] for key in keys] for name in ("operations", "density"))
             half = [0 if math.isinf(d.half) else 100 * d.half / d.reference for d in y]
             ax.errorbar(x, [d.percent for d in y], yerr=half, fmt=style, capsize=3, label=arm)
             for key, share, change in zip(keys, x, y, strict=True):
                 ax.annotate(f"{key[1]:,}", (share, change.percent), (5, 5), textcoords="offset points", fontsize=8)
-        ax.set(title=f"CIFAR-10, patch {patch}", xlabel="operations of training (plain, 600 steps: 1)")
+        ax.set(title=f"{data}, patch {patch}", xlabel="operations of training (plain, 600 steps: 1)")
         ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
     figure.axes[0].set_ylabel("held-out loss against plain, %")
-    figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,18 @@ from util.io import provenance
 from util.profile import count_flops
 
 STUDIES = ("resolution", "resolution_time", "resolution_longer", "resolution_kinds", "resolution_delta")
+STUDIES += ("resolution_photographs", "resolution_photographs_longer")
+SAMPLES = {  # patch -> studies, sampling steps
+    8: (("cifar10_samples", "resolution_samples"), (20,)),
+    4: (("resolution_samples_fine", "resolution_samples_fine_levels"), (25, 50)),
+}
 MODELS = ("JiT-B/16", "JiT-B/32", "JiT-700M")
-ARMS, PATCHES, TURNS = ("plain", "linear", "levels", "linear_levels"), (4, 8), 7
+ARMS = {  # data, patch -> what is compared
+    ("cifar10", 4): ("plain", "linear", "levels", "linear_levels"),
+    ("cifar10", 8): ("plain", "linear", "levels", "linear_levels"),
+    ("photographs", 8): ("plain", "linear", "levels", "two_levels", "linear_two_levels"),
+}
+TURNS = 7
 PLAIN = ("plain", 600)
 Key = tuple[str, int]  # arm, steps
 
@@ -52,18 +63,19 @@ def step_time(run: Run, short: int = 2, long: int = 8) -> float:
 
 
 def measure_times() -> None:
-    """Append a line for each patch size: the time of a step of each arm over that of plain JiT, median and range."""
+    """Append a line for each data and patch: the time of a step of each arm over that of plain JiT, and its range."""
     torch.set_num_threads(1)
-    for patch in PATCHES:
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for (data, patch), arms in ARMS.items():
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for _ in range(TURNS):
-            for arm in ARMS:
-                seconds[arm].append(step_time(Run("cifar10", patch, arm, 0)))
+            for arm in arms:
+                seconds[arm].append(step_time(Run(data, patch, arm, 0)))
         ratios = {
             arm: sorted(a / plain for a, plain in zip(values, seconds["plain"], strict=True))
             for arm, values in seconds.items()
         }
         line = {
+            "data": data,
             "patch": patch,
             "plain_s": round(statistics.median(seconds["plain"]), 4),
             "ratio": {arm: round(statistics.median(values), 3) for arm, values in ratios.items()},
@@ -75,9 +87,10 @@ def measure_times() -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def step_ratios(patch: int) -> dict[str, float]:
+def step_ratios(data: str, patch: int) -> dict[str, float]:
     """Return the time of a step of each arm over that of plain JiT, as last measured; empty if it was not."""
-    lines = [line for line in read_lines(results_file("resolution_step")) if line["patch"] == patch]
+    lines = read_lines(results_file("resolution_step"))
+    lines = [line for line in lines if (line.get("data", "cifar10"), line["patch"]) == (data, patch)]
     return lines[-1]["ratio"] if lines else {}
 
 
@@ -104,16 +117,16 @@ def savings(file: Path) -> str:
     return "\n".join(out)
 
 
-def lines_of(patch: int) -> list[Mapping[str, Any]]:
-    """Return the runs of all studies at a patch size. Raises UserError if there are none."""
+def lines_of(data: str, patch: int) -> list[Mapping[str, Any]]:
+    """Return the runs of all studies with these data and this patch size. Raises UserError if there are none."""
     lines = []
     for study in STUDIES:
         try:
-            lines += [line for line in load(study)[0] if line["run"]["patch"] == patch]
+            lines += [line for line in load(study)[0] if (line["run"]["data"], line["run"]["patch"]) == (data, patch)]
         except UserError:
             continue  # it has not been run
     if not any((line["run"]["arm"], line["run"]["steps"]) == PLAIN for line in lines):
-        raise UserError(f"There is no run of plain JiT at patch {patch}: python -m experiments.run resolution")
+        raise UserError(f"There is no run of plain JiT on {data} at patch {patch}; these studies have it: {STUDIES}.")
     return lines
 
 
@@ -142,32 +155,39 @@ def by_arm_and_steps(lines: Sequence[Mapping[str, Any]]) -> dict[Key, dict[int, 
     return runs
 
 
-def difference(runs: Mapping[Key, Mapping[int, Mapping[str, Any]]], key: Key, against: Key, name: str) -> Difference:
-    of, reference = ({seed: numbers(line)[name] for seed, line in runs[k].items()} for k in (key, against))
+def difference(
+    runs: Mapping[Key, Mapping[int, Mapping[str, Any]]],
+    key: Key,
+    against: Key,
+    name: str,
+    sampling_steps: int | None = None,
+) -> Difference:
+    of, reference = ({s: numbers(line, sampling_steps)[name] for s, line in runs[k].items()} for k in (key, against))
     return paired(of, reference)
 
 
-def samples() -> str:
-    """Return the table of samples at patch 8, beside those of plain JiT after 600 steps. Raises UserError."""
-    runs = by_arm_and_steps([line for study in ("cifar10_samples", "resolution_samples") for line in load(study)[0]])
+def samples(patch: int) -> str:
+    """Return the table of samples at a patch size, beside those of plain JiT after 600 steps. Raises UserError."""
+    studies, sampling_steps = SAMPLES[patch]
+    runs = by_arm_and_steps([line for study in studies for line in load(study)[0]])
     names, against = ("fd_effnet_lite0", "precision", "recall", "spectrum_gap"), ("half", 600)
     out = [
-        "CIFAR-10, patch 8, samples:\n",
-        f"| arm | steps | FD-EffNet-Lite0 | against half | {' | '.join(names[1:])} |",
+        f"CIFAR-10, patch {patch}, samples:\n",
+        f"| arm | steps | sampling steps | FD-EffNet-Lite0 | against half | {' | '.join(names[1:])} |",
     ]
-    out.append("|---" * 7 + "|")
-    for key in runs:
-        found = {name: difference(runs, key, against, name) for name in names}
+    out.append("|---" * 8 + "|")
+    for key, count in product(runs, sampling_steps):
+        found = {name: difference(runs, key, against, name, count) for name in names}
         distance = found[names[0]]
         cells = " | ".join(cell(name, found[name], key == against) for name in names)
-        out.append(f"| {key[0]} | {key[1]} | {distance.reference + distance.mean:.0f} | {cells} |")
+        out.append(f"| {key[0]} | {key[1]} | {count} | {distance.reference + distance.mean:.0f} | {cells} |")
     return "\n".join(out)
 
 
-def markdown(patch: int) -> str:
-    out, ratios = [f"CIFAR-10, patch {patch}; plain JiT after 600 steps is 1 and 0%:\n"], step_ratios(patch)
+def markdown(data: str, patch: int) -> str:
+    out, ratios = [f"{data}, patch {patch}; plain JiT after 600 steps is 1 and 0%:\n"], step_ratios(data, patch)
     out += ["| arm | steps | operations | time | loss | equal weight for all t | seeds |", "|---" * 7 + "|"]
-    for (arm, steps), found in by_cost(lines_of(patch)).items():
+    for (arm, steps), found in by_cost(lines_of(data, patch)).items():
         seconds = f"{ratios[arm] * steps / PLAIN[1]:.2f}" if arm in ratios else "-"
         losses = f"{found['density']} | {found['uniform']} | {found['density'].pairs}"
         out.append(f"| {arm} | {steps} | {found['operations']:.2f} | {seconds} | {losses} |")
@@ -189,8 +209,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if args.time:
             measure_times()
-        print("\n\n".join(markdown(patch) for patch in PATCHES))
-        print(f"\n{samples()}")
+        print("\n\n".join([*(markdown(*setting) for setting in ARMS), *map(samples, SAMPLES)]))
     except UserError as error:
         print(f"experiments.resolution: error: {error}", file=sys.stderr)
         return 2

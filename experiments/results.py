@@ -32,7 +32,7 @@ from experiments.train import Run, density
 from spectral_forcing import dct_rings
 from util.errors import UserError
 
-SIZES, LOW_RINGS = {len(dct_rings(n)[1]): n for n in (8, 32)}, 6  # rings -> pixels
+SIZES, LOW_RINGS = {len(dct_rings(n)[1]): n for n in (8, 32, 64)}, 6  # rings -> pixels
 COLUMNS = {  # number -> its column
     "density": "against {}",
     "low": "rings 0 to 5",
@@ -52,10 +52,12 @@ def table_of(line: Mapping[str, Any]) -> np.ndarray:
     return table * dct_rings(size)[1].numpy() / size**2
 
 
-def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a run, the one that decides first."""
+def numbers(line: Mapping[str, Any], sampling_steps: int | None = None) -> dict[str, float]:
+    """Return the numbers of a run, the one that decides first; of samples with so many steps, by default the fewest."""
     if "samples" in line:
-        best = min(line["samples"], key=lambda found: found["fd_effnet_lite0"])
+        sampling_steps = sampling_steps or min(line["run"]["sampling_steps"])
+        found = [found for found in line["samples"] if found.get("steps", sampling_steps) == sampling_steps]
+        best = min(found, key=lambda found: found["fd_effnet_lite0"])
         return {name: best[name] for name in COLUMNS if name in best}
     table, weight = table_of(line), density(line["run"]["times"]).numpy()
     by_time = table.sum(1)

@@ -31,7 +31,7 @@ from util.optim import EMA
 from util.rng import CounterRNG
 
 GRIDS = ("uniform", "logsnr", "mixed", "class", "instance")  # the last two: mixed, by the spectrum of class or image
-CFGS, STEPS, REAL, BATCH = (1.0, 2.0), 20, 2000, 100
+REAL, BATCH = 2000, 100
 
 
 def grid_of(name: str, steps: int, index: Tensor, y: Tensor) -> Tensor:
@@ -112,9 +112,9 @@ def quality(images: Tensor, real: int = REAL) -> dict[str, float]:
 
 
 def sweep(denoiser: Denoiser, ema: EMA, run: Run) -> Iterator[dict[str, Any]]:
-    """Yield the quality of `run.samples` images for each guidance scale, with the weights and with their average."""
-    steps = min(STEPS, run.steps)
-    for cfg, weights in product(CFGS, ("model", "ema")):
+    """Yield the quality of `run.samples` images for each setting, with the weights and with their average, if any."""
+    for steps, cfg, weights in product(run.sampling_steps, run.cfgs, ("model", "ema") if run.ema else ("model",)):
         with ema.applied() if weights == "ema" else nullcontext():
             images = generate(denoiser, run.samples, steps, cfg=cfg)
-        yield {"cfg": cfg, "weights": weights, **quality(images, min(REAL, 10 * run.samples))}
+        found = quality(images, min(REAL, 10 * run.samples))
+        yield {"steps": steps, "cfg": cfg, "weights": weights, **found}

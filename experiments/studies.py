@@ -7,7 +7,8 @@ number that decides was chosen before the runs: the mean over held-out images of
 density of training times, against the arm `plain` with the same seed.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -30,6 +31,7 @@ class Study:
     lr: tuple[float, ...] = (3e-3,)
     images: int = 256  # held out
     samples: int = 0  # images to draw and measure, instead of the loss
+    sampling: Mapping[str, Any] = field(default_factory=lambda: {"ema": 0.99})  # what else decides the samples
     device: str = "cpu"
 
     def runs(self, quick: bool = False) -> list[Run]:
@@ -37,11 +39,13 @@ class Study:
         combinations = product(self.seeds, self.steps, self.lr, self.data, self.patches, self.arms)
         shared: dict[str, Any] = {"images": self.images}
         if self.samples:
-            shared |= {"samples": self.samples, "label_drop": 0.1, "ema": 0.99}
+            shared |= {"samples": self.samples, "label_drop": 0.1, **self.sampling}
         runs = [Run(d, p, a, seed, steps, lr, **shared) for seed, steps, lr, d, p, a in combinations]
         if not quick:
             return runs
-        few = [replace(run, seed=0, steps=5, images=16, samples=min(run.samples, 10)) for run in runs]
+        few = [
+            replace(run, seed=0, steps=5, images=16, samples=min(run.samples, 10), sampling_steps=(5,)) for run in runs
+        ]
         return list(dict.fromkeys(few))
 
 
@@ -167,6 +171,36 @@ STUDIES = {
         arms=("levels_half", "linear_levels_half"),
         steps=(600, 1100),
         samples=500,
+    ),
+    "resolution_samples_fine": Study(  # guidance 2 and the last weights were the best for all at patch 8
+        "The same at fine patches, with more sampling steps.",
+        data=("cifar10",),
+        patches=(4,),
+        arms=("half", "linear_half"),
+        samples=500,
+        sampling={"cfgs": (2.0,), "sampling_steps": (25, 50)},
+    ),
+    "resolution_samples_fine_levels": Study(  # about the operations of 600 steps without levels
+        "The same with levels, with the steps that the saved operations pay for.",
+        data=("cifar10",),
+        patches=(4,),
+        arms=("levels_half", "linear_levels_half"),
+        steps=(1000,),
+        samples=500,
+        sampling={"cfgs": (2.0,), "sampling_steps": (25, 50)},
+    ),
+    "resolution_photographs": Study(
+        "On images of 64 pixels, with three sizes?",
+        data=("photographs",),
+        patches=(8,),
+        arms=("plain", "linear", "levels", "two_levels", "linear_two_levels"),
+    ),
+    "resolution_photographs_longer": Study(  # about the operations of 600 steps without levels
+        "The same, with the steps that the saved operations pay for.",
+        data=("photographs",),
+        patches=(8,),
+        arms=("levels", "two_levels", "linear_two_levels"),
+        steps=(1500,),
     ),
     "latents": Study(
         "In the latent space of a small VAE: does the filter help there, and the correction of blocks?",

@@ -49,6 +49,12 @@ class Run:
     label_drop: float = 0.0  # guidance needs some
     ema: float = 0.0  # decay of an average of the weights
     samples: int = 0  # draw so many images and measure those, instead of the loss
+    cfgs: tuple[float, ...] = (1.0, 2.0)  # guidance scales of the samples
+    sampling_steps: tuple[int, ...] = (20,)
+
+    def __post_init__(self):  # JSON has lists alone
+        for name in ("cfgs", "sampling_steps"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 def build_denoiser(run: Run) -> Denoiser:

@@ -47,6 +47,7 @@ def cifar10_of_noise(monkeypatch):
     """A stand-in for CIFAR-10 and its latents, which may not be here."""
     monkeypatch.setattr(data.Cifar10Latents, "_load", staticmethod(lambda split: random_moments()))
     monkeypatch.setattr(data.Cifar10, "_load", staticmethod(lambda split: smooth_images()))
+    monkeypatch.setattr(data.Photographs, "pictures", {"train": 200, "test": 30})
     monkeypatch.setattr(samples, "EffNetLite0", Pixels)
     caches = [data.open_data, data.dct_ring_power, data.fft_ring_power]
     caches += [samples.extractor, samples.real_features, samples.real_spectrum]

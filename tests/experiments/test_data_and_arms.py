@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 from denoiser import Denoiser
-from experiments import data, results, run, synthetic, train
+from experiments import data, photographs, results, run, synthetic, train
 from experiments.arms import ARMS, input_operator
 from experiments.train import Run
 from spectral_forcing import dct_rings
@@ -58,6 +58,25 @@ def test_noise_has_the_power_of_essential_in_each_mode_and_no_correlation():
     assert off[0] < 1e-10 and off[1] > 1e-3
     high = noise.variance[0].view(N, N)[16:32, 8:24].sum() / noise.variance[0].sum()
     assert 0.3 < high < 0.32  # the copy is there, and a little of the low part
+
+
+def test_pictures_of_the_two_splits_come_from_other_parts_of_the_photographs(monkeypatch):
+    """Of photographs whose left two thirds are black, and whose right third is white."""
+    whole = np.zeros((300, 600, 3), np.uint8)
+    whole[:, 400:] = 255
+    monkeypatch.setattr(photographs, "photographs", lambda: [whole, 255 - whole])
+    for split, values in (("train", [0, 255]), ("test", [255, 0])):
+        pictures = photographs.cut(split, 40, 64)
+        assert pictures.shape == (40, 3, 64, 64)
+        assert [np.unique(part).tolist() for part in (pictures[::2], pictures[1::2])] == [[v] for v in values]
+
+
+def test_pictures_are_those_of_the_seven_photographs_and_the_same_each_time():
+    assert [min(p.shape[:2]) for p in photographs.photographs()] == [512, 300, 400, 500, 427, 427, 427]
+    assert all(p.shape[1] - 2 * p.shape[1] // 3 >= photographs.LARGEST for p in photographs.photographs())
+    first, again = (photographs.cut("train", 14, 64) for _ in range(2))
+    assert np.array_equal(first, again) and not np.array_equal(first, photographs.cut("test", 14, 64))
+    assert data.open_data("photographs").batch(0, 0, 8)[0].shape == (8, 3, 64, 64)
 
 
 @pytest.mark.parametrize("kind", ["power2", "floor", "essential"])

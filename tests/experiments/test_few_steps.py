@@ -71,6 +71,15 @@ def test_the_sweep_is_the_same_for_each_run_and_the_best_decides():
     assert numbers["recall"] == found[distances.index(min(distances))]["recall"]
 
 
+def test_numbers_of_samples_are_those_of_one_number_of_steps():
+    settings = Run("cifar10", 16, "half", 0, steps=3, samples=10, cfgs=(2.0,), sampling_steps=(2, 4))
+    found = list(samples.sweep(*train.train(settings)[:2], settings))
+    assert [(x["steps"], x["weights"]) for x in found] == [(2, "model"), (4, "model")]
+    line = {"run": asdict(settings), "samples": found}
+    assert results.numbers(line)["spectrum_gap"] == found[0]["spectrum_gap"]
+    assert results.numbers(line, 4)["spectrum_gap"] == found[1]["spectrum_gap"] != found[0]["spectrum_gap"]
+
+
 def test_a_line_without_a_later_setting_had_its_default(here, monkeypatch, capsys):
     monkeypatch.setitem(studies.STUDIES, "toy", TOY)
     run.main(["toy"])

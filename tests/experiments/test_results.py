@@ -75,37 +75,44 @@ def test_figures_come_from_the_lines(tmp_path, monkeypatch, capsys):
 
 def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, tmp_path, capsys):
     def fake(study):
-        if study in ("cifar10_samples", "resolution_samples"):
-            arm, steps, distance = ("half", 600, 800.0) if study == "cifar10_samples" else ("levels_half", 1100, 600.0)
-            found = {"fd_effnet_lite0": distance, "precision": 0.5, "recall": 0.1, "spectrum_gap": 0.2}
-            return [line(arm, seed, steps=steps) | {"samples": [found]} for seed in (0, 1)], []
-        if study != "resolution":
+        if "samples" in study:
+            levels = study not in ("cifar10_samples", "resolution_samples_fine")
+            arm, steps, distance = ("levels_half", 1100, 600.0) if levels else ("half", 600, 800.0)
+            counts = (25, 50) if "fine" in study else (20,)
+            found = {"precision": 0.5, "recall": 0.1, "spectrum_gap": 0.2}
+            found = [found | {"steps": n, "fd_effnet_lite0": distance * n / counts[0]} for n in counts]
+            runs = [line(arm, seed, steps=steps, sampling_steps=counts) for seed in (0, 1)]
+            return [made | {"samples": found} for made in runs], []
+        if study not in ("resolution", "resolution_photographs"):
             raise UserError("not run")
+        data = "photographs" if "photographs" in study else "cifar10"
         made = [("plain", 600, 1.0, 10.0), ("levels", 600, 0.8, 5.0), ("levels", 1200, 0.7, 10.5)]
-        runs = [(patch, seed, *run) for patch in (4, 8) for seed in (0, 1) for run in made]
+        patches = [patch for of, patch in resolution.ARMS if of == data]
+        runs = [(patch, seed, *run) for patch in patches for seed in (0, 1) for run in made]
         return [
-            line(arm, seed, level + seed, patch=patch, steps=steps) | {"tflop": cost}
+            line(arm, seed, level + seed, patch=patch, steps=steps, data=data) | {"tflop": cost}
             for patch, seed, arm, steps, level, cost in runs
         ], []
 
     monkeypatch.setattr(resolution, "load", fake)
-    found = resolution.by_cost(resolution.lines_of(4))
+    found = resolution.by_cost(resolution.lines_of("cifar10", 4))
     assert list(found) == [("plain", 600), ("levels", 600), ("levels", 1200)]
     assert found["levels", 1200]["operations"] == pytest.approx(1.05)
     assert found["levels", 600]["density"].percent == pytest.approx(-100 * 0.2 / 1.5)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     assert resolution.main([]) == 0
     said = capsys.readouterr().out
-    assert said.count("| levels | 1200 | 1.05 | - | -20.0% ± 0.0 |") == 2
-    assert "| levels_half | 1100 | 600 | -25.0% ± 0.0 | 0.500 (+0.000 ± 0.000) |" in said
+    assert said.count("| levels | 1200 | 1.05 | - | -20.0% ± 0.0 |") == 3
+    assert "| levels_half | 1100 | 20 | 600 | -25.0% ± 0.0 | 0.500 (+0.000 ± 0.000) |" in said
+    assert "| levels_half | 1100 | 50 | 1200 | -25.0% ± 0.0 | 0.500 (+0.000 ± 0.000) |" in said
     seconds = {"plain": [4.0, 2.0], "levels": [1.0, 1.0]}
     monkeypatch.setattr(resolution, "step_time", lambda of: seconds[of.arm][of.patch // 8])
-    monkeypatch.setattr(resolution, "ARMS", ("plain", "levels"))
+    monkeypatch.setattr(resolution, "ARMS", {("cifar10", patch): ("plain", "levels") for patch in (4, 8)})
     assert resolution.main(["--time"]) == 0
     said = capsys.readouterr().out
     assert "| levels | 1200 | 1.05 | 0.50 |" in said and "| levels | 1200 | 1.05 | 1.00 |" in said
     monkeypatch.setattr(resolution, "load", lambda study: ([line(patch=8, steps=600)], []))
-    assert resolution.main([]) == 2 and "no run of plain JiT at patch 4" in capsys.readouterr().err
+    assert resolution.main([]) == 2 and "no run of plain JiT on cifar10 at patch 4" in capsys.readouterr().err
 
 
 def test_savings_with_the_spectrum_of_other_images(tmp_path, capsys, monkeypatch):
