@@ -4,10 +4,7 @@ The VAE is tiny and random, so that pictures mean nothing, and every number must
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +19,7 @@ import prepare_ref
 from model_jit import JiT_models
 from spectral_forcing import num_rings
 from tests.conftest import TINY_MODEL, config_of, flags, raw, read_log, train
+from tests.test_recipes import Recipe
 from tests.util.data.image_files import make_folder
 from tests.util.evaluation.colours import Colours
 from tools import measure_spectrum, prepare_data
@@ -35,7 +33,6 @@ from util.data.vae import load_vae
 from util.errors import UserError
 from util.evaluation import reference
 from util.evaluation.metrics import frechet_distance
-from util.io import REPOSITORY
 from util.schedules import open_spectrum
 
 diffusers = pytest.importorskip("diffusers")
@@ -207,21 +204,11 @@ def test_statistics_of_reconstructions(latents, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("method", ["residual", "plain", "sf"])
-def test_the_imagenet100_script_passes_a_dry_run(latents, method):
-    env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable, "DRY_RUN": "1"}
-    env |= {"DATA_PATH": str(latents), "METHOD": method, "ONLINE_EVAL": "0", "GLOBAL_BATCH": "8", "BATCH_SIZE": "8"}
-    path = REPOSITORY / "experiments" / "imagenet" / "latents100.sh"
-    done = subprocess.run(["bash", path], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
-    for flag, value in {
-        "dataset": "latents",
-        "model": "JiT-S/2",
-        "epochs": "810",
-        "cfg": "2.0",
-        "pred_param": "v",
-    }.items():
-        assert words[words.index(f"--{flag}") + 1] == value
+def test_the_recipe_of_imagenet100(latents, tmp_path, monkeypatch, capsys, method):
+    given = {"DATA_PATH": str(latents), "METHOD": method, "ONLINE_EVAL": "0", "GLOBAL_BATCH": "8", "BATCH_SIZE": "8"}
+    words = Recipe(tmp_path, monkeypatch, capsys).dry_run("imagenet100_latents", **given)
+    expected = {"dataset": "latents", "model": "JiT-S/2", "epochs": "810", "cfg": "2.0", "pred_param": "v"}
+    assert {name: words[words.index(f"--{name}") + 1] for name in expected} == expected
     assert ("--disable_dct_patchify" in words) == (method != "sf")
     assert ("--spectral_residual" in words) == (method == "residual")
 

@@ -1,14 +1,11 @@
 """The scripts in experiments/ run as their documentation says, and print what it shows."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.spectral_ops.test_schedule import PUBLISHED
 from util.io import REPOSITORY
@@ -57,46 +54,3 @@ def test_a_log_that_was_cut_off_or_has_no_loss_yet(run, tmp_path):
         file.write('{"time": 3, "event": "train", "step": 1, "loss": 1.0}\n{"time": 4, "event": "tr')
     run("plot_log.py", tmp_path, "--out", tmp_path / "a.png")
     assert (tmp_path / "a.png").exists()
-
-
-# --- ImageNet -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def two_classes(tmp_path_factory):
-    """An image folder of two classes with 512 files each: the same one many times."""
-    root = tmp_path_factory.mktemp("imagenet")
-    for name in ("n01", "n02"):
-        (root / "train" / name).mkdir(parents=True)
-        image = root / "train" / name / "0.png"
-        Image.new("RGB", (300, 280)).save(image)
-        for i in range(1, 512):
-            image.with_name(f"{i}.png").symlink_to(image)
-    return root
-
-
-@pytest.mark.parametrize(("method", "epochs"), [("sf", "200"), ("plain", "600")])
-@pytest.mark.parametrize(
-    ("script", "model"), [("130m_16", "JiT-B/16"), ("130m_32", "JiT-B/32"), ("700m_32", "JiT-700M")]
-)
-def test_imagenet_scripts_pass_a_dry_run(two_classes, script, model, method, epochs):
-    env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHON": sys.executable}
-    env |= {"DRY_RUN": "1", "DATA_PATH": str(two_classes), "METHOD": method, "EPOCHS": epochs, "ONLINE_EVAL": "0"}
-    path = REPOSITORY / "experiments" / "imagenet" / f"{script}.sh"
-    done = subprocess.run(["bash", path, "--class_num", "2"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
-    for flag, value in {"model": model, "epochs": epochs, "global_batch": "1024", "eval_freq": "40"}.items():
-        assert words[words.index(f"--{flag}") + 1] == value
-    assert ("--disable_dct_patchify" in words) == (method == "plain")
-    assert words[words.index("--output_dir") + 1].endswith(f"-{method}-{epochs}")
-
-
-def test_imagenet_scripts_say_what_is_wrong(tmp_path):
-    path = REPOSITORY / "experiments" / "imagenet" / "130m_16.sh"
-    env = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "DRY_RUN": "1", "ONLINE_EVAL": "0"}
-    wrong = subprocess.run(["bash", path], env=env | {"METHOD": "dct"}, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "must be sf or plain" in wrong.stderr
-    env |= {"DATA_PATH": str(tmp_path / "missing")}
-    missing = subprocess.run(["bash", path], env=env, capture_output=True, text=True)
-    assert missing.returncode == 2 and "missing" in missing.stderr
