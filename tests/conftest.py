@@ -12,16 +12,19 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed import TCPStore
 
 import main_jit
 from model_jit import JiT, JiT_models
+from tools.measure_spectrum import measure
 from util.checkpoint.files import NAME
 from util.config import resolve
 from util.data import loader
 from util.data.datasets import Digits, build_dataset, of_classes
+from util.data.spectrum_file import save_spectrum
 from util.dist.context import DistContext
 
 TINY = "JiT-Test/8"
@@ -60,6 +63,14 @@ class FewDigits(Digits):
 
 
 few_digits = lru_cache(FewDigits)
+
+
+def spectrum_of_digits(path: Path, img_size: int = 16) -> Path:
+    """Write a spectrum file of the first FEW digits. Return its path."""
+    spectrum = measure(few_digits(img_size), np.arange(FEW))
+    spectrum.meta["split"] = "train"
+    save_spectrum(spectrum, path)
+    return path
 
 
 def few(name, data_path, img_size, split="train", channels=None, labels_file=None):

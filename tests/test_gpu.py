@@ -1,6 +1,5 @@
 """Agreement of a CUDA device with the CPU, and what only such a device can show: `make test-gpu`."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,9 @@ from experiments.run import do
 from experiments.train import Run
 from sampler import guided, sample, uniform_grid
 from spectral_forcing import SpectralForcing
-from tests.conftest import few_digits, flags, read_log, train
+from tests.conftest import flags, read_log, spectrum_of_digits, train
 from tests.golden_inputs import GOLDEN, normals, small_denoiser
-from tools.measure_spectrum import measure
 from util import rng
-from util.data.spectrum_file import save_spectrum
 from util.rng import CounterRNG
 
 pytestmark = [
@@ -104,10 +101,7 @@ def test_attention_backends_agree(monkeypatch, backend):
 @pytest.fixture(scope="module")
 def levels(tmp_path_factory):
     """Flags of a run with levels of resolution."""
-    path = tmp_path_factory.mktemp("spectrum") / "digits.npz"
-    spectrum = measure(few_digits(16), np.arange(40))
-    spectrum.meta["split"] = "train"
-    save_spectrum(spectrum, path)
+    path = spectrum_of_digits(tmp_path_factory.mktemp("spectrum") / "digits.npz")
     return {"resolution_schedule": "spectrum", "spectrum_file": path}
 
 

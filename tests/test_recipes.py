@@ -9,12 +9,10 @@ import pytest
 from PIL import Image
 
 from model_jit import JiT_models
-from tests.conftest import few_digits
+from tests.conftest import spectrum_of_digits
 from tests.launcher_stand_ins import program
 from tools import launch
-from tools.measure_spectrum import measure
 from util.data import cifar10
-from util.data.spectrum_file import save_spectrum
 from util.io import REPOSITORY
 from util.profile import count_flops
 
@@ -111,10 +109,8 @@ def test_spectraldit(recipe, method):
 @pytest.mark.usefixtures("cifar10_of_zeros")
 @pytest.mark.parametrize("method", ["instance", "global", "plain"])
 def test_spectral_schedules(recipe, tmp_path, method):
-    spectrum = measure(few_digits(32), np.arange(40))
-    spectrum.meta["split"] = "train"
-    save_spectrum(spectrum, tmp_path / "spectrum.npz")
-    words = recipe.dry_run("spectral_schedules_cifar10", METHOD=method, SPECTRUM_FILE=str(tmp_path / "spectrum.npz"))
+    spectrum = spectrum_of_digits(tmp_path / "spectrum.npz", 32)
+    words = recipe.dry_run("spectral_schedules_cifar10", METHOD=method, SPECTRUM_FILE=str(spectrum))
     named = [word for word in words if word.startswith("spectral_")]
     assert named == ([] if method == "plain" else [f"spectral_{method}"] * 2)
 

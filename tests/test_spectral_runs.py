@@ -25,6 +25,7 @@ from tests.conftest import (
     read_log,
     register,
     run_on,
+    spectrum_of_digits,
     state_differences,
     train,
 )
@@ -80,11 +81,7 @@ def flags_of(combination):
 
 @pytest.fixture(scope="module")
 def spectrum_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("spectrum") / "digits.npz"
-    spectrum = measure(few_digits(16), np.arange(40))
-    spectrum.meta["split"] = "train"
-    save_spectrum(spectrum, path)
-    return path
+    return spectrum_of_digits(tmp_path_factory.mktemp("spectrum") / "digits.npz")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,11 +12,9 @@ import main_jit
 from denoiser import Denoiser, LogitNormal
 from spectral_forcing import SpectralForcing, dct_rings
 from spectral_ops.resolution import LevelTimes, ResolutionSchedule
-from tests.conftest import ONE, TINY, TINY_MODEL, arguments, few_digits, listing, train
-from tools.measure_spectrum import measure
+from tests.conftest import ONE, TINY, TINY_MODEL, arguments, listing, spectrum_of_digits, train
 from util import profile as tool
 from util.config import resolve
-from util.data.spectrum_file import save_spectrum
 from util.io import REPOSITORY
 from util.profile import TIMED, UNTIMED, Memory, count_flops, count_saved, dry_run, mean_flops
 
@@ -43,11 +40,9 @@ def test_a_level_takes_the_operations_of_images_of_its_size_and_a_run_the_mean()
 
 def test_dry_run_of_a_run_with_levels(tmp_path, capsys):
     """It names the levels, and expects less memory and arithmetic than without."""
-    spectrum = measure(few_digits(16), np.arange(40))
-    spectrum.meta["split"] = "train"
-    save_spectrum(spectrum, tmp_path / "digits.npz")
+    spectrum = spectrum_of_digits(tmp_path / "digits.npz")
     found = []
-    for settings in ({}, {"resolution_schedule": "spectrum", "spectrum_file": tmp_path / "digits.npz"}):
+    for settings in ({}, {"resolution_schedule": "spectrum", "spectrum_file": spectrum}):
         assert main_jit.main(arguments(dry_run=True, **settings)) == 0
         found.append(rows_of(capsys.readouterr().out))
     plain, levels = found
