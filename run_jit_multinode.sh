@@ -34,7 +34,7 @@ EPOCHS, WARMUP_EPOCHS       600, 5
 GEN_BSZ, NUM_IMAGES, CFG    128, 50000, 2.9         images per batch, images in all, guidance
 INTERVAL_MIN, INTERVAL_MAX  0.1, 1.0                times between which guidance acts
 ONLINE_EVAL, EVALUATE_GEN   1, 0                    FID and IS during training; evaluation only
-DATASET                     imagefolder             cifar10 and digits need no DATA_PATH
+DATASET                     imagefolder             cifar10, digits, fashion_mnist need no DATA_PATH
 GLOBAL_BATCH                -                       derives gradient accumulation from BATCH_SIZE
                                                     and the number of processes
 OUTPUT_DIR                  output/<run name>       folder; training goes on from a checkpoint in it

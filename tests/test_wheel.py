@@ -41,7 +41,12 @@ def test_it_holds_the_operators_and_says_what_they_need(wheel):
     (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     fields = Parser().parsestr(wheel.read(metadata).decode())
     needed = [requirement for requirement in fields.get_all("Requires-Dist") if "extra ==" not in requirement]
-    assert needed == ["torch>=2.4"] and fields.get_all("Provides-Extra") == ["diffusers"]
+    assert needed == ["torch>=2.4"] and set(fields.get_all("Provides-Extra")) == {
+        "diffusers",
+        "data",
+        "tensorboard",
+        "explorer",
+    }
 
 
 def test_all_of_it_imports_torch_alone(wheel, tmp_path):

@@ -4,12 +4,14 @@
     python -m tools.prepare_data latents --vae ~/sd-vae-ft-mse --data_path ~/imagenet --out ~/imagenet-latents
     torchrun --nproc_per_node=8 -m tools.prepare_data latents --vae ...
     python -m tools.prepare_data verify ~/imagenet-256
+    python -m tools.prepare_data index --data_path ~/imagenet-shards
     python -m tools.prepare_data measure --data_path ~/imagenet-256 --num_workers 4
 
 `cache` stores the centre crop of every image as raw pixels; `--data_path ~/imagenet-256` then trains on the same
 images, in the same order, without decoding a JPEG. `latents` encodes the images with a VAE of diffusers
 (docs/latents.md). Interrupted, the same command continues. `verify` compares a cache or latents with their checksums.
-`measure` prints how many images a second a loader delivers, as one JSON line.
+`index` scans shards of WebDataset (docs/data.md). `measure` prints how many images a second a loader delivers, as one
+JSON line.
 """
 
 import argparse
@@ -29,11 +31,12 @@ import torch.distributed as dist
 
 from tools.measure_spectrum import measure as measure_spectrum
 from util.data import cache, encode, latents
-from util.data.datasets import DATASETS, ImageFolderImages, build_dataset
-from util.data.images import DataError, Images, NoSplitError
+from util.data.datasets import DATASETS, build_dataset
+from util.data.images import DataError, Images, NoSplitError, data_folder
 from util.data.loader import GlobalBatchSampler, ImageLoader
 from util.data.spectrum_file import save_spectrum
 from util.data.vae import load_vae
+from util.data.webdataset import ShardImages, read_index
 from util.dist.context import find_context, process_group, raise_on_all_ranks
 from util.errors import UserError
 from util.io import json_hash, provenance
@@ -46,8 +49,10 @@ TIMEOUT_MINUTES = 24 * 60.0  # rank 0 reads all checksums while the others wait
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("prepare_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
-    add = tasks.add_parser("cache", help="write the crops of an image folder, or what is missing of them").add_argument
-    add("--data_path", required=True, help="folder with train/ (and val/), or train/ itself")
+    add = tasks.add_parser("cache", help="write the crops of images, or what is missing of them").add_argument
+    of_files = [name for name, info in DATASETS.items() if not info.in_memory and info.describe is None]
+    add("--dataset", choices=of_files, default="imagefolder")
+    add("--data_path", required=True, help="as in training")
     add("--img_size", type=int, default=DATASETS["imagefolder"].img_size, help="pixels per side (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder to write")
     add("--num_workers", type=int, help="threads that decode (default: one for each core)")
@@ -68,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu or cuda (default: cuda if available)")
     add = tasks.add_parser("verify", help="compare a cache or latents with their checksums").add_argument
     add("folder", type=Path, help="--out of the command that wrote it")
+    add = tasks.add_parser("index", help="scan the shards of --dataset webdataset, also those that were scanned before")
+    add.add_argument("--data_path", required=True, help="as in training: the folder of the shards")
     add = tasks.add_parser("measure", help="images per second of a loader").add_argument
     add("--dataset", choices=DATASETS, default="imagefolder")
     add("--data_path", help="as in training")
@@ -81,9 +88,10 @@ def write(args: argparse.Namespace) -> None:
     """Cache the training images, and the validation images where there are any."""
     if cache.find(args.data_path):
         raise DataError(f"--data_path {args.data_path} is an image cache already: name the folder it was made from.")
-    splits = {"train": ImageFolderImages(args.data_path, args.img_size)}
+    what = (args.dataset, args.data_path, args.img_size)
+    splits = {"train": build_dataset(*what)}
     with suppress(NoSplitError):  # both are opened before hours of work go into the first
-        splits["val"] = ImageFolderImages(args.data_path, args.img_size, "val")
+        splits["val"] = build_dataset(*what, "val")
     for split, images in splits.items():
         folder = args.out.expanduser() / split
         index = cache.write_cache(images, folder, args.num_workers, args.on_bad_image == "skip")
@@ -171,6 +179,15 @@ def verify(args: argparse.Namespace) -> None:
             print(f"{folder}: all {index['num_images']} images have their checksums", flush=True)
 
 
+def index_shards(args: argparse.Namespace) -> None:
+    """Scan the shards of all splits anew, and write their indexes."""
+    for split in ("train", "val", "test"):
+        with suppress(NoSplitError):
+            read_index(data_folder(args.data_path, "the folder of the shards"), split, anew=True)
+            images = ShardImages(args.data_path, 1, split)
+            print(f"{args.data_path}, {split}: {len(images)} images of {images.num_classes} classes", flush=True)
+
+
 def measure(args: argparse.Namespace) -> None:
     """Print images per second of one loader, in the order of an epoch of training, measured for SECONDS."""
     info = DATASETS[args.dataset]
@@ -194,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a task; return exit code 0, 2 with one sentence on stderr, or 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
-        {"cache": write, "latents": write_latents, "verify": verify, "measure": measure}[args.task](args)
+        tasks = {"cache": write, "latents": write_latents, "verify": verify, "index": index_shards, "measure": measure}
+        tasks[args.task](args)
     except (UserError, OSError) as error:
         if dist.is_initialized():
             atexit.register(os._exit, 2)  # no destructor may wait for the other ranks

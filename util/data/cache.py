@@ -1,14 +1,15 @@
-"""An image folder after its crop, in one large file: read instead of decoded, and the same pixels to the bit.
+"""Images of files after their crop, in one large file: read instead of decoded, and the same pixels to the bit.
 
     CACHE/train/images.npy   uint8 (N, 3, H, W)
-    CACHE/train/files.json   {class: names of its files, below the folder of the class}, in the order of the images
+    CACHE/train/files.json   {class: names of its files, below the folder of the class}, in the order of the images, or
+                             the numbers of its images, in a data set without class folders
     CACHE/train/cache.json   the index: what the images were made from, and which blocks of them are finished
-    CACHE/val/...            the same, where the image folder has val/ or test/
+    CACHE/val/...            the same, where there are validation images
 
 The index is a dictionary:
 
     version, img_size, num_images    layout of these files; pixels per side; N
-    files_hash, source, made         of files.json; the folder of class folders; date, command, commit and versions
+    files_hash, source, made         of files.json; folder of class folders or data set; date, command, commit, versions
     decoder                          versions of the libraries that decide the pixels of a file
     block_size, sha256               images in a block; {block: checksum of its pixels} of each finished block
     bad                              {image: why it cannot be read}; its pixels are zeros
@@ -33,7 +34,7 @@ from PIL import features
 from torch import Tensor
 
 from util.data.bad_images import check_bad_count
-from util.data.images import BadImage, DataError, FileImages, NoSplitError
+from util.data.images import BadImage, DataError, FileImages, Images, NoSplitError
 from util.dist.context import DistContext
 from util.io import json_hash, provenance, read_json, write_json
 from util.log import ImageProgress
@@ -75,6 +76,33 @@ def blocks(index: dict) -> dict[str, range]:
     return {str(k): images[start : start + index["block_size"]] for k, start in enumerate(starts)}
 
 
+def list_files(images: Images) -> dict[str, list[str | int]]:
+    """Return the files of each class in the order of the images, or the numbers of images not from class folders."""
+    files = {name: [] for name in images.class_names}
+    in_folders = hasattr(images, "folder") and (np.diff(images.labels) >= 0).all()
+    for i, label in enumerate(images.labels):
+        name = images.class_names[label]
+        files[name].append(os.path.relpath(images.path(i), Path(images.folder, name)) if in_folders else i)
+    return files
+
+
+def read_files(folder: Path, index: dict, again: str) -> tuple[list[str], np.ndarray, list[str]]:
+    """Return the classes, and the labels (N,) and paths of the images, from what `list_files` returned."""
+    files = read_json(folder / FILES)
+    if json_hash(files) != index["files_hash"]:
+        raise DataError(f"{folder / FILES} is missing or damaged: copy it again, or {again}.")
+    labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files.values()])
+    paths = [f"{name}/{file}" for name, names in files.items() for file in names]
+    numbers = [file for names in files.values() for file in names]
+    in_order = isinstance(numbers[0], int)
+    if len(numbers) != index["num_images"] or (in_order and sorted(numbers) != list(range(len(numbers)))):
+        raise DataError(f"{folder / FILES} does not fit the index: copy it again, or {again}.")
+    if in_order:  # the order is not that of the classes
+        order = np.argsort(numbers)
+        labels, paths = labels[order], [paths[i] for i in order]
+    return list(files), labels, paths
+
+
 def open_pixels(folder: Path, index: dict, mode: str = "r") -> np.memmap:
     """Return the pixels (N, 3, H, W). Raises DataError unless images.npy fits the index."""
     shape = (index["num_images"], 3, index["img_size"], index["img_size"])
@@ -106,7 +134,7 @@ def read_item(file: io.FileIO, offset: int, i: int, item: Tensor) -> None:
 
 
 class CachedImages(FileImages):
-    """One split of a cache, in the place of the ImageFolderImages that it was made from: same items, order and paths.
+    """One split of a cache, in the place of the images that it was made from: same items and order.
 
     An image that could not be read when the cache was made is a BadImage here too, and known from the start (`bad`).
     DataError for a cache that is unfinished, damaged, or of another size or version. Opening reads no pixels.
@@ -120,7 +148,7 @@ class CachedImages(FileImages):
                 f"the image cache {folder.parent} has no {folder.name} images: {folder / INDEX} is missing. Where the "
                 f"image folder has them, {AGAIN}."
             )
-        index, files = read_index(folder), read_json(folder / FILES)
+        index = read_index(folder)
         if index["img_size"] != img_size:
             raise DataError(
                 f"the image cache {folder} holds images of {index['img_size']} pixels, not of {img_size}. Make another "
@@ -128,11 +156,8 @@ class CachedImages(FileImages):
             )
         if missing := len(blocks(index)) - len(index["sha256"]):
             raise DataError(f"the image cache {folder} is not finished, {missing} blocks are missing: {AGAIN}.")
-        if json_hash(files) != index["files_hash"]:
-            raise DataError(f"{folder / FILES} is missing or damaged: copy it again, or {AGAIN}.")
-        labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files.values()])
-        paths = [f"{name}/{file}" for name, names in files.items() for file in names]
-        super().__init__(img_size, list(files), labels, index["source"], paths)
+        names, labels, paths = read_files(folder, index, AGAIN)
+        super().__init__(img_size, names, labels, index["source"], paths)
         self.bad = {int(i): reason for i, reason in index["bad"].items()}
         self._offset = open_pixels(folder, index).offset
         self._file = open(folder / IMAGES, "rb", buffering=0)  # noqa: SIM115 (open as long as the data set)
@@ -145,12 +170,9 @@ class CachedImages(FileImages):
         return image, int(self.labels[i])
 
 
-def _begin(images: FileImages, folder: Path) -> dict:
+def _begin(images: Images, folder: Path) -> dict:
     """Return the index of the cache that was begun in `folder` for these images; begin one where there is none."""
-    files = {name: [] for name in images.class_names}
-    for i, label in enumerate(images.labels):
-        name = images.class_names[label]
-        files[name].append(os.path.relpath(images.path(i), images.folder / name))
+    files = list_files(images)
     decoder = {name: features.version(name) for name in ("pil", "libjpeg_turbo", "zlib")}
     expected = {"img_size": images.img_size, "files_hash": json_hash(files), "decoder": decoder}
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,13 +189,13 @@ def _begin(images: FileImages, folder: Path) -> dict:
         index = {**expected, "num_images": len(images), "version": VERSION, "sha256": {}, "bad": {}}
         index["block_size"] = max(1, BLOCK_BYTES // (3 * images.img_size**2))
         index["made"] = provenance(torch.device("cpu"))
-    index["source"] = str(images.folder)
+    index["source"] = str(getattr(images, "folder", images.name))
     write_json(folder / FILES, files)
     return index
 
 
-def write_cache(images: FileImages, folder: Path, num_threads: int | None = None, skip_bad: bool = False) -> dict:
-    """Write what a cache of an ImageFolderImages lacks: missing, damaged and bad images. Return its index.
+def write_cache(images: Images, folder: Path, num_threads: int | None = None, skip_bad: bool = False) -> dict:
+    """Write what a cache of images lacks: missing, damaged and bad images. Return its index.
 
     num_threads decode; None: one for each core. skip_bad: note bad images in the index; False: raise at the first one.
     DataError for a file that cannot be read, a disk that is too small, and a folder that holds something else; OSError

@@ -1,4 +1,4 @@
-"""Reads one image file: ADM's centre crop, in RGB or RGBA.
+"""Reads one image, a file or a part of one: ADM's centre crop, in RGB or RGBA.
 
 Shapes: an image is uint8 (H, W, C) of any size; a crop is (size, size, C), with C = 3, or 4 with alpha.
 """
@@ -14,6 +14,7 @@ from util.data.images import BadImage, DataError
 
 MAX_PIXELS = 2**28  # of an image as read and as enlarged: 16384 x 16384, 1 GiB in PIL, which uses 4 bytes per pixel
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
+WHOLE = "Expected a whole image file: replace it or remove it"
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # PIL's own check of the header; its default warns at a third of that
 
 
@@ -55,24 +56,37 @@ def center_crop(image: Image.Image, size: int, alpha: bool = False) -> np.ndarra
 def read_crop(path: str, size: int, alpha: bool = False) -> np.ndarray:
     """Return the centre crop (size, size, C) of an image file, of its first frame where it has several.
 
-    The whole file is read before PIL sees it, so that errors of the file system (DataError) are told from those of the
-    content (BadImage): no image, a damaged one, one with more than MAX_PIXELS, or one that cannot be converted to RGB.
+    DataError for an error of the file system; BadImage for one of the content, as of `decode_crop`.
+    """
+    return decode_crop(read_bytes(path, path), path, size, alpha)
+
+
+def read_bytes(path: str, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    """Return a file, or a part of it: the image called `name`.
+
+    DataError if the file system does not deliver it, BadImage for what is no regular file or has over MAX_BYTES.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe would wait for a writer
             status = os.fstat(file.fileno())
-            too_large, regular = status.st_size > MAX_BYTES, stat.S_ISREG(status.st_mode)
-            content = b"" if too_large or not regular else file.read()
+            count, regular = status.st_size if length is None else length, stat.S_ISREG(status.st_mode)
+            if regular and count <= MAX_BYTES:
+                file.seek(offset)
+                return file.read(length)
     except OSError as e:
         raise DataError(
             f"cannot read the file {path}: {e.strerror or e}. This is an error of the file system, not a bad image, so "
             "the image is not replaced: check the disk, permissions and limits, and start again."
         ) from None
+    raise BadImage.at(name, f"the file has more than {MAX_BYTES} bytes" if regular else "it is no regular file", WHOLE)
+
+
+def decode_crop(content: bytes, name: str, size: int, alpha: bool = False) -> np.ndarray:
+    """Return the centre crop (size, size, C) of the content of an image file.
+
+    BadImage for content that is no image, is damaged, has more than MAX_PIXELS, or cannot be converted to RGB.
+    """
     try:
-        if not regular:
-            raise DataError("it is no regular file.")
-        if too_large:
-            raise DataError(f"the file has more than {MAX_BYTES} bytes.")
         with Image.open(BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}.")
@@ -85,4 +99,4 @@ def read_crop(path: str, size: int, alpha: bool = False) -> np.ndarray:
         reason = str(e).rstrip(".")
     except Exception as e:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error, ... on bad files
         reason = f"{str(e).rstrip('.')} ({type(e).__name__})"
-    raise BadImage.at(path, reason, "Expected a whole image file: replace it or remove it")
+    raise BadImage.at(name, reason, WHOLE)

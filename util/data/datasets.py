@@ -20,16 +20,14 @@ from torch import Tensor
 
 from util.data import cache, cifar10, latents
 from util.data.crop import center_crop, read_crop
-from util.data.images import DataError, FileImages, Images, NoSplitError, Subset
+from util.data.fashion_mnist import CLASSES, FashionMnist
+from util.data.huggingface import HuggingFaceImages
+from util.data.images import DataError, FileImages, Images, NoSplitError, Subset, data_folder, to_tensor
+from util.data.webdataset import ShardImages
 from util.io import json_hash
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
 UNREAD_EXTENSIONS = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".svg")
-
-
-def _to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, C) -> (C, H, W), contiguous, not sharing memory with the argument."""
-    return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -87,12 +85,7 @@ class ImageFolderImages(FileImages):
     def __init__(self, data_path: str | os.PathLike | None, img_size: int, split: str = "train"):
         if split not in ("train", "val"):
             raise DataError(f"an image folder has no split {split!r}; expected train or val.")
-        if not data_path:
-            raise DataError(
-                "no data path given. Set --data_path (or the variable DATA_PATH) to the folder that holds "
-                "train/<class>/<image>, or to a cache of it."
-            )
-        root = folder = Path(data_path).expanduser().absolute()
+        root = folder = data_folder(data_path, "the folder that holds train/<class>/<image>, or to a cache of it")
         try:
             folder = _split_folder(root, split)
             classes, train_classes = _class_folders(folder), _class_folders(_split_folder(root, "train"))
@@ -129,7 +122,7 @@ class ImageFolderImages(FileImages):
             self.notes.append(f"{folder} also has files that are not read ({counts}): convert them to PNG or JPEG")
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return _to_tensor(read_crop(self.path(i), self.img_size, self.channels == 4)), int(self.labels[i])
+        return to_tensor(read_crop(self.path(i), self.img_size, self.channels == 4)), int(self.labels[i])
 
 
 class Cifar10(Images):
@@ -143,7 +136,7 @@ class Cifar10(Images):
         image = self._images[i]  # (32, 32, 3)
         if self.img_size != image.shape[0]:
             image = center_crop(Image.fromarray(image), self.img_size)
-        return _to_tensor(image), int(self.labels[i])
+        return to_tensor(image), int(self.labels[i])
 
 
 class Digits(Images):
@@ -224,6 +217,18 @@ DATASETS = {
         in_memory=True,
         crop="none, resized with bicubic interpolation",
     ),
+    "fashion_mnist": DatasetInfo(
+        FashionMnist,
+        img_size=32,
+        class_num=10,
+        flip=False,  # all shoes point to the left
+        data_path="/usr/share/datasets/fashion-mnist",
+        in_memory=True,
+        class_names=CLASSES,
+        crop="none, padded with zeros",
+    ),
+    "webdataset": DatasetInfo(ShardImages, 256, 1000),
+    "huggingface": DatasetInfo(HuggingFaceImages, 256, 1000),
     "latents": DatasetInfo(_latents, 32, 1000, describe=_describe_latents),
 }
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from util.data.bad_images import check_bad_count
-from util.data.cache import FILES, blocks
+from util.data.cache import FILES, blocks, list_files
 from util.data.images import BadImage, DataError, Images
 from util.data.latents import AGAIN, DTYPES, INDEX, LATENTS, VERSION, damaged_blocks, open_latents, read_index, shape
 from util.data.loader import ImageLoader
@@ -51,16 +51,6 @@ class _Readable(Images):
             return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), error.reason
 
 
-def _files(images: Images) -> dict[str, list[str | int]]:
-    """The files of each class, in the order of the images, or their numbers in a data set without files."""
-    files = {name: [] for name in images.class_names}
-    for i, label in enumerate(images.labels):
-        name = images.class_names[label]
-        has_files = hasattr(images, "folder")
-        files[name].append(os.path.relpath(images.path(i), Path(images.folder, name)) if has_files else i)
-    return files
-
-
 def _name(images: Images, i: int) -> str:
     return images.path(i) if hasattr(images, "folder") else f"{images.name} {i}"
 
@@ -71,7 +61,7 @@ def _begin(images: Images, vae: Vae, folder: Path, content: str, dtype: str, fli
         raise DataError(
             f"--img_size {images.img_size} is no multiple of {vae.factor}, the factor of the VAE {vae.name}."
         )
-    files = _files(images)
+    files = list_files(images)
     expected = {
         "img_size": images.img_size,
         "views": 1 + flip,

@@ -17,6 +17,11 @@ from spectral_ops.spectrum import GREY
 from util.errors import UserError
 
 
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, C) -> (C, H, W), contiguous, not sharing memory with the argument."""
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
 def to_float(images: Tensor) -> Tensor:
     """Convert uint8 (B, C, H, W) in 0..255 to float32 in [-1, 1]: x / 127.5 - 1."""
     if images.dtype != torch.uint8:
@@ -54,6 +59,13 @@ class BadImage(DataError):
         error = cls(f"cannot read image {path}: {reason}. {advice} (training may skip it: --on_bad_image skip).")
         error.reason = reason
         return error
+
+
+def data_folder(data_path: str | os.PathLike | None, what: str) -> Path:
+    """Return the absolute path of the folder that the user named. DataError where none was: it should be `what`."""
+    if not data_path:
+        raise DataError(f"no data path given. Set --data_path (or the variable DATA_PATH) to {what}.")
+    return Path(data_path).expanduser().absolute()
 
 
 class Images(Dataset):

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from denoiser import RandomNumbers
 from util.data import cache
-from util.data.cache import FILES, blocks, read_item
+from util.data.cache import FILES, blocks, read_files, read_item
 from util.data.images import BadImage, DataError, FileImages, NoSplitError
-from util.io import json_hash, read_json
+from util.io import read_json
 
 INDEX, LATENTS = "latents.json", "latents.npy"
 VERSION = 1
@@ -108,23 +108,15 @@ class LatentImages(FileImages):
             raise NoSplitError(
                 f"the latents {folder.parent} have no {folder.name} images: {folder / INDEX} is missing."
             )
-        index, files = read_index(folder), read_json(folder / FILES)
+        index = read_index(folder)
         if missing := len(blocks(index)) - len(index["sha256"]):
             raise DataError(f"the latents {folder} are not finished, {missing} blocks are missing: {AGAIN}.")
-        if json_hash(files) != index["files_hash"]:
-            raise DataError(f"{folder / FILES} is missing or damaged: copy it again, or {AGAIN}.")
+        names, labels, paths = read_files(folder, index, AGAIN)
         if not np.isfinite([*index["statistics"]["mean"], *index["statistics"]["std"]]).all():
             raise DataError(f"the statistics of the latents {folder} are not finite: remove the folder, and {AGAIN}.")
-        labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(names) for names in files.values()])
-        paths = [f"{name}/{file}" for name, names in files.items() for file in names]
-        numbers = [file for names in files.values() for file in names]
-        in_order = isinstance(numbers[0], int) and sorted(numbers) != list(range(len(numbers)))
-        if in_order or len(numbers) != index["num_images"] or len(files) != index["class_num"]:
+        if len(names) != index["class_num"]:
             raise DataError(f"{folder / FILES} does not fit the index: copy it again, or {AGAIN}.")
-        if isinstance(numbers[0], int):  # the order is not that of the classes
-            order = np.argsort(numbers)
-            labels, paths = labels[order], [paths[i] for i in order]
-        super().__init__(index["size"], list(files), labels, index["source"], paths)
+        super().__init__(index["size"], names, labels, index["source"], paths)
         self.bad = {int(i): reason for i, reason in index["bad"].items()}
         self.channels, self.views, self.pixels = index["channels"], index["views"], index["img_size"]
         self.content, self.vae, self.statistics = index["content"], index["vae"], index["statistics"]

@@ -72,5 +72,5 @@ def test_a_run_on_some_classes(tmp_path, labels_file, capsys):
 
 
 def test_imagenet100_has_100_classes():
-    names = read_labels_file(REPOSITORY / "experiments" / "imagenet" / "imagenet100.txt")
+    names = read_labels_file(REPOSITORY / "recipes" / "imagenet100.txt")
     assert len(names) == 100 and names == sorted(names) and all(len(name) == 9 and name[0] == "n" for name in names)
