@@ -2,9 +2,11 @@
 #
 #   make demo      a first run: trains on handwritten digits, samples and measures, in a few minutes on a CPU
 #   make setup     the environment alone; returns at once when it is there
+#   make lock      after a change of requirements*.txt: what `make setup` and `make test` install, to the file
 #   make test      the tests          make lint      ruff and shellcheck
 #   make test-slow, make test-gpu     tests that take minutes, and those that need a GPU
 #   make test-cluster                 two hosts and a SLURM on this machine; as root on Debian or Ubuntu
+#   make test-browser                 the page of tools.explorer in Chromium
 #   make bench     the benchmarks, in small: one JSON line each (docs/performance.md)
 #   make gpu-report MINUTES=9         what a GPU measures, most important first: benchmarks/results/
 #   make cifar10   fetch CIFAR-10     make clean     remove the environment and caches (never data or runs)
@@ -18,9 +20,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
-UV     := uv==0.13.8
+UV     := 0.13.8
+UV_READY := $(VENV)/.uv-$(UV)
 
-.PHONY: help setup demo bench gpu-report test test-slow test-gpu test-cluster lint
+.PHONY: help setup lock demo bench gpu-report test test-slow test-gpu test-cluster test-browser lint
 .PHONY: cifar10 cifar10-latents evaluate-cifar10 results figures clean
 .DEFAULT_GOAL := help
 
@@ -29,17 +32,31 @@ help:
 
 setup: $(READY)
 
-$(READY): requirements.txt
+$(UV_READY):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
 	  { echo "Python 3.11 or 3.12 is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
 	@touch $@
 
-$(READY_DEV): requirements-dev.txt requirements-effnet.txt $(READY)
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements-dev.txt
+INSTALL := $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --require-hashes
+
+$(READY): requirements.lock $(UV_READY)
+	$(INSTALL) -r $<
 	@touch $@
+
+$(READY_DEV): requirements-dev.lock $(READY)
+	$(INSTALL) -r $<
+	@touch $@
+
+# All packages with their hashes, for each platform and Python from 3.11 on. A version that a lock file names stays as
+# long as the requirements allow it: without the files, the newest ones are taken. The short list follows the long one.
+LOCK := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+  --generate-hashes --no-annotate
+
+lock: $(UV_READY)
+	$(LOCK) requirements-dev.txt --output-file requirements-dev.lock
+	$(LOCK) requirements.txt --constraint requirements-dev.lock --output-file requirements.lock
 
 # 48 epochs of 28 steps; `make demo EPOCHS=96` continues. The settings are in output/demo/config.json. Two threads:
 # more hardly help so small a network, and on a busy machine they wait for each other.
@@ -69,6 +86,16 @@ test-cluster: $(READY_DEV)
 	fi
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m cluster
 
+test-browser: $(READY_DEV)
+	@if ! type -P chromium >/dev/null; then \
+	  if [[ $$(id -u) == 0 ]] && type -P apt-get >/dev/null; then \
+	    apt-get update -q && apt-get install -qy --no-install-recommends chromium; \
+	  else \
+	    echo "make test-browser needs the package chromium (Debian's name)" >&2; exit 1; \
+	  fi; \
+	fi
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m browser
+
 bench: setup
 	@for name in step sampler checkpoint; do \
 	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.$$name || exit; done
@@ -91,7 +118,7 @@ figures: $(READY_DEV)
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck run_jit_multinode.sh .ci/run experiments/imagenet/*.sh
+	$(BIN)/shellcheck -x -P SCRIPTDIR run_jit_multinode.sh .ci/run recipes/*.sh
 
 cifar10: setup
 	$(BIN)/python -m util.data.cifar10

@@ -539,7 +539,7 @@ class Trainer:
     def _open_log(self) -> RunLog:
         try:
             settings = wandb_settings(self.config, run_name(self.config))
-            return RunLog(self.folder, self.ctx, settings, resumed_step=self.step)
+            return RunLog(self.folder, self.ctx, settings, self.step, self.config.tensorboard)
         except OSError as error:
             raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
 

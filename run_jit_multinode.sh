@@ -46,6 +46,7 @@ WANDB_RUN_NAME, WANDB_MODE  derived, offline
 WANDB_NUM_VIS               16
 WANDB_API_KEY               -                       stays in the environment: never on a command line, never in a log
 ENABLE_WANDB                1                       0 means --wandb_mode disabled
+TENSORBOARD                 0                       1 logs to TensorBoard as well, in OUTPUT_DIR/tensorboard
 NUM_GPUS                    detected, else 1        processes per node, detected from
                                                     CUDA_VISIBLE_DEVICES, then nvidia-smi
 NNODES, WORLD_SIZE          SLURM's, else 1         number of NODES; WORLD_SIZE is the older name

@@ -1,4 +1,4 @@
-"""Logging of a run: always a file of JSON lines, Weights & Biases unless disabled, and the terminal.
+"""Logging of a run: a file of JSON lines and the terminal; Weights & Biases unless disabled, TensorBoard if asked for.
 
 Only rank 0 writes; on the other ranks every call does nothing.
 """
@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from util.dist.context import DistContext
@@ -21,6 +23,7 @@ from util.io import replacing
 
 LOG_NAME = "log.jsonl"
 WANDB_ID_NAME = "wandb_id.txt"
+TENSORBOARD_NAME = "tensorboard"
 MIN_SECONDS, MAX_SECONDS = 5.0, 60.0  # between two progress lines where there is no terminal
 
 
@@ -53,20 +56,31 @@ class RunLog:
     Args:
         folder: the run's output folder.
         wandb: keyword arguments of wandb.init (project, entity, name, mode, config); mode "disabled" turns it off.
-        resumed_step: training resumes at this step; lines about later steps are removed, since they are repeated.
+        resumed_step: training resumes at this step; lines and points about later steps go, since they are repeated.
+        tensorboard: whether to write for TensorBoard too, into its own folder within this one.
 
     Raises:
         UserError: Weights & Biases was requested and does not start.
     """
 
-    def __init__(self, folder: Path, ctx: DistContext, wandb: Mapping[str, Any], resumed_step: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        ctx: DistContext,
+        wandb: Mapping[str, Any],
+        resumed_step: int | None = None,
+        tensorboard: bool = False,
+    ):
         self.is_main, self.file, self.wandb_run, self.upload = ctx.is_main, None, None, None
+        self.tensorboard = None
         self.path = folder / LOG_NAME
         if not self.is_main:
             return
         if resumed_step is not None and self.path.exists():
             _truncate(self.path, resumed_step)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        if tensorboard:
+            self.tensorboard = _open_tensorboard(folder / TENSORBOARD_NAME, resumed_step)
         if wandb["mode"] != "disabled":
             self._start_wandb(folder, wandb)
 
@@ -91,19 +105,30 @@ class RunLog:
             )
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one JSON line; its numbers also go to Weights & Biases as `event/name`."""
+        """Append one JSON line; its numbers also go to Weights & Biases and TensorBoard as `event/name`.
+
+        In TensorBoard they stand at the number of finished steps, by which a resumed run cuts it off, and "start" is
+        left out: each restart has one.
+        """
         if not self.is_main:
             return
+        numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         try:
             self.file.write(json.dumps({"time": round(time.time(), 3), "event": event, "step": step, **values}) + "\n")
+            if self.tensorboard is not None and event != "start":
+                for name, value in numbers.items():
+                    self.tensorboard.add_scalar(name, value, finished_steps(event, step))
+                self.tensorboard.flush()  # a run that is killed has lost none
         except OSError as error:
             raise UserError(f"The log {self.path} cannot be written: {error}.") from error
         if self.wandb_run is not None:
-            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
             self.wandb_run.log({**numbers, "step": step})
 
     def image(self, name: str, step: int, path: Path) -> None:
-        """Upload a picture to Weights & Biases, if that is on."""
+        """Send a picture to Weights & Biases and TensorBoard, where they are on."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+            self.tensorboard.flush()
         if self.wandb_run is not None:
             import wandb
 
@@ -120,27 +145,52 @@ class RunLog:
             self.wandb_run.finish(exit_code=exit_code)
         if self.upload:  # all parts of a run that was resumed
             self.info(self.upload)
-        if self.file is not None:
-            with suppress(OSError):  # of a full disk, which `log` has reported
-                self.file.close()
+        for file in (self.file, self.tensorboard):
+            if file is not None:
+                with suppress(OSError):  # of a full disk, which `log` has reported
+                    file.close()
+
+
+def finished_steps(event: str, step: int) -> int:
+    """Return the number of finished steps of a line: "train" has that of its last step, counted from 0."""
+    return step + (event == "train")
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Remove the lines about steps from `step` on, and a last line that was cut off.
-
-    A line "train" carries the number of its last step, counted from 0; every other line the number of finished steps.
-    """
+    """Remove the lines about steps from `step` on, and a last line that was cut off."""
     kept = []
     for text in path.read_bytes().splitlines(keepends=True):
         try:
             line = json.loads(text)
-            repeated = line["event"] != "start" and line["step"] + (line["event"] == "train") > step
+            repeated = line["event"] != "start" and finished_steps(line["event"], line["step"]) > step
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if not repeated and text.endswith(b"\n"):
             kept.append(text)
     with replacing(path) as file:
         file.write(b"".join(kept))
+
+
+def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
+    """Return a SummaryWriter. Points after the step that is resumed are removed from the files.
+
+    `purge_step` removes them from a TensorBoard that is running; its fast loader shows them until they are done again.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard import SummaryWriter
+
+    if resumed_step is None:
+        return SummaryWriter(str(folder))
+    for path in folder.glob("events.out.tfevents.*"):
+        events = list(LegacyEventFileLoader(str(path)).Load())
+        if any(event.step > resumed_step for event in events):
+            with replacing(path) as file:
+                writer = RecordWriter(file)
+                for event in events:
+                    if event.step <= resumed_step:
+                        writer.write(event.SerializeToString())
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
 
 class ImageProgress:

@@ -1,21 +1,25 @@
-"""The log of a run: JSON lines, one Weights & Biases run across restarts, and no secret in any file."""
+"""The log of a run: JSON lines, the same in TensorBoard, one Weights & Biases run across restarts, and no secret."""
 
 import contextlib
 import glob
 import io
 import json
 import re
+import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import engine_jit
 import main_jit
-from tests.conftest import ONE, SECRET, arguments, flags, read_log, train
+from tests.conftest import CLOCK, ONE, SECRET, arguments, flags, read_log, train
+from tests.test_resume import Killed, kill_at
 from util import log as log_module
 from util.dist.context import DistContext
 from util.errors import UserError
-from util.log import LOG_NAME, WANDB_ID_NAME, ImageProgress, RunLog, duration
+from util.log import LOG_NAME, TENSORBOARD_NAME, WANDB_ID_NAME, ImageProgress, RunLog, duration
 
 OFF = {"mode": "disabled"}
 
@@ -41,7 +45,7 @@ def test_a_line_is_in_the_file_at_once(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    log = RunLog(tmp_path, DistContext(1, 2), {"mode": "offline"})
+    log = RunLog(tmp_path, DistContext(1, 2), {"mode": "offline"}, tensorboard=True)
     log.log("train", 0, {"loss": 0.5})
     log.info("hello")
     log.image("samples", 0, tmp_path / "none.png")
@@ -122,6 +126,122 @@ def test_image_progress_counts_only_new_images_as_speed(monkeypatch, capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first == "evaluating: 600/1000 images (60%), 10 images/s, 40 s left"
     assert second.startswith("evaluating: 620/1000 images (62%), 1.5 images/s")
+
+
+# --- TensorBoard ----------------------------------------------------------------------------------------------------
+
+
+def points(folder):
+    """What TensorBoard's own reader finds: {name: [(step, value)]}, and {name: [(step, PNG)]} of pictures.
+
+    It does not purge anything, as TensorBoard's fast loader does not: the files themselves are right.
+    """
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    all_of = {reader.SCALARS: 0, reader.IMAGES: 0}
+    found = reader.EventAccumulator(str(folder / TENSORBOARD_NAME), all_of, purge_orphaned_data=False).Reload()
+    tags = found.Tags()
+    scalars = {name: sorted((p.step, p.value) for p in found.Scalars(name)) for name in tags["scalars"]}
+    images = {name: sorted((p.step, p.encoded_image_string) for p in found.Images(name)) for name in tags["images"]}
+    return scalars, images
+
+
+def lines_as_points(folder):
+    """The same, made from the JSON lines: "train" counts its step from 0, the others count the finished ones."""
+    found = {}
+    for line in (json.loads(text) for text in (folder / LOG_NAME).read_text().splitlines()):
+        event, step = line.pop("event"), line.pop("step")
+        for name, value in line.items():
+            if event != "start" and name != "time" and isinstance(value, int | float):
+                point = (step + 1 if event == "train" else step, float(np.float32(value)))
+                found.setdefault(f"{event}/{name}", []).append(point)
+    return found
+
+
+LOGGED = {"epochs": 3, "batch_size": 8, "val_split": "0.2", "val_images": 8, "save_every_steps": 3, "eval_freq": 2}
+
+
+@pytest.fixture(scope="module")
+def charted(tiny, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("charted"), tensorboard=True, **LOGGED)
+
+
+def test_tensorboard_has_the_numbers_and_the_samples_of_the_log(charted):
+    scalars, images = points(charted)
+    assert scalars == lines_as_points(charted)
+    assert [step for step, _ in scalars["train/loss"]] == list(range(1, 13))
+    assert [step for step, _ in scalars["val/loss_ema1"]] == [4, 8, 12] and "save/bytes" in scalars
+    grids = sorted((charted / "samples").glob("*.png"))
+    assert [step for step, _ in images["samples"]] == [8, 12]
+    for (_, shown), grid in zip(images["samples"], grids, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(shown))), np.asarray(Image.open(grid)))
+
+
+def test_a_run_that_was_killed_looks_in_tensorboard_as_if_it_was_not(charted, tmp_path):
+    """Killed before its first checkpoint, twice after the same one, and in a later epoch."""
+    for step in (2, 5, 5, 11):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, step)
+            train(tmp_path, tensorboard=True, **LOGGED)
+    train(tmp_path, tensorboard=True, **LOGGED)
+    (scalars, images), (whole, whole_images) = points(tmp_path), points(charted)
+    assert scalars == lines_as_points(tmp_path)
+    compared = [name for name in whole if not name.startswith("save/") and not name.endswith((*CLOCK, "seconds"))]
+    assert {"train/loss", "train/lr", "val/loss_ema1"} < set(compared) and set(scalars) == set(whole)
+    assert {name: scalars[name] for name in compared} == {name: whole[name] for name in compared}
+    assert images == whole_images
+
+
+def test_a_tensorboard_that_is_running_forgets_what_is_done_again(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = RunLog(tmp_path, ONE, OFF, 0, tensorboard=True)
+    for step in range(4):
+        log.log("train", step, {"loss": float(step)})
+    running = reader.EventAccumulator(str(tmp_path / TENSORBOARD_NAME)).Reload()
+    assert [p.step for p in running.Scalars("train/loss")] == [1, 2, 3, 4]
+    time.sleep(1)  # files are read in the order of their names, which have the second
+    resumed = RunLog(tmp_path, ONE, OFF, 2, tensorboard=True)
+    resumed.log("train", 2, {"loss": 2.0})
+    assert [p.step for p in running.Reload().Scalars("train/loss")] == [1, 2, 3]
+    log.close()
+    resumed.close()
+
+
+def test_what_belongs_to_the_last_finished_step_stays(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
+    for first in (0, 2):
+        log = RunLog(tmp_path, ONE, OFF, first, tensorboard=True)
+        for step in range(first, first + 2):
+            log.log("train", step, {"loss": 0.5 + step, "text": "no number", "none": None})
+        log.log("eval", step + 1, {"fid": 3.0})
+        log.image("samples", step + 1, tmp_path / "grid.png")
+        log.log("train", step + 1, {"loss": -1.0})  # which is done again
+        scalars, _ = points(tmp_path)  # before it is closed: nothing is lost if the run is killed
+        assert scalars["train/loss"][-1] == (step + 2, -1.0)
+        log.close()
+    scalars, images = points(tmp_path)
+    assert scalars["train/loss"] == [(1, 0.5), (2, 1.5), (3, 2.5), (4, 3.5), (5, -1.0)]
+    assert scalars["eval/fid"] == [(2, 3.0), (4, 3.0)] and [step for step, _ in images["samples"]] == [2, 4]
+    assert set(scalars) == {"train/loss", "eval/fid"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_without_its_package_the_run_does_not_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    folder = train(tmp_path / "run", code=2, tensorboard=True)
+    assert "--tensorboard (TENSORBOARD=1) needs the package tensorboard" in capsys.readouterr().err
+    assert not list(folder.glob("*.json*"))
+
+
+def test_an_evaluation_is_added_to_the_curves(charted):
+    evaluate = flags(resume=charted, evaluate_gen=True, num_images=10, num_sampling_steps=1, device="cpu")
+    before, _ = points(charted)
+    assert main_jit.main(evaluate) == 0
+    assert points(charted)[0] == before
+    assert main_jit.main([*evaluate, "--tensorboard"]) == 0
+    after, _ = points(charted)
+    ((step, value),) = after["eval/class_agreement"]
+    assert step == 12 and 0 <= value <= 1
+    assert {name: after[name] for name in before} == before and not (charted / WANDB_ID_NAME).exists()
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------------------------
