@@ -105,9 +105,11 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
         else:
             report, path = evaluate_and_write(target_of(config), suites[0], folder / "eval", ctx)
             products = [f"report: {path}"]
-    if ctx.is_main and (folder / WANDB_ID_NAME).exists() and config.wandb_mode != "disabled":
-        try:
-            log = RunLog(folder, ctx, wandb_settings(config, folder.name))  # continues the training run's
+    tracked = (folder / WANDB_ID_NAME).exists() and config.wandb_mode != "disabled"
+    if ctx.is_main and (tracked or config.tensorboard):
+        try:  # continues the training run's
+            wandb = wandb_settings(config, folder.name) if tracked else {"mode": "disabled"}
+            log = RunLog(folder, ctx, wandb, tensorboard=config.tensorboard)
             log.log("eval", checkpoint.run.get("step", checkpoint.epoch + 1), loggable(report))
             log.close()
         except UserError as error:  # the report exists all the same

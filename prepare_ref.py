@@ -5,16 +5,18 @@
     python prepare_ref.py ... --vae ~/sd-vae --out fid_stats/reconstructions.npz     of what a VAE makes of the images
 
 The images are read in index order, unaugmented, with the crop of training. Each rank takes a contiguous part of the
-batches and rank 0 merges them, so one rank and many give the same numbers.
+batches and rank 0 merges them, so one rank and many give the same numbers. Where the data set has a held-out split, the
+Fréchet distances of some numbers of its images are stored as well: what perfect samples would score.
 
 Shapes: B images of a batch, uint8 (B, 3, H, W); F features; see util/evaluation/reference.py for what is written.
 """
 
 import argparse
 import atexit
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,22 +28,26 @@ from torch import Tensor
 
 from spectral_ops.spectrum import SpectrumSums
 from util.data.datasets import DATASETS, Images, build_dataset, part_name, read_labels_file
-from util.data.images import quantise
+from util.data.images import DataError, NoSplitError, quantise
 from util.data.loader import ImageLoader
 from util.data.vae import Vae, load_vae
 from util.dist.context import DistContext, find_context, gloo_group, local_range, process_group, raise_on_all_ranks
 from util.errors import UserError
-from util.evaluation.features import Extractor, InceptionV3, ensure_inception_weights
+from util.evaluation.features import SPATIAL, Extractor
+from util.evaluation.formulas import frechet_of_moments
 from util.evaluation.images import rgb
-from util.evaluation.metrics import METRICS, frechet_of_moments
+from util.evaluation.metrics import METRICS
 from util.evaluation.reference import Moments, default_reference, load_reference, save_reference
+from util.evaluation.weights import FLAGS, weights_settings
 from util.io import provenance
-from util.log import progress
+from util.log import progress, warn
 
 SUBSET_SEED, FEATURES_SEED = 0, 1  # of the permutations that choose the images and the features to store
+HELDOUT_COUNTS = (500, 1000, 2000, 5000, 10_000, 50_000)
 TIMEOUT_MINUTES = 24 * 60.0  # a rank that has finished waits for the slowest
-EXTRACTORS = {metric.extractor.name: metric for metric in METRICS.values() if "sigma" in metric.needs}
-Statistics = tuple[Moments, SpectrumSums, Tensor]  # with the features to store (m, F), float32, in index order
+EXTRACTORS = {metric.extractor.name: metric for metric in METRICS.values() if metric.arrays and metric.beside is None}
+#: {suffix of their names in a file: moments}, spectra, and the features to store (m, F), float32, in index order
+Statistics = tuple[dict[str, Moments], SpectrumSums, Tensor]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,11 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--img_size", type=int, help="pixels per side (default: the data set's)")
     add("--split", default="train", help="part of the data set (default: train)")
     add("--extractor", default="inception", choices=EXTRACTORS)
-    add("--inception_weights", help="file of Inception weights; default: $INCEPTION_WEIGHTS, else a download")
+    for flag in FLAGS:
+        add(f"--{flag}", help="as in evaluation (fid_stats/README.md)")
     add("--batch_size", type=int, default=64)
     add("--num_workers", type=int, help="workers per rank that read images; default: by the data set and the cores")
     add("--num_images", type=int, help="use the first so many images of a fixed permutation; default: all")
     add("--num_features", type=int, default=10_000, help="store those of so many images, for precision, recall and KID")
+    add("--heldout_split", help="part whose distances are stored, or none; default: the data set's val or test, if any")
+    add("--heldout_counts", type=int, nargs="+", metavar="N", help="of so many of its images; default: 500 to 50000")
     add("--vae", help="encode and decode the images first: folder in diffusers' format, or hub name; needs --out")
     add("--out", type=Path, help="file to write; default: the one that evaluation looks for in fid_stats/")
     add("--overwrite", action="store_true", help="replace the file if it exists")
@@ -75,6 +84,10 @@ def check(args: argparse.Namespace) -> None:
     least = METRICS["precision_recall"].least
     if args.num_features != 0 and args.num_features < least:
         raise UserError(f"--num_features must be 0 or at least {least}, not {args.num_features}.")
+    if args.heldout_counts and min(args.heldout_counts) < 2:
+        raise UserError(f"--heldout_counts must be at least 2, not {min(args.heldout_counts)}.")
+    if args.heldout_split == args.split:
+        raise UserError(f"--heldout_split {args.split} is --split: these images would not be held out.")
     if args.out is None and args.vae:
         raise UserError("--vae needs --out: these are not the statistics of real images, which evaluation looks for.")
     if args.out is None and args.split != "train":
@@ -105,6 +118,27 @@ def choose_indices(total: int, num_images: int | None) -> list[int]:
     return sorted(np.random.RandomState(SUBSET_SEED).permutation(total)[:num_images].tolist())
 
 
+def open_heldout(args: argparse.Namespace, ctx: DistContext) -> tuple[Images | None, list[int]]:
+    """Return the held-out images and of how many of them distances are stored, as far as there are images.
+
+    What cannot be opened is an error if it was asked for, otherwise a warning, and nothing is stored.
+    """
+    split = args.heldout_split or ("val" if args.split == "train" and not args.vae else "none")
+    try:
+        if split == "none" or EXTRACTORS[args.extractor].table is None:
+            return None, []
+        images = build_dataset(args.dataset, args.data_path, args.img_size, split, args.channels, args.labels_file)
+    except DataError as error:
+        if args.heldout_split or args.heldout_counts:
+            raise
+        warn([] if isinstance(error, NoSplitError) else [f"no distances of held-out images: {error}"], ctx)
+        return None, []
+    counts = sorted(set(args.heldout_counts or HELDOUT_COUNTS))
+    if args.heldout_counts and counts[-1] > len(images):
+        raise UserError(f"--heldout_counts {counts[-1]}: the split {split} has {len(images)} images.")
+    return images, [count for count in counts if count <= len(images)]
+
+
 def choose_features(num_images: int, num_features: int) -> list[int]:
     """Return the positions in 0 .. num_images - 1 whose features are stored: a fixed random subset, sorted."""
     return sorted(np.random.RandomState(FEATURES_SEED).permutation(num_images)[:num_features].tolist())
@@ -127,7 +161,8 @@ def compute(
     batches = [list(indices[start : start + args.batch_size]) for start in starts]
     loader = ImageLoader(images, batches, args.num_workers, pin_memory=extractor.device.type == "cuda")
     stream = EXTRACTORS[args.extractor].stream
-    moments = Moments(extractor.streams[stream])
+    streams = {"": stream} | ({"_s": SPATIAL} if SPATIAL in extractor.streams else {})
+    moments = {suffix: Moments(extractor.streams[name]) for suffix, name in streams.items()}
     spectra = SpectrumSums(images.img_size)
     rows = [torch.empty(0, extractor.streams[stream])]
     keep = set(stored)
@@ -136,10 +171,11 @@ def compute(
         if images.channels == 1:
             x = rgb(quantise(images.prepare(x)))
         x = x if vae is None else vae.decode(vae.encode(x)[0])  # of the mean, without noise
-        features = extractor(x)[stream]  # (B, F)
-        moments.update(features)
+        features = extractor(x)  # {stream: (B, F)}
+        for suffix, name in streams.items():
+            moments[suffix].update(features[name])
         spectra.update(x)
-        rows.append(features[[i for i in range(len(x)) if start + i in keep]])
+        rows.append(features[stream][[i for i in range(len(x)) if start + i in keep]])
     return moments, spectra, torch.cat(rows)
 
 
@@ -153,9 +189,42 @@ def merge(part: Statistics, ctx: DistContext) -> Statistics | None:
     if parts is None:
         return None
     for other_moments, other_total, _ in parts[1:]:
-        moments.merge(other_moments)
+        merge_moments(moments, other_moments)
         spectra.total += other_total
     return moments, spectra, torch.cat([rows for _, _, rows in parts])  # (M, F)
+
+
+def merge_moments(total: dict[str, Moments], more: dict[str, Moments]) -> None:
+    for suffix, moments in more.items():
+        total[suffix].merge(moments)
+
+
+def finish_moments(moments: dict[str, Moments]) -> dict[str, Tensor]:
+    """Return mu (F,), sigma (F, F) and, for sFID, mu_s and sigma_s."""
+    return {f"{name}{suffix}": array for suffix, m in moments.items() for name, array in m.finish().items()}
+
+
+def heldout_tables(
+    counts: Sequence[int], measure: Callable[[int, int], Statistics | None], real: dict[str, Tensor] | None
+) -> dict[str, np.ndarray]:
+    """Return heldout (R, 2) and, for sFID, heldout_s: each number of images and their Fréchet distance to `real`.
+
+    `measure(a, b)` returns on rank 0 the statistics of the held-out images a to b - 1 of a fixed permutation.
+    """
+    total, rows = None, {}
+    for start, end in itertools.pairwise((0, *counts)):
+        part = measure(start, end)
+        if part is None:
+            continue
+        if total is None:
+            total = part[0]
+        else:
+            merge_moments(total, part[0])
+        found = finish_moments(total)
+        for suffix in total:
+            pair = (arrays[f"{name}{suffix}"] for arrays in (found, real) for name in ("mu", "sigma"))
+            rows.setdefault(f"heldout{suffix}", []).append((end, frechet_of_moments(*pair)))
+    return {name: np.array(table, dtype=np.float64) for name, table in rows.items()}
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -166,25 +235,32 @@ def run(args: argparse.Namespace) -> str | None:
     ctx = find_context(args.device)
     with process_group(ctx, TIMEOUT_MINUTES):
 
-        def prepare() -> tuple[Images, list[int], list[int]]:
+        def prepare() -> tuple[Images, list[int], list[int], Images | None, list[int]]:
             check(args)
             images = build_dataset(
                 args.dataset, args.data_path, args.img_size, args.split, args.channels, args.labels_file
             )
             indices = choose_indices(len(images), args.num_images)
-            if kind is InceptionV3 and ctx.local_rank == 0:
-                ensure_inception_weights(args.inception_weights)  # the other ranks of the node find the file
-            return images, indices, choose_features(len(indices), args.num_features)
+            if kind.file is not None and ctx.local_rank == 0:
+                kind.file.find(weights_settings(args))  # the other ranks of the node find the file
+            return images, indices, choose_features(len(indices), args.num_features), *open_heldout(args, ctx)
 
-        images, indices, stored = raise_on_all_ranks(ctx, prepare)
-        extractor = raise_on_all_ranks(ctx, lambda: kind(ctx.device, args.inception_weights, args.img_size))
+        images, indices, stored, heldout, counts = raise_on_all_ranks(ctx, prepare)
+        extractor = raise_on_all_ranks(ctx, lambda: kind(ctx.device, weights_settings(args), args.img_size))
         vae = raise_on_all_ranks(ctx, lambda: load_vae(args.vae, ctx.device) if args.vae else None)
-        part = raise_on_all_ranks(ctx, lambda: compute(images, indices, stored, extractor, args, ctx, vae))
-        total = merge(part, ctx)
+
+        def measure(images: Images, indices: Sequence[int], stored: Sequence[int] = ()) -> Statistics | None:
+            part = raise_on_all_ranks(ctx, lambda: compute(images, indices, stored, extractor, args, ctx, vae))
+            return merge(part, ctx)
+
+        total = measure(images, indices, stored)
+        real = None if total is None else finish_moments(total[0])
+        order = np.random.RandomState(SUBSET_SEED).permutation(len(heldout or ())).tolist()
+        tables = heldout_tables(counts, lambda a, b: measure(heldout, sorted(order[a:b])), real)
     if total is None:
         return None
-    moments, spectra, features = total
-    arrays = {**moments.finish(), **spectra.finish(), **({"features": features} if stored else {})}
+    _, spectra, features = total
+    arrays = {**real, **tables, **spectra.finish(), **({"features": features} if stored else {})}
     meta = {
         "dataset": real_images(args),
         "split": args.split,
@@ -197,6 +273,7 @@ def run(args: argparse.Namespace) -> str | None:
         "subset_seed": None if args.num_images is None else SUBSET_SEED,
         "num_features": len(stored),
         "features_seed": FEATURES_SEED if stored else None,
+        "heldout_counts": counts,
         "batch_size": args.batch_size,
         "processes": ctx.world_size,
         **({} if vae is None else {"reconstructed_by": vae.describe()}),

@@ -26,7 +26,7 @@ from spectral_ops.schedule import TightSchedule, latest_time
 from spectral_ops.spectrum import grey_spectrum, image_fits, rapsd, spectrum_gap
 from util.data.images import quantise
 from util.evaluation.features import EffNetLite0
-from util.evaluation.metrics import frechet_distance, precision_recall
+from util.evaluation.formulas import frechet_distance, precision_recall
 from util.optim import EMA
 from util.rng import CounterRNG
 

@@ -209,7 +209,7 @@ def test_evaluation_with_inception(resumed, images, inception_file, tmp_path):
     check_report(report)
     assert (report["ema"], report["cfg"], report["interval"], report["steps"]) == ("ema1", 1.5, [0.1, 1.0], 2)
     assert (report["solver"], report["seed"], report["num_images"], report["epoch"]) == ("heun", 0, 12, 2)
-    beside = {"precision", "recall", "kid_mean", "kid_std", "spectrum_gap"}  # which prepare_ref.py's file allows
+    beside = {"sfid", "precision", "recall", "density", "coverage", "kid_mean", "kid_std", "spectrum_gap"}
     assert set(report["metrics"]) == {"fid", "is_mean", "is_std"} | beside
     assert np.isfinite(list(report["metrics"].values())).all()
     described = report["measured_with"]["references"]["fid"]

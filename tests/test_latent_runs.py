@@ -32,7 +32,7 @@ from util.data.spectrum_file import load_spectrum
 from util.data.vae import load_vae
 from util.errors import UserError
 from util.evaluation import reference
-from util.evaluation.metrics import frechet_distance
+from util.evaluation.formulas import frechet_distance
 from util.schedules import open_spectrum
 
 diffusers = pytest.importorskip("diffusers")

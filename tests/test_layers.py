@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 LEVEL = dict.fromkeys(["spectral_forcing", "spectral_ops"], 0) | dict.fromkeys(["model_jit", "denoiser", "sampler"], 1)
 LEVEL |= {"util": 2, "engine_jit": 3} | dict.fromkeys(["main_jit", "prepare_ref", "tools"], 4)
 PACKAGES = ("util.dist", "util.data", "util.checkpoint", "util.evaluation")  # a later one may import an earlier one
-PLAIN = [f"util.evaluation.{name}" for name in ("features", "metrics", "reference", "plots")]
+PLAIN = ("weights", "features", "formulas", "metrics", "protocols", "reference", "plots")
+PLAIN = [f"util.evaluation.{name}" for name in PLAIN]
 NO_CONFIG = ("util.data", "util.dist", "util.checkpoint.files", *PLAIN)
 LIGHT = {*sys.stdlib_module_names, "torch", "spectral_forcing", "spectral_ops"}
 FILES = [f.relative_to(ROOT) for f in ROOT.rglob("*.py") if f.name != "__init__.py"]

@@ -12,10 +12,12 @@ from PIL import Image
 
 import prepare_ref
 from spectral_ops.spectrum import grey_spectrum, rapsd
-from tests.util.evaluation.colours import Colours
+from tests.util.evaluation.colours import Colours, SpatialColours
 from tests.util.evaluation.toy import fork_ranks
 from util.data.datasets import build_dataset
+from util.data.images import Subset
 from util.dist.context import DistContext
+from util.evaluation.formulas import frechet_distance
 from util.evaluation.reference import load_reference
 
 
@@ -78,17 +80,73 @@ def test_the_parts_of_more_ranks_than_batches_are_the_whole(ranks=5, count=60):
     )
     moments, spectra, _ = parts[0]
     for other_moments, other_spectra, _ in parts[1:]:
-        moments.merge(other_moments)
+        prepare_ref.merge_moments(moments, other_moments)
         spectra.total += other_spectra.total
-    assert moments.n == spectra.count == count
-    for ours, theirs in ((moments.finish(), whole[0].finish()), (spectra.finish(), whole[1].finish())):
+    assert moments[""].n == spectra.count == count
+    finished = (prepare_ref.finish_moments(m) for m in (moments, whole[0]))
+    for ours, theirs in (finished, (spectra.finish(), whole[1].finish())):
         for name, values in ours.items():
             np.testing.assert_allclose(values, theirs[name], rtol=1e-9, atol=1e-12)
     assert torch.equal(torch.cat([features for _, _, features in parts]), whole[2]) and len(whole[2]) == 25
 
 
-def test_two_ranks_write_what_one_writes(tmp_path, colours):
-    arguments = ["--dataset", "digits", "--num_images", "100", "--num_features", "40", "--batch_size", "16"]
+@pytest.fixture
+def halves(monkeypatch):
+    """The first 100 digits are the split train, 300 others the split val."""
+    monkeypatch.setattr(prepare_ref, "build_dataset", lambda name, path, size, split, *rest: part_of(split, size))
+
+
+def part_of(split: str, size: int = 32) -> Subset:
+    return Subset(build_dataset("digits", None, size), np.arange(100) if split == "train" else np.arange(600, 900))
+
+
+def test_distances_of_heldout_images_are_stored(tmp_path, colours, halves, monkeypatch, capsys):
+    """Of the first images of a fixed permutation, for sFID as well; none for other data, parts or wishes."""
+    monkeypatch.setitem(
+        prepare_ref.EXTRACTORS, "inception", replace(prepare_ref.EXTRACTORS["inception"], extractor=SpatialColours)
+    )
+    out = tmp_path / "r.npz"
+    arguments = ["--dataset", "digits", "--batch_size", "32", "--device", "cpu", "--out", str(out), "--overwrite"]
+    assert prepare_ref.main([*arguments, "--heldout_counts", "200", "60"]) == 0
+    reference = load_reference(out, "digits", 32, SpatialColours(), "inception_2048")
+    images = torch.stack([image for image, _ in part_of("val")])[np.random.RandomState(0).permutation(300)]
+    for table, mu, sigma in (("heldout", "mu", "sigma"), ("heldout_s", "mu_s", "sigma_s")):
+        distances = reference.heldout(table)
+        assert list(distances) == [60, 200]
+        for count, distance in distances.items():
+            x = Colours()(images[:count])["inception_2048"]
+            expected = frechet_distance(x, reference.arrays[mu], reference.arrays[sigma])
+            assert distance == pytest.approx(expected, rel=1e-4)
+    assert prepare_ref.main(arguments) == 0  # fewer than 500 images
+    assert prepare_ref.main([*arguments, "--heldout_split", "none", "--heldout_counts", "60"]) == 0
+    assert prepare_ref.main([*arguments, "--split", "test"]) == 0
+    assert load(out).heldout("heldout") == {}
+    capsys.readouterr()
+    for words, message in {
+        ("--heldout_counts", "301"): "the split val has 300 images",
+        ("--heldout_counts", "1"): "at least 2, not 1",
+        ("--heldout_split", "train"): "would not be held out",
+    }.items():
+        assert prepare_ref.main([*arguments, *words]) == 2 and message in capsys.readouterr().err
+
+
+def test_heldout_images_that_cannot_be_opened_are_a_warning_unless_they_are_asked_for(here, colours, capsys):
+    """ImageNet's validation images without folders of classes."""
+    for i in range(4):
+        for folder in (here / "data" / "train" / "class0", here / "data" / "val"):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((32, 32, 3), 20 * i, np.uint8)).save(folder / f"{i:02d}.png")
+    arguments = ["--dataset", "imagefolder", "--data_path", "data", "--img_size", "32", "--num_workers", "0"]
+    arguments += ["--device", "cpu", "--out", "r.npz", "--overwrite"]
+    assert prepare_ref.main(arguments) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: no distances of held-out images: ") and "holds no class folders" in warning
+    assert prepare_ref.main([*arguments, "--heldout_split", "val"]) == 2
+    assert "prepare_ref.py: " in (error := capsys.readouterr().err) and "holds no class folders" in error
+
+
+def test_two_ranks_write_what_one_writes(tmp_path, colours, halves):
+    arguments = ["--dataset", "digits", "--num_features", "40", "--batch_size", "16", "--heldout_counts", "20", "50"]
     arguments += ["--device", "cpu", "--out"]
     two, one = tmp_path / "two.npz", tmp_path / "one.npz"
     done = fork_ranks(2, tmp_path, lambda: prepare_ref.main([*arguments, str(two)]))
@@ -98,7 +156,8 @@ def test_two_ranks_write_what_one_writes(tmp_path, colours):
     assert (one.meta["processes"], two.meta["processes"]) == (1, 2)
     assert torch.equal(two.arrays["features"], one.arrays["features"])
     for name, values in one.arrays.items():
-        np.testing.assert_allclose(two.arrays[name], values, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(two.arrays[name], values, rtol=1e-8, atol=1e-11)
+    assert list(two.heldout("heldout")) == [20, 50]
 
 
 @pytest.mark.parametrize("broken", [0, 11])
@@ -127,6 +186,8 @@ def test_an_error_on_any_rank_ends_all_with_one_sentence(here, colours, broken):
         (["--dataset", "digits", "--num_features", "2"], "--num_features must be 0 or at least 4"),
         (["--dataset", "digits", "--device", "abacus"], "--device abacus"),
         (["--dataset", "digits", "--split", "test"], "no split"),
+        (["--dataset", "digits", "--heldout_split", "test"], "no split"),
+        (["--dataset", "digits", "--heldout_counts", "500"], "no split"),
         (["--dataset", "digits", "--out", "statistics"], r"end in \.npz"),
         (["--dataset", "digits", "--out", "/proc/r.npz"], "cannot be written to"),
         (["--dataset", "imagefolder"], "--data_path"),

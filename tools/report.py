@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import UserError, printable
-from util.evaluation.features import PUBLISHED
 from util.evaluation.metrics import METRICS
+from util.evaluation.weights import NOT_PUBLISHED
 
 WHY = {  # first word of a column -> why rows that differ in it are not comparable
     "N": "a Fréchet distance falls and an Inception Score rises with the number of images",
@@ -72,8 +72,10 @@ def row_of(report: dict[str, Any]) -> dict[str, Any]:
         row[f"reference {metric}"] = f"{Path(file['file']).stem} {file['sha256'][:9]}"
     for extractor in report["measured_with"]["extractors"]:
         if sha256 := extractor["weights_sha256"]:  # None: it has no weights
-            name = "" if extractor.get("weights", PUBLISHED) == PUBLISHED else "not published "
+            name = "not published " if extractor.get("weights") == NOT_PUBLISHED else ""
             row[f"extractor {extractor['extractor']}"] = name + sha256[:9]
+    if protocol := report["measured_with"].get("protocol"):
+        row["protocol"] = protocol
     return row | {"quantisation": report["quantisation"]} | report["metrics"]
 
 

@@ -7,6 +7,7 @@ A value is the given one, else the checkpoint's, else the default: `resolve`, on
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +24,7 @@ from util.compile import MODES as COMPILE_MODES
 from util.data.datasets import DATASETS, part_name, read_labels_file
 from util.dist.parallel import PARALLEL
 from util.errors import UserError
+from util.evaluation.protocols import PROTOCOLS, protocol_settings
 from util.flags import (
     LOCKED,
     LOCKED_FOR_TRAINING,
@@ -156,7 +158,7 @@ class DataConfig:
     """Data"""
 
     dataset: str = flag("imagefolder", LOCKED_FOR_TRAINING, "data set", DATASETS)
-    data_path: str | None = flag(None, OVERRIDABLE, "folder with train/, train/ itself, or a cache")
+    data_path: str | None = flag(None, OVERRIDABLE, "folder of the data set, or a cache of it (docs/data.md)")
     labels_file: str | None = flag(
         None, LOCKED, "file with the classes to use, a class folder's name on each line", added=True
     )
@@ -240,11 +242,17 @@ class EvaluateConfig:
     online_eval: bool = flag(True, OVERRIDABLE, "evaluate during training")
     eval_freq: int = flag(40, OVERRIDABLE, "epochs between sample grids and online evaluations", ge=1)
     metrics: str | None = flag(
-        None, OVERRIDABLE, "any of fid, is, fd_effnet, class_agreement (default: the data set's)"
+        None, OVERRIDABLE, "any of fid, is, fd_dinov2, cmmd, fd_effnet, class_agreement (default: the data set's)"
     )
     num_images: int = flag(50000, OVERRIDABLE, "images to generate, a multiple of the number of classes", ge=1)
+    protocol: str = flag(
+        "none", PER_CALL, "of the numbers to compare with: sets metrics and number of images", ("none", *PROTOCOLS)
+    )
     fid_stats: str | None = flag(None, PER_CALL, "reference statistics (default: in fid_stats/)")
     inception_weights: str | None = flag(None, PER_CALL, "file of Inception weights (also: INCEPTION_WEIGHTS)")
+    dinov2_weights: str | None = flag(None, PER_CALL, "file of DINOv2 weights, for fd_dinov2")
+    clip_weights: str | None = flag(None, PER_CALL, "file of CLIP weights, for cmmd")
+    weights_dir: str | None = flag(None, PER_CALL, "folder in which weights are looked for by their published names")
     save_images: str | None = flag(None, PER_CALL, "folder for PNGs of the images of --evaluate_gen")
     keep_features: bool = flag(False, PER_CALL, "keep the features of the images beside the report")
     vae: str | None = flag(
@@ -289,6 +297,7 @@ class RunConfig:
     wandb_entity: str | None = flag(None, PER_CALL, "Weights & Biases user or team")
     wandb_run_name: str | None = flag(None, PER_CALL, "name of the run (default: made from the settings)")
     wandb_mode: str = flag("offline", PER_CALL, "where Weights & Biases logs", ("online", "offline", "disabled"))
+    tensorboard: bool = flag(False, PER_CALL, "log to TensorBoard as well, in <run>/tensorboard")
     wandb_num_vis: int = flag(16, PER_CALL, "images in the grids of samples drawn during training", ge=1)
 
 
@@ -358,6 +367,7 @@ def resolve(
         raise UserError("--warmup_epochs (WARMUP_EPOCHS) and --warmup_steps are mutually exclusive.")
     for name, field in flags.items():
         check_value(name, field, values.get(name, field.default))
+    values |= protocol_settings(values.get("protocol", "none"), given)
     config = cls(**values)
     info = DATASETS[config.dataset]
     of_data_set = {"img_size": info.img_size, "class_num": info.class_num, "flip": info.flip, "metrics": info.metrics}
@@ -506,6 +516,11 @@ def check(config: Any, evaluates: bool) -> list[str]:
         raise UserError(
             f"--resolution_levels {config.levels} needs an --img_size that {patch << config.levels} divides, which is "
             f"the patch size {patch} of {config.model} times 2^{config.levels}, not {config.img_size}."
+        )
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "--tensorboard (TENSORBOARD=1) needs the package tensorboard, which is not installed: "
+            "`pip install tensorboard`, or leave the flag out."
         )
     table = (config.img_size // patch) ** 2 * JiT_models[config.model].keywords["hidden_size"] * 4  # bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

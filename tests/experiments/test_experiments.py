@@ -6,8 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from experiments import metric_sanity
+from tests.experiments.conftest import Pixels, smooth_images
 from tests.spectral_ops.test_schedule import PUBLISHED
+from util.data.images import Images
 from util.io import REPOSITORY
 
 SPECTRUM = REPOSITORY / "tests" / "golden" / "cifar10_spectrum.json"
@@ -54,3 +58,29 @@ def test_a_log_that_was_cut_off_or_has_no_loss_yet(run, tmp_path):
         file.write('{"time": 3, "event": "train", "step": 1, "loss": 1.0}\n{"time": 4, "event": "tr')
     run("plot_log.py", tmp_path, "--out", tmp_path / "a.png")
     assert (tmp_path / "a.png").exists()
+
+
+def test_damage_to_images_moves_the_metrics(cifar10_of_noise, monkeypatch, tmp_path, capsys):
+    class Few(Images):
+        def __getitem__(self, i):
+            return smooth_images()[0][i], 0
+
+    monkeypatch.setattr(metric_sanity, "EffNetLite0", Pixels)
+    monkeypatch.setattr(Pixels, "describe", lambda self: {}, raising=False)
+    monkeypatch.setattr(metric_sanity, "build_dataset", lambda *args: Few(32, ["0"], np.zeros(200, int)))
+    metric_sanity.main(["--num_images", "100", "--out", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())["metrics"]
+    assert list(found) == list(metric_sanity.DAMAGE) and "| 3 x 3 box blur |" in capsys.readouterr().out
+    gaps = {name: row["spectrum_gap"] for name, row in found.items()}
+    assert min(gaps, key=gaps.get) == "real" and gaps["noise, sigma 25"] > gaps["noise, sigma 8"]
+    assert all(row["fd_effnet_lite0"] > 0 for row in found.values())
+
+
+def test_damage_is_what_its_name_says():
+    grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    assert (metric_sanity.noise(grey, 8).double().std() - 8).abs() < 0.3
+    assert torch.equal(metric_sanity.box_blur(grey), grey)
+    spike = grey.clone()
+    spike[..., 10, 10] = 218  # 90 above, spread over 9 pixels
+    assert metric_sanity.box_blur(spike)[0, 0, 9:12, 9:12].unique().tolist() == [138]
+    assert (metric_sanity.jpeg(grey, 20).int() - 128).abs().max() <= 2

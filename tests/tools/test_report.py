@@ -80,6 +80,20 @@ def test_a_single_row_has_its_settings_above(tmp_path, show):
     assert cells(lines[1]) == ["run", "fid", "is_mean"] and cells(lines[3]) == ["run", "12.346", "100"]
 
 
+def test_the_protocol_is_a_column(tmp_path, show):
+    """It warns of nothing itself: images, reference and weights, which it fixes, do."""
+    for name in ("adm", "torch-fidelity"):
+        content = made_up()
+        content["measured_with"]["protocol"] = name
+        write(tmp_path, f"{name}/eval/x.json", content)
+    _, lines, _ = show(tmp_path / "adm", tmp_path / "torch-fidelity")
+    assert cells(lines[1])[:2] == ["run", "protocol"] and [cells(line)[1] for line in lines[3:5]] == [
+        "adm",
+        "torch-fidelity",
+    ]
+    assert len(lines) == 5
+
+
 def test_which_files_are_reports(tmp_path, show):
     """Tables of sweeps, pictures and other folders are no reports; a file that was found twice is one row."""
     x = write(tmp_path, "run/eval/x.json", made_up())

@@ -62,11 +62,12 @@ LOCKS = {  # also by hand: a lock that changes decides which commands still work
         vae_tiled""".split(),
     PER_CALL: """wandb_project wandb_entity wandb_run_name wandb_mode wandb_num_vis evaluate_gen sample labels
         dry_run num_per_class num_workers accum_iter start_epoch init_from init_weights ema fid_stats
-        inception_weights save_images keep_features sweep_cfg sweep_ema sweep_interval sweep_images output_dir
+        inception_weights dinov2_weights clip_weights weights_dir protocol tensorboard save_images keep_features
+        sweep_cfg sweep_ema sweep_interval sweep_images output_dir
         output_root resume checkpoint device dist_timeout""".split(),
 }
 CHOSEN = {"model": "JiT-L/16", "dataset": "cifar10", "val_split": "0.1", "interval_min": 0.2, "device": "cuda"}
-CHOSEN["labels_file"] = str(REPOSITORY / "experiments" / "imagenet" / "imagenet100.txt")
+CHOSEN["labels_file"] = str(REPOSITORY / "recipes" / "imagenet100.txt")
 SPECTRAL = {"t_sampler": "spectral_global"}  # without which the variant and delta are about samples alone
 
 
@@ -161,7 +162,7 @@ def test_defaults_in_the_launchers_help_are_the_flags():
     del seen["dry_run"]  # the launcher's DRY_RUN prints its command, the flag times a few steps
     for name, text in seen.items():
         default = DEFAULTS[name]
-        if name in ("online_eval", "evaluate_gen"):
+        if isinstance(default, bool):
             assert text == str(int(default))
         elif name == "img_size":
             assert int(text) == DATASETS["imagefolder"].img_size

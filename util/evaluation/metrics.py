@@ -1,117 +1,52 @@
 """The metrics of generated images: one registry entry each, and the suite that computes those of an evaluation.
 
 A script adds a metric with METRICS["name"] = Metric(...); --metrics, sweeps and tools/report.py then know it.
-FID, IS, KID, precision and recall are computed by torch-fidelity's functions.
 
 Shapes: N generated images, M real images in a reference file, F features of a stream, K rings of a spectrum.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spectral_ops.spectrum import ring_ratio, spectrum_gap
-from util.data.datasets import Digits
 from util.errors import UserError
-from util.evaluation.features import DigitPixels, EffNetLite0, Extractor, GreySpectrum, InceptionV3
+from util.evaluation.features import (
+    SPATIAL,
+    Clip,
+    DigitPixels,
+    DinoV2,
+    EffNetLite0,
+    Extractor,
+    GreySpectrum,
+    InceptionAntialias,
+    InceptionV3,
+)
+from util.evaluation.formulas import (
+    CMMD,
+    DENSITY,
+    ISC,
+    KID,
+    PRC,
+    class_agreement,
+    clip_distance,
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from util.evaluation.images import rgb
 from util.evaluation.reference import Reference, default_reference, load_reference
 
-ISC = {"splits": 10, "shuffle": True, "rng_seed": 2020}  # these three are torch-fidelity's defaults, and in each report
-PRC = {"prc_neighborhood": 3}
-KID = {"kid_subsets": 100, "kid_subset_size": 1000, "rng_seed": 2020}
-
-
-def frechet_distance(features: Tensor, mu: Tensor | np.ndarray, sigma: Tensor | np.ndarray) -> float:
-    """Compute the Fréchet distance between the Gaussians fitted to two sets of features.
-
-        d = |mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2))
-
-    The statistics of `features` (N, F) are computed in their own type, as torch-fidelity does with float32 (Heusel et
-    al. 2017, arXiv:1706.08500, equation 6).
-    """
-    from torch_fidelity import metric_fid
-
-    return frechet_of_moments(*metric_fid.fid_features_to_statistics(features).values(), mu, sigma)
-
-
-def frechet_of_moments(*moments: Tensor | np.ndarray) -> float:
-    """Compute the same of mu_1 (F,), sigma_1 (F, F), mu_2, sigma_2."""
-    from torch_fidelity import metric_fid
-
-    mu_1, sigma_1, mu_2, sigma_2 = (np.asarray(array, dtype=np.float64) for array in moments)
-    pair = {"mu": mu_1, "sigma": sigma_1}, {"mu": mu_2, "sigma": sigma_2}
-    return metric_fid.fid_statistics_to_metric(*pair, False)[metric_fid.KEY_METRIC_FID]
-
-
-def inception_score(logits: Tensor) -> tuple[float, float]:
-    """Compute mean and standard deviation over 10 splits of the Inception Score, exp(E_x KL(p(y|x) || p(y))).
-
-    `logits` (N, 1008) are in index order, which decides the splits (Salimans et al. 2016, arXiv:1606.03498).
-    """
-    from torch_fidelity import metric_isc
-
-    out = metric_isc.isc_features_to_metric(logits, **ISC)
-    return out[metric_isc.KEY_METRIC_ISC_MEAN], out[metric_isc.KEY_METRIC_ISC_STD]
-
-
-def precision_recall(generated: Tensor, real: Tensor, rows: int = 1000) -> tuple[float, float]:
-    """Compute improved precision and recall (P, R) of features (N, F) and (M, F), with k = 3.
-
-        r_k(y, Y) = distance from y in Y to its k-th nearest other point of Y
-        P = share of generated x with |x - y| <= r_k(y, real) for some real y;   R the same with the sets exchanged
-
-    `rows` of the distance matrices exist at a time: 1000 x 50,000 are 200 MB (Kynkäänniemi et al. 2019,
-    arXiv:1904.06991, equations 1 to 3).
-    """
-    from torch_fidelity import metric_prc
-
-    how = {"prc_batch_size": rows, "save_cpu_ram": True, "verbose": False}
-    out = metric_prc.prc_features_to_metric(generated, real, **PRC, **how)
-    return out[metric_prc.KEY_METRIC_PRECISION], out[metric_prc.KEY_METRIC_RECALL]
-
-
-def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """Compute mean and standard deviation of the Kernel Inception Distance over 100 random subsets of 1000 images.
-
-        MMD^2 between X and Y, unbiased, with the kernel k(x, y) = (x . y / F + 1)^3; may be slightly negative
-
-    A subset of fewer than 1000 images is all of them (Binkowski et al. 2018, arXiv:1801.01401, section 4).
-    """
-    from torch_fidelity import metric_kid
-
-    how = KID | {"kid_subset_size": min(KID["kid_subset_size"], len(generated), len(real)), "verbose": False}
-    out = metric_kid.kid_features_to_metric(generated, real, **how)
-    return out[metric_kid.KEY_METRIC_KID_MEAN], out[metric_kid.KEY_METRIC_KID_STD]
-
-
-@cache
-def digit_classifier(img_size: int) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """Fit a support vector machine to scikit-learn's 1797 real digits, as images of img_size pixels per side.
-
-    Returns a function from features (n, 64) to classes (n,), and the accuracy of a fit to 1200 digits on the other 597.
-    """
-    from sklearn.svm import SVC
-
-    images, labels = zip(*Digits(img_size), strict=True)
-    x, y = DigitPixels()(torch.stack(images))["digit_8x8"].numpy(), np.array(labels)  # (1797, 64), (1797,)
-    test, train = np.split(np.random.RandomState(0).permutation(len(y)), [597])
-    model = SVC(kernel="rbf", C=10.0, gamma=0.001)
-    accuracy = model.fit(x[train], y[train]).score(x[test], y[test])
-    return model.fit(x, y).predict, accuracy
-
-
-def class_agreement(features: Tensor, labels: Tensor, img_size: int) -> tuple[float, float]:
-    """Return the share of images read as the class asked for, and about what perfect generation would reach."""
-    predict, accuracy = digit_classifier(img_size)
-    return (predict(features.numpy()) == labels.cpu().numpy()).mean(), accuracy
+BATCH = 64  # images of a reference file whose features are computed at a time
 
 
 @dataclass(frozen=True)
@@ -132,18 +67,25 @@ class Metric:
     def arrays(self) -> set[str]:
         return set(self.needs) - {"labels", "img_size"}
 
+    @property
+    def table(self) -> str | None:
+        """Name of the array with this distance of held-out real images; None for what is no Fréchet distance."""
+        return self.needs[0].replace("mu", "heldout") if self.compute is frechet_distance else None
+
     def can_use(self, file: Reference, num_images: int) -> bool:
         """Whether there are enough images, and a file has what this metric needs of as many."""
-        rows = [len(file.arrays.get(name, ())) for name in self.arrays]
-        return min(num_images, *rows) >= self.least
+        return min(num_images, *(file.rows(name) for name in self.arrays)) >= self.least
 
 
+FRECHET = {"compute": frechet_distance, "needs": ("mu", "sigma"), "least": 2}
 NEIGHBOURS = {"compute": precision_recall, "needs": ("features",), "lower_is_better": False, "least": 4}
+DENSE = {"compute": density_coverage, "needs": ("features",), "lower_is_better": False, "least": 6}
 METRICS = {  # in the order in which a sweep prefers them
-    "fid": Metric(InceptionV3, "inception_2048", ("fid",), frechet_distance, needs=("mu", "sigma"), least=2),
-    "fd_effnet": Metric(
-        EffNetLite0, "effnet_lite0", ("fd_effnet_lite0",), frechet_distance, needs=("mu", "sigma"), least=2
-    ),
+    "fid": Metric(InceptionV3, "inception_2048", ("fid",), **FRECHET),
+    "fd_dinov2": Metric(DinoV2, "dinov2_1024", ("fd_dinov2",), **FRECHET),
+    "cmmd": Metric(Clip, "clip_768", ("cmmd_mean", "cmmd_std"), clip_distance, needs=("features",), least=4),
+    "fd_effnet": Metric(EffNetLite0, "effnet_lite0", ("fd_effnet_lite0",), **FRECHET),
+    "fid_antialias": Metric(InceptionAntialias, "inception_antialias_2048", ("fid_antialias",), **FRECHET),
     "class_agreement": Metric(
         DigitPixels,
         "digit_8x8",
@@ -161,12 +103,23 @@ METRICS = {  # in the order in which a sweep prefers them
         lower_is_better=False,
         least=ISC["splits"],
     ),
+    "sfid": Metric(InceptionV3, SPATIAL, ("sfid",), beside="fid", **FRECHET | {"needs": ("mu_s", "sigma_s")}),
     "precision_recall": Metric(InceptionV3, "inception_2048", ("precision", "recall"), beside="fid", **NEIGHBOURS),
+    "density_coverage": Metric(InceptionV3, "inception_2048", ("density", "coverage"), beside="fid", **DENSE),
     "kid": Metric(
         InceptionV3, "inception_2048", ("kid_mean", "kid_std"), kernel_distance, ("features",), beside="fid", least=4
     ),
+    "precision_recall_dinov2": Metric(
+        DinoV2, "dinov2_1024", ("precision_dinov2", "recall_dinov2"), beside="fd_dinov2", **NEIGHBOURS
+    ),
+    "density_coverage_dinov2": Metric(
+        DinoV2, "dinov2_1024", ("density_dinov2", "coverage_dinov2"), beside="fd_dinov2", **DENSE
+    ),
     "precision_recall_effnet": Metric(
         EffNetLite0, "effnet_lite0", ("precision_effnet_lite0", "recall_effnet_lite0"), beside="fd_effnet", **NEIGHBOURS
+    ),
+    "density_coverage_effnet": Metric(
+        EffNetLite0, "effnet_lite0", ("density_effnet_lite0", "coverage_effnet_lite0"), beside="fd_effnet", **DENSE
     ),
     "spectrum_gap": Metric(
         GreySpectrum,
@@ -200,6 +153,8 @@ class MetricSuite:
         names: of the metrics asked for.
         img_size: pixels per side.
         fid_stats: the reference file of the first metric that needs one; the other files are those in fid_stats/.
+        weights: paths of weights by the names of their flags (util.evaluation.weights).
+        protocol: name of the protocol that the evaluation follows, for its report.
 
     Attributes:
         metrics: {name: Metric} of all that are computed.
@@ -216,14 +171,16 @@ class MetricSuite:
         num_images: int,
         device: torch.device | str,
         fid_stats: str | Path | None = None,
-        inception_weights: str | Path | None = None,
+        weights: Mapping[str, Any] | None = None,
+        protocol: str | None = None,
     ):
-        self.names, self.img_size = tuple(names), img_size
+        self.names, self.img_size, self.protocol = tuple(names), img_size, protocol
         self.metrics = {name: metric for name, metric in METRICS.items() if name in names}
         self.files: dict[str, Reference] = {}
         self.warnings: list[str] = []
         self.not_computed: dict[str, str] = {}
-        build = cache(lambda extractor: extractor(device, inception_weights, img_size))
+        self._build = build = cache(lambda extractor: extractor(device, weights, img_size))
+        self._real_features = cache(self._features_of)
 
         # The metrics asked for. Those of one extractor share a reference file.
         file_of: dict[type[Extractor], Reference] = {}
@@ -243,8 +200,8 @@ class MetricSuite:
                     file_of[metric.extractor] = load_reference(path, dataset, img_size, extractor, metric.stream)
                     self.warnings += file_of[metric.extractor].warnings
                 self.files[name] = file = file_of[metric.extractor]
-                if missing := metric.arrays - file.arrays.keys():
-                    lacks = f"{name} needs {', '.join(missing)}, which {file.path} lacks"
+                if missing := {array for array in metric.arrays if not file.rows(array)}:
+                    lacks = f"{name} needs {', '.join(sorted(missing))}, which {file.path} lacks"
                     raise UserError(f"{lacks}. Make the file again: prepare_ref.py stores it.")
             if "sigma" in metric.needs and num_images < (dim := extractor.streams[metric.stream]):
                 self.warnings.append(
@@ -275,11 +232,43 @@ class MetricSuite:
                 self.metrics[name], self.files[name] = metric, usable[0]
             elif files:
                 where = " or ".join(str(file.path) for file in files)
-                why = f"it needs at least {metric.least} images and {', '.join(metric.arrays)} in {where}"
+                why = f"it needs at least {metric.least} images and {', '.join(sorted(metric.arrays))} in {where}"
                 self.not_computed |= dict.fromkeys(metric.values, f"{why}; prepare_ref.py stores them")
 
+        self.floors = self._find_floors(num_images)
         self.extractors = [build(extractor) for extractor in dict.fromkeys(m.extractor for m in self.metrics.values())]
         self.streams = {m.stream: build(m.extractor).streams[m.stream] for m in self.metrics.values()}
+
+    def _find_floors(self, num_images: int) -> dict[str, float]:
+        """Return {value of a ratio: Fréchet distance of as many held-out real images}; note why others have none."""
+        floors = {}
+        for name, metric in self.metrics.items():
+            if metric.table is None:
+                continue
+            file, ratio = self.files[name], f"{metric.values[0]}_ratio"
+            known = file.heldout(metric.table)
+            if num_images in known:
+                floors[ratio] = known[num_images]
+            elif known:
+                counts = ", ".join(map(str, known))
+                self.not_computed[ratio] = (
+                    f"{file.path} has the distances of {counts} held-out images, not of {num_images}: choose "
+                    f"--num_images from these, or make it again with prepare_ref.py --heldout_counts {num_images}"
+                )
+            else:
+                self.not_computed[ratio] = (
+                    f"{file.path} has no distances of held-out images; prepare_ref.py stores them where the data set "
+                    "has a held-out split (--heldout_split)"
+                )
+        return floors
+
+    def _features_of(self, file: Reference, extractor: type[Extractor], stream: str) -> Tensor:
+        """Return the features (M, F) of the real images in a file."""
+        if "features" in file.arrays:
+            return file.arrays["features"]
+        print(f"computing features of the {file.num_images} images in {file.path}", file=sys.stderr, flush=True)
+        images = torch.from_numpy(file.images()).permute(0, 3, 1, 2)  # (M, 3, H, W)
+        return torch.cat([self._build(extractor)(part)[stream] for part in images.split(BATCH)])
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         """Return {stream: float32 (B, F) on the CPU} of uint8 images (B, C, H, W) on any device."""
@@ -291,6 +280,8 @@ class MetricSuite:
     def compute(self, features: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
         """Return {value: number} of features {stream: (N, F)} and the class (N,) of each image, and details.
 
+        Beside each Fréchet distance stands its ratio to that of as many held-out real images, where the file has it.
+
         The details are the spectra grey_spectrum, grey_spectrum_real and ring_ratio (generated / real), and {value: why
         it is not defined for these images}.
         """
@@ -299,6 +290,8 @@ class MetricSuite:
             inputs: dict[str, Any] = {"labels": labels, "img_size": self.img_size}
             if name in self.files:
                 inputs |= self.files[name].arrays
+            if "features" in metric.needs:
+                inputs["features"] = self._real_features(self.files[name], metric.extractor, metric.stream)
             found = metric.compute(features[metric.stream], *(inputs[key] for key in metric.needs))
             for value, number in zip(metric.values, found if isinstance(found, tuple) else (found,), strict=True):
                 if math.isfinite(number):
@@ -307,6 +300,9 @@ class MetricSuite:
                     raise UserError(f"{value} is {number}: the features or those of the reference file are too large.")
                 else:
                     details[value] = f"not defined for these images (it is {number})"
+        for ratio, floor in self.floors.items():
+            if (value := ratio.removesuffix("_ratio")) in numbers:
+                numbers[ratio] = numbers[value] / floor
         if "spectrum_gap" in self.metrics:
             real = self.files["spectrum_gap"].arrays["grey_spectrum"]
             generated = features["grey_spectrum"].double().mean(dim=0)
@@ -317,13 +313,14 @@ class MetricSuite:
 
     def describe(self) -> dict[str, Any]:
         """Return for reports what decides the numbers, and warnings: ready for JSON."""
+        names = [extractor.name for extractor in self.extractors]
         return {
             "metrics": list(self.names),
-            "protocol": "torch-fidelity" if any(isinstance(e, InceptionV3) for e in self.extractors) else None,
+            "protocol": self.protocol or ("torch-fidelity" if InceptionV3.name in names else None),
             "extractors": [extractor.describe() for extractor in self.extractors],
             "references": {value: file.describe() for value, file in self.references.items()},
             "tf32": {"matmul": False, "cudnn": torch.backends.cudnn.allow_tf32},
             "warnings": self.warnings,
-            "settings": {"is": ISC, "precision_recall": PRC, "kid": KID},
+            "settings": {"is": ISC, "precision_recall": PRC, "density_coverage": DENSITY, "kid": KID, "cmmd": CMMD},
             "not_computed": self.not_computed,
         }

@@ -1,14 +1,20 @@
 """Reference files: statistics of the real images that generated ones are compared with.
 
-A file is an npz of these arrays and `meta`, a JSON text. Files of mu and sigma alone (TTUR, JiT) are accepted, too.
+A file is an npz of these arrays and `meta`, a JSON text. Files of mu and sigma alone (TTUR, JiT) are accepted, too,
+and those of ADM, which have no `features` but images in `arr_0`, whose features are computed when they are needed.
 
-Shapes: F features of the extractor, K rings of a spectrum
+Shapes: F features of the extractor, S of its stream for sFID, K rings of a spectrum, R rows of a table
     mu (F,), sigma (F, F)                      mean and unbiased covariance of the features of the real images
-    features (M, F)                            optional: those of M of the images, for precision, recall and KID
-    grey_spectrum, rapsd, rapsd_centred (K,)   optional: mean spectra of the images (spectral_ops.spectrum)
+    all others are optional:
+    mu_s (S,), sigma_s (S, S)                  the same for sFID
+    features (M, F)                            those of M of the images, for precision, recall, KID and the like
+    heldout, heldout_s (R, 2)                  numbers of held-out real images, and their Fréchet distance to the others
+    grey_spectrum, rapsd, rapsd_centred (K,)   mean spectra of the images (spectral_ops.spectrum)
+    arr_0 (M, H, W, 3)                         uint8 images, of ADM's files
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +27,11 @@ from torch import Tensor
 from spectral_forcing import num_rings
 from util.data.datasets import DATASETS
 from util.errors import UserError
-from util.evaluation.features import Extractor
+from util.evaluation.features import SPATIAL, Extractor
 from util.io import FID_STATS, check_zip, replacing, sha256_file
 
-PUBLISHED_ARRAYS = {"mu_s", "sigma_s", "arr_0"}  # of ADM's files, which are not read
+FRECHET = ("mu", "sigma", "heldout")  # each also with the suffix _s, of the stream SPATIAL
+IMAGES, CLASSES = "arr_0", "arr_1"  # of ADM's files; the second one is not read
 SPECTRA = ("grey_spectrum", "rapsd", "rapsd_centred")
 META = ("dataset", "img_size", "extractor", "extractor_sha256", "num_images")  # the keys that are read
 
@@ -38,6 +45,20 @@ class Reference:
     path: Path
     sha256: str
     warnings: list[str]
+    num_images: int = 0  # in arr_0
+
+    def rows(self, name: str) -> int:
+        """Return how many rows an array has, or will have once the features of arr_0 are computed; 0: it has none."""
+        return len(self.arrays[name]) if name in self.arrays else self.num_images * (name == "features")
+
+    def heldout(self, name: str) -> dict[int, float]:
+        """Return {number of held-out images: their Fréchet distance} of the table `name`; empty if there is none."""
+        return {int(count): distance for count, distance in self.arrays.get(name, torch.empty(0, 2)).tolist()}
+
+    def images(self) -> np.ndarray:
+        """Read arr_0, uint8 (M, H, W, 3)."""
+        with np.load(self.path, allow_pickle=False) as file:
+            return file[IMAGES]
 
     def describe(self) -> dict[str, Any]:
         return {"file": str(self.path), "sha256": self.sha256, "meta": self.meta}
@@ -111,13 +132,20 @@ def load_reference(
         sha256 = sha256_file(path)
         check_zip(path)
         with np.load(path, allow_pickle=False) as file:
-            optional = [key for key in ("features", *SPECTRA) if key in file.files]
-            if unknown := set(file.files) - {"mu", "sigma", "meta", *optional} - PUBLISHED_ARRAYS:
+            spatial = [f"{key}_s" for key in FRECHET]
+            optional = {"heldout", *spatial, "features", *SPECTRA} & set(file.files)
+            if unknown := set(file.files) - {"mu", "sigma", "meta", IMAGES, CLASSES, *optional}:
                 raise ValueError(f"unknown arrays {unknown}")  # a damaged name: what it was may be missed
-            arrays = {key: file[key] for key in ("mu", "sigma", *optional)}
+            if extractor is None or SPATIAL not in extractor.streams:
+                optional -= set(spatial)
+            arrays = {key: file[key] for key in ("mu", "sigma", *sorted(optional))}
             meta = json.loads(str(file["meta"])) if "meta" in file.files else None
+            num_images = _check_images(path, img_size) if IMAGES in file.files else 0
         dim = extractor.streams[stream] if extractor else arrays["mu"].size
         shapes = {"mu": (dim,), "sigma": (dim, dim)} | dict.fromkeys(SPECTRA, (num_rings(img_size),))
+        shapes |= {key: (*arrays[key].shape[:1], 2) for key in ("heldout", "heldout_s") if key in arrays}
+        if any(key in arrays for key in spatial):
+            shapes |= {"mu_s": (extractor.streams[SPATIAL],), "sigma_s": (extractor.streams[SPATIAL],) * 2}
     except FileNotFoundError as error:
         data = max((name for name in DATASETS if f"{dataset}-".startswith(f"{name}-")), key=len)  # Config.real_images
         part = dataset[len(data) + 1 :]
@@ -126,6 +154,8 @@ def load_reference(
         data += " --labels_file FILE" if part not in ("", "grey") else ""
         command = f"python prepare_ref.py --dataset {data} --img_size {img_size} --extractor {name} --out {path}"
         raise UserError(f"The reference {path} does not exist. Make it: {command} (fid_stats/README.md).") from error
+    except UserError:
+        raise
     except Exception as error:  # a damaged or hostile file may raise anything
         expected = "an npz with mu, sigma and, if present, a JSON text in meta was expected"
         raise UserError(f"{path} is not a reference file: {expected} ({type(error).__name__}).") from error
@@ -138,13 +168,26 @@ def load_reference(
             arrays[key] = torch.from_numpy(array.astype(np.float32 if key == "features" else np.float64))
         if not arrays[key].isfinite().all():
             raise UserError(f"{key} in {path} has non-finite numbers. Make the file again with prepare_ref.py.")
-        if key in SPECTRA and array.min() <= 0:
-            raise UserError(f"{key} in {path} has a power <= 0. Make the file again with prepare_ref.py.")
-    sigma = arrays["sigma"]
-    if (sigma - sigma.T).abs().max() > 1e-5 * sigma.abs().max() or sigma.diagonal().min() < 0:
-        raise UserError(f"sigma in {path} is not a covariance: it must be symmetric with a non-negative diagonal.")
+        if (key in SPECTRA or key.startswith("heldout")) and array.min() <= 0:
+            what = "a power" if key in SPECTRA else "a number"
+            raise UserError(f"{key} in {path} has {what} <= 0. Make the file again with prepare_ref.py.")
+    for key in {"sigma", "sigma_s"} & arrays.keys():
+        sigma = arrays[key]
+        if (sigma - sigma.T).abs().max() > 1e-5 * sigma.abs().max() or sigma.diagonal().min() < 0:
+            raise UserError(f"{key} in {path} is not a covariance: it must be symmetric with a non-negative diagonal.")
     warnings = _check_meta(path, meta, dataset, img_size, extractor, dim) if extractor else []
-    return Reference(arrays, meta, path, sha256, warnings)
+    return Reference(arrays, meta, path, sha256, warnings, num_images)
+
+
+def _check_images(path: Path, img_size: int) -> int:
+    """Return how many images arr_0 has, from its header: they may be gigabytes. Raises UserError for another size."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != (img_size, img_size, 3):
+        expected = f"uint8 (M, {img_size}, {img_size}, 3) was expected for images of {img_size} x {img_size} pixels"
+        raise UserError(f"{IMAGES} in {path} is {dtype} {shape}; {expected}.")
+    return shape[0]
 
 
 def _check_meta(path: Path, meta: Any, dataset: str, img_size: int, extractor: Extractor, dim: int) -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from spectral_ops.spectrum import grey_spectrum
-from util.evaluation.features import Extractor
+from util.evaluation.features import SPATIAL, Extractor
 from util.evaluation.metrics import METRICS
 from util.evaluation.reference import Moments, save_reference
 
@@ -24,6 +24,12 @@ class Colours(Extractor):
     def _features(self, images):
         x = images.float() / 255  # (B, 3, H, W)
         return dict.fromkeys(self.streams, torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3))], dim=1))  # (B, 6)
+
+
+class SpatialColours(Colours):
+    """With a stream in the place of sFID's."""
+
+    streams = {**Colours.streams, SPATIAL: DIM}  # noqa: RUF012
 
 
 class OtherColours(Colours):

@@ -1,11 +1,11 @@
-"""Metrics: values against torch-fidelity, closed forms and naive loops; every refusal before the first image.
+"""The suite of metrics: values against torch-fidelity, what is computed beside what; refusals before the first image.
 
 Inception has random weights here: its FID and IS say nothing about quality, but two programs that read the same file
 must agree on them. Where only the choice of metrics matters, statistics of colours stand in for the networks.
-Shapes: N generated and M real images, F features.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,102 +16,18 @@ import prepare_ref
 from spectral_ops.spectrum import grey_spectrum, spectrum_gap
 from tests.conftest import smooth_images
 from tests.util.evaluation.colours import DIM, REAL, SIZE, Colours, OtherColours, extras, use_colours, write_reference
+from tests.util.evaluation.networks import MetasNetwork, SmallDinoV2, dinov2_state
 from util.data.datasets import build_dataset
 from util.errors import UserError
 from util.evaluation import metrics as module
+from util.evaluation.features import SPATIAL
+from util.evaluation.formulas import density_coverage
 from util.evaluation.metrics import (
     METRICS,
     Metric,
     MetricSuite,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
     parse_metrics,
-    precision_recall,
 )
-
-# --- the numbers -----------------------------------------------------------------------------------------------------
-
-
-def test_frechet_distance_of_commuting_gaussians():
-    """Diagonal in one basis: d = |mu_1 - mu_2|^2 + sum_i (sqrt(a_i) - sqrt(b_i))^2, with a_i, b_i the eigenvalues."""
-    n, f = 40, 6
-    rng = np.random.RandomState(0)
-    basis = np.linalg.qr(rng.randn(f, f))[0]  # (F, F)
-    white = rng.randn(n, f)
-    white = np.linalg.qr(white - white.mean(axis=0))[0] * np.sqrt(n - 1)  # (N, F), zero mean, covariance I
-    a, b = np.array([4.0, 1.0, 0.25, 9.0, 0.0, 2.0]), np.array([1.0, 1.0, 4.0, 0.0, 3.0, 2.5])
-    mu_1, mu_2 = rng.randn(f), rng.randn(f)
-    features = torch.from_numpy(white * np.sqrt(a) @ basis.T + mu_1)
-    distance = frechet_distance(features, mu_2, basis * b @ basis.T)
-    expected = ((mu_1 - mu_2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert distance == pytest.approx(expected, rel=1e-6)
-
-
-def test_inception_score_of_confident_and_of_constant_predictions():
-    """One-hot predictions that fill C classes evenly in every split score C; equal predictions score 1."""
-    assert inception_score(torch.zeros(100, 8)) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
-    classes = torch.empty(100, dtype=torch.int64)
-    order = np.random.RandomState(2020).permutation(100)  # the shuffle of torch-fidelity
-    classes[torch.from_numpy(order)] = torch.arange(100) % 5
-    mean, std = inception_score(torch.nn.functional.one_hot(classes, 8) * 100.0)
-    assert (mean, std) == (pytest.approx(5, rel=1e-6), pytest.approx(0, abs=1e-5))
-
-
-def clouds(n: int, m: int, shift: float, width: float, f: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generated (n, f), narrower by `width` and shifted, and real (m, f)."""
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(n, f, generator=g) * width + shift, torch.randn(m, f, generator=g)
-
-
-def naive_share(points, centres, k: int = 3) -> float:
-    """Share of the points inside a ball around some centre, whose radius is that of its k-th nearest other centre."""
-    radii = [
-        sorted(np.linalg.norm(c - d) for j, d in enumerate(centres) if j != i)[k - 1] for i, c in enumerate(centres)
-    ]
-    inside = [any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True)) for p in points]
-    return sum(inside) / len(points)
-
-
-@pytest.mark.parametrize(("shift", "width"), [(0.8, 0.6), (0.0, 0.3)])
-def test_precision_and_recall_equal_a_naive_loop(shift, width):
-    generated, real = clouds(37, 52, shift, width)
-    precision, recall = precision_recall(generated, real)
-    x, y = generated.double().numpy(), real.double().numpy()
-    assert precision == pytest.approx(naive_share(x, y)) and recall == pytest.approx(naive_share(y, x))
-    assert precision != recall
-
-
-def test_precision_and_recall_do_not_depend_on_the_chunks():
-    from torch_fidelity.metric_prc import calculate_precision_recall_full
-
-    generated, real = clouds(203, 151, 0.1, 0.95, f=40)
-    whole = calculate_precision_recall_full(generated, real, 3)
-    assert 0 < whole[1] < whole[0] < 1
-    for rows in (7, 50, 151, 1000):
-        assert precision_recall(generated, real, rows) == pytest.approx(whole, abs=1e-7)
-
-
-def test_precision_and_recall_of_far_equal_and_repeated_images():
-    x, y = clouds(30, 30, 100.0, 1.0)
-    assert precision_recall(x, y) == (0, 0) and precision_recall(x, x.clone()) == (1, 1)
-    copies = y[:1] + 1e-4 * torch.randn(30, 5, generator=torch.Generator().manual_seed(1))
-    assert precision_recall(copies, y) == (1, pytest.approx(1 / 30))  # good images, but always the same
-
-
-def test_kid_of_whole_sets_equals_the_unbiased_estimate():
-    """Where a subset is the whole set, each of the 100 gives the same value, and no deviation."""
-    x, y = (z.double().numpy() for z in clouds(12, 12, 0.5, 1.0))
-
-    def kernel(a, b):
-        return (float(a @ b) / len(a) + 1) ** 3
-
-    n = len(x)
-    within = sum(kernel(z[i], z[j]) for z in (x, y) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    between = sum(kernel(a, b) for a in x for b in y) / n**2
-    mean, std = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
-    assert mean == pytest.approx(within - 2 * between, rel=1e-9) and std == pytest.approx(0, abs=1e-12)
-    assert mean > 0.01
 
 
 def write_pngs(folder, images: torch.Tensor) -> None:
@@ -120,33 +36,83 @@ def write_pngs(folder, images: torch.Tensor) -> None:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
 
 
-def test_values_equal_torch_fidelity_on_pngs(inception_file, tmp_path):
-    """The whole path: prepare_ref on one folder of PNGs, the suite on the other, against calculate_metrics."""
+def as_pngs(folder) -> tuple[torch.Tensor, list[str]]:
+    """Write 12 generated and 10 real images. Return the first, and flags of prepare_ref.py for the second."""
+    generated, real = smooth_images(12, 1, 1.0), smooth_images(10, 2, 0.6)
+    write_pngs(folder / "generated", generated)
+    write_pngs(folder / "real" / "train" / "class0", real)
+    flags = {"dataset": "imagefolder", "data_path": folder / "real", "img_size": SIZE, "out": folder / "reference.npz"}
+    flags |= {"batch_size": 7, "num_workers": 0, "device": "cpu"}
+    return generated, [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def torch_fidelity_on(folder, *metrics, **settings) -> dict[str, float]:
     import torch_fidelity
 
-    generated, real = smooth_images(12, 1, 1.0), smooth_images(10, 2, 0.6)
-    write_pngs(tmp_path / "generated", generated)
-    write_pngs(tmp_path / "real" / "train" / "class0", real)
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "generated"),
-        input2=str(tmp_path / "real" / "train" / "class0"),
-        **dict.fromkeys(("isc", "fid", "kid", "prc"), True),
-        **dict.fromkeys(("cuda", "cache", "verbose"), False),
-        kid_subset_size=10,
-        feature_extractor="inception-v3-compat",
-        feature_layer_prc="2048",
-        feature_extractor_weights_path=str(inception_file),
-        batch_size=8,
-    )
-    reference = tmp_path / "reference.npz"
-    arguments = ["--dataset", "imagefolder", "--data_path", tmp_path / "real", "--img_size", SIZE, "--out", reference]
-    arguments += ["--inception_weights", inception_file, "--batch_size", 7, "--num_workers", 0, "--device", "cpu"]
-    assert prepare_ref.main([str(a) for a in arguments]) == 0
+    folders = {"input1": str(folder / "generated"), "input2": str(folder / "real" / "train" / "class0")}
+    switches = dict.fromkeys(metrics, True) | dict.fromkeys(("cuda", "cache", "verbose"), False)
+    return torch_fidelity.calculate_metrics(**folders, **switches, kid_subset_size=10, batch_size=8, **settings)
 
-    suite = MetricSuite(("fid", "is"), "imagefolder", SIZE, len(generated), "cpu", reference, inception_file)
-    parts = [suite.extract(generated[i : i + 7]) for i in range(0, len(generated), 7)]
-    gathered = {stream: torch.cat([part[stream] for part in parts]) for stream in suite.streams}
-    result, _ = suite.compute(gathered, torch.zeros(len(generated), dtype=torch.int64))
+
+def in_batches(suite, images) -> dict[str, float]:
+    parts = [suite.extract(images[i : i + 7]) for i in range(0, len(images), 7)]
+    features = {stream: torch.cat([part[stream] for part in parts]) for stream in suite.streams}
+    return suite.compute(features, torch.zeros(len(images), dtype=torch.int64))[0] | {"features": features}
+
+
+def distance_of_few(generated: torch.Tensor, real: torch.Tensor) -> float:
+    """The Fréchet distance of N and M rows that are fewer than features.
+
+    With A, B the centred rows over sqrt(N - 1), sqrt(M - 1), sigma_1 sigma_2 has the eigenvalues of (A B^T)(A B^T)^T.
+    """
+    x, y = generated.double(), real.double()
+    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    shift = x.mean(0) - y.mean(0)
+    return (shift @ shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()).item()
+
+
+def test_fd_dinov2_equals_torch_fidelity_on_pngs(dinov2_file, tmp_path, monkeypatch):
+    """With Meta's network, written out, in the place of what torch hub would load."""
+    monkeypatch.setattr(torch.hub, "load", lambda *of: MetasNetwork(dinov2_state()))
+    for name in ("fd_dinov2", "precision_recall_dinov2", "density_coverage_dinov2"):
+        monkeypatch.setitem(METRICS, name, replace(METRICS[name], extractor=SmallDinoV2, stream="dinov2_384"))
+    monkeypatch.setitem(prepare_ref.EXTRACTORS, SmallDinoV2.name, METRICS["fd_dinov2"])
+    generated, flags = as_pngs(tmp_path)
+    expected = torch_fidelity_on(tmp_path, "fid", "prc", feature_extractor="dinov2-vit-s-14")
+    assert prepare_ref.main([*flags, "--extractor", SmallDinoV2.name, "--dinov2_weights", str(dinov2_file)]) == 0
+    weights = {"dinov2_weights": dinov2_file}
+    suite = MetricSuite(("fd_dinov2",), "imagefolder", SIZE, 12, "cpu", tmp_path / "reference.npz", weights)
+    found = in_batches(suite, generated)
+    assert found["fd_dinov2"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert (found["precision_dinov2"], found["recall_dinov2"]) == (expected["precision"], expected["recall"])
+    assert {"density_dinov2", "coverage_dinov2", "spectrum_gap"} < found.keys()
+
+
+def test_cmmd_equals_torch_fidelity_on_pngs(clip_files, tmp_path):
+    archive, state = clip_files
+    generated, flags = as_pngs(tmp_path)
+    how = {"kid_kernel": "rbf", "feature_extractor": "clip-vit-l-14-336px"}
+    expected = torch_fidelity_on(tmp_path, "kid", **how, feature_extractor_weights_path=str(archive))
+    assert prepare_ref.main([*flags, "--extractor", "clip_vit_l_14_336px", "--clip_weights", str(state)]) == 0
+    weights = {"clip_weights": state}
+    suite = MetricSuite(("cmmd",), "imagefolder", SIZE, 12, "cpu", tmp_path / "reference.npz", weights)
+    found = in_batches(suite, generated)
+    assert found["cmmd_mean"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert found["cmmd_std"] == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-3)
+    assert found["cmmd_mean"] > 1e-5 and "heldout" not in suite.files["cmmd"].arrays
+
+
+def test_values_equal_torch_fidelity_on_pngs(inception_file, tmp_path):
+    """The whole path: prepare_ref on one folder of PNGs, the suite on the other, against calculate_metrics."""
+    generated, flags = as_pngs(tmp_path)
+    real = smooth_images(10, 2, 0.6)
+    how = {"feature_extractor": "inception-v3-compat", "feature_layer_prc": "2048"}
+    metrics = ("isc", "fid", "kid", "prc")
+    expected = torch_fidelity_on(tmp_path, *metrics, **how, feature_extractor_weights_path=str(inception_file))
+    assert prepare_ref.main([*flags, "--inception_weights", str(inception_file)]) == 0
+    reference, weights = tmp_path / "reference.npz", {"inception_weights": inception_file}
+    suite = MetricSuite(("fid", "is"), "imagefolder", SIZE, len(generated), "cpu", reference, weights)
+    result = in_batches(suite, generated)
 
     for ours, theirs, tolerance in (
         ("fid", "frechet_inception_distance", 1e-5),
@@ -163,10 +129,16 @@ def test_values_equal_torch_fidelity_on_pngs(inception_file, tmp_path):
     gap = spectrum_gap(*(grey_spectrum(x).mean(dim=0) for x in (real, generated)))
     assert result["spectrum_gap"] == pytest.approx(gap, rel=1e-5)
 
+    generated, real = result["features"], suite.extract(real)
+    assert result["sfid"] == pytest.approx(distance_of_few(generated[SPATIAL], real[SPATIAL]), rel=1e-4)
+    assert result["fid"] == pytest.approx(distance_of_few(*(x["inception_2048"] for x in (generated, real))), rel=1e-4)
+    dense = density_coverage(generated["inception_2048"], real["inception_2048"])
+    assert (result["density"], result["coverage"]) == pytest.approx(dense)
+
     report = json.loads(json.dumps(suite.describe()))
     assert report["references"].keys() == {"fid"} and report["references"]["fid"]["meta"]["num_images"] == 10
     assert report["extractors"][0]["weights"] == "not the published file"
-    assert report["not_computed"] == {} and set(report["tf32"]) == {"matmul", "cudnn"}
+    assert report["not_computed"].keys() == {"fid_ratio", "sfid_ratio"} and set(report["tf32"]) == {"matmul", "cudnn"}
     assert any("rank deficient" in warning for warning in report["warnings"])
 
 
@@ -203,7 +175,8 @@ def measure(suite, images):
     return suite.compute(suite.extract(images), torch.zeros(len(images), dtype=torch.int64))[0]
 
 
-NEIGHBOURS = {"precision", "recall", "kid_mean", "kid_std"}
+NEIGHBOURS = {"precision", "recall", "kid_mean", "kid_std", "density", "coverage"}
+LACKING = {"sfid", "fid_ratio"}  # in the files of these tests, unless they say otherwise
 
 
 def test_parse_metrics():
@@ -211,7 +184,7 @@ def test_parse_metrics():
     assert parse_metrics(" is , fid,is") == ("is", "fid")
     assert parse_metrics("none") == parse_metrics("") == ()
     for text in ("fid,kid", "none,fid", "FID"):
-        with pytest.raises(UserError, match="Choose from fid, fd_effnet, class_agreement, is, or none"):
+        with pytest.raises(UserError, match=r"Choose from fid, fd_dinov2, cmmd, fd_effnet, .*, is, or none"):
             parse_metrics(text)
 
 
@@ -265,7 +238,7 @@ def test_jit_like_files_are_accepted_with_warnings_and_a_distance_must_be_finite
 def test_real_images_score_perfectly_and_blurred_ones_lack_power_and_recall(colours, tmp_path):
     path = write_reference(tmp_path / "r.npz", **extras())
     suite = MetricSuite(("fid",), "digits", SIZE, len(REAL), "cpu", path)
-    assert suite.streams == {"inception_2048": DIM, "grey_spectrum": 23} and suite.not_computed == {}
+    assert suite.streams == {"inception_2048": DIM, "grey_spectrum": 23} and suite.not_computed.keys() == LACKING
     result, details = suite.compute(suite.extract(REAL), torch.zeros(len(REAL)))
     assert result.keys() == {"fid", "spectrum_gap"} | NEIGHBOURS
     assert result["precision"] == result["recall"] == 1
@@ -287,7 +260,34 @@ def test_what_a_reference_lacks_is_left_out_and_reported(colours, tmp_path, miss
     suite = MetricSuite(("fid",), "digits", SIZE, 8, "cpu", write_reference(tmp_path / "r.npz", **more))
     assert measure(suite, smooth_images(8, 1, 0.5)).keys() == ({"fid", "spectrum_gap"} | NEIGHBOURS) - absent
     reasons = suite.describe()["not_computed"]
-    assert reasons.keys() == absent and all("prepare_ref.py stores" in why for why in reasons.values())
+    assert reasons.keys() == absent | LACKING and all("prepare_ref.py stores" in why for why in reasons.values())
+
+
+@pytest.mark.parametrize(("count", "ratio"), [(8, True), (9, False)])
+def test_a_distance_is_also_divided_by_that_of_as_many_heldout_images(colours, tmp_path, count, ratio):
+    """8 held-out images scored 0.5, 10 of them 0.25."""
+    path = write_reference(tmp_path / "r.npz", heldout=np.array([[8, 0.5], [10, 0.25]]))
+    suite = MetricSuite(("fid",), "digits", SIZE, count, "cpu", path)
+    found = measure(suite, smooth_images(count, 1, 0.5))
+    if ratio:
+        assert found["fid_ratio"] == pytest.approx(found["fid"] / 0.5) and "fid_ratio" not in suite.not_computed
+    else:
+        why = suite.not_computed["fid_ratio"]
+        assert "fid_ratio" not in found and "of 8, 10 held-out images, not of 9" in why and "--heldout_counts 9" in why
+
+
+def test_images_in_a_reference_file_have_features_when_they_are_needed(colours, tmp_path, capsys):
+    """As in ADM's files: arr_0 in the place of features, and no metadata."""
+    plain, own = tmp_path / "adm.npz", write_reference(tmp_path / "own.npz", **extras())
+    with np.load(own) as file:
+        np.savez(plain, mu=file["mu"], sigma=file["sigma"], arr_0=REAL.permute(0, 2, 3, 1).numpy())
+    images = smooth_images(12, 1, 0.5)
+    ours, theirs = (MetricSuite(("fid",), "imagefolder", SIZE, 12, "cpu", path) for path in (own, plain))
+    assert "computing" not in capsys.readouterr().err
+    found, expected = measure(theirs, images), measure(ours, images)
+    assert found.keys() == expected.keys() - {"spectrum_gap"} == {"fid"} | NEIGHBOURS
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-5)
+    assert capsys.readouterr().err.count("computing features of the 40 images") == 1  # not once for each metric
 
 
 def test_each_extractor_has_its_own_reference(colours, usual):
@@ -296,10 +296,11 @@ def test_each_extractor_has_its_own_reference(colours, usual):
     write_reference(usual / "effnet_lite0.npz", OtherColours, **extras(OtherColours))
     suite = MetricSuite(("fd_effnet", "fid"), "digits", SIZE, len(REAL), "cpu", own)
     result = measure(suite, REAL)
-    assert result.keys() == {"fid", "fd_effnet_lite0", "spectrum_gap", "precision_effnet_lite0", "recall_effnet_lite0"}
+    beside = {f"{name}_effnet_lite0" for name in ("precision", "recall", "density", "coverage")}
+    assert result.keys() == {"fid", "fd_effnet_lite0", "spectrum_gap"} | beside
     assert result["precision_effnet_lite0"] == result["recall_effnet_lite0"] == 1
     described = suite.describe()
-    assert described["not_computed"].keys() == NEIGHBOURS
+    assert described["not_computed"].keys() == NEIGHBOURS | LACKING | {"fd_effnet_lite0_ratio"}
     files = {value: reference["file"] for value, reference in described["references"].items()}
     assert files == {"fid": str(own), "fd_effnet_lite0": str(usual / "effnet_lite0.npz")}
     write_reference(own, grey_spectrum=2 * extras()["grey_spectrum"])
@@ -307,12 +308,13 @@ def test_each_extractor_has_its_own_reference(colours, usual):
     assert measure(suite, REAL)["spectrum_gap"] == pytest.approx(np.log(2), rel=1e-5)
 
 
-def test_neighbours_need_four_images(colours, tmp_path):
+def test_neighbours_need_one_image_more_than_neighbours(colours, tmp_path):
     path = write_reference(tmp_path / "r.npz", **extras())
-    few, enough = (MetricSuite(("fid",), "digits", SIZE, n, "cpu", path) for n in (3, 4))
+    few, some, enough = (MetricSuite(("fid",), "digits", SIZE, n, "cpu", path) for n in (3, 4, 6))
     assert measure(few, REAL[:3]).keys() == {"fid", "spectrum_gap"}
-    assert few.not_computed.keys() == NEIGHBOURS and "at least 4 images" in few.not_computed["recall"]
-    assert measure(enough, REAL[:4]).keys() >= NEIGHBOURS
+    assert few.not_computed.keys() == NEIGHBOURS | LACKING and "at least 4 images" in few.not_computed["recall"]
+    assert some.not_computed.keys() == {"density", "coverage"} | LACKING
+    assert measure(enough, REAL[:6]).keys() >= NEIGHBOURS
 
 
 def test_images_of_one_colour_have_no_gap_but_their_other_metrics(colours, tmp_path):

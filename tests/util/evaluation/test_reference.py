@@ -9,7 +9,7 @@ import torch
 
 from spectral_forcing import num_rings
 from tests.conftest import Payload
-from tests.util.evaluation.colours import DIM, SIZE, Colours, meta
+from tests.util.evaluation.colours import DIM, SIZE, Colours, SpatialColours, meta
 from util.data.datasets import DATASETS
 from util.errors import UserError
 from util.evaluation.reference import Moments, default_reference, load_reference, save_reference
@@ -21,8 +21,8 @@ def statistics():
     return {"mu": x.mean(axis=0), "sigma": np.cov(x, rowvar=False)}
 
 
-def load(path, img_size=SIZE, dataset="digits"):
-    return load_reference(path, dataset, img_size, Colours(), "inception_2048")
+def load(path, img_size=SIZE, dataset="digits", network=Colours):
+    return load_reference(path, dataset, img_size, network(), "inception_2048")
 
 
 # --- statistics and format -------------------------------------------------------------------------------------------
@@ -71,6 +71,30 @@ def test_files_of_mu_and_sigma_alone_are_accepted_with_a_warning(tmp_path, stati
     reference = load(tmp_path / "r.npz", img_size=256)
     assert {array.dtype for array in reference.arrays.values()} == {torch.float64} and reference.meta is None
     assert "could not be checked" in reference.warnings[0]
+
+
+def test_files_of_adm_are_read(tmp_path, statistics):
+    """Statistics for FID and sFID, which another extractor does not need, and images in the place of features."""
+    spatial = {f"{key}_s": array for key, array in statistics.items()}
+    images = np.random.RandomState(0).randint(0, 256, (7, SIZE, SIZE, 3), np.uint8)
+    np.savez(tmp_path / "r.npz", **statistics, **spatial, arr_0=images, arr_1=np.arange(7))
+    reference, other = load(tmp_path / "r.npz", network=SpatialColours), load(tmp_path / "r.npz")
+    assert reference.arrays.keys() == {"mu", "sigma", "mu_s", "sigma_s"} and other.arrays.keys() == {"mu", "sigma"}
+    np.testing.assert_array_equal(reference.arrays["sigma_s"], statistics["sigma"])
+    assert reference.rows("features") == 7 and reference.rows("mu_s") == DIM and reference.rows("grey_spectrum") == 0
+    np.testing.assert_array_equal(reference.images(), images)
+    with pytest.raises(UserError, match=r"arr_0 in .* is uint8 \(7, 32, 32, 3\); uint8 \(M, 16, 16, 3\) was expected"):
+        load(tmp_path / "r.npz", img_size=16)
+    for name, array in {"mu_s": np.zeros(5), "sigma_s": -np.eye(DIM)}.items():
+        np.savez(tmp_path / "r.npz", **statistics | spatial | {name: array})
+        with pytest.raises(UserError, match=f"{name} in"):
+            load(tmp_path / "r.npz", network=SpatialColours)
+
+
+def test_distances_of_heldout_images(tmp_path, statistics):
+    save_reference(tmp_path / "r.npz", statistics | {"heldout": np.array([[8, 0.5], [10, 0.25]])}, meta())
+    reference = load(tmp_path / "r.npz")
+    assert reference.heldout("heldout") == {8: 0.5, 10: 0.25} and reference.heldout("heldout_s") == {}
 
 
 def test_few_images_and_another_data_set_are_warned_about(tmp_path, statistics):
@@ -145,6 +169,8 @@ def test_incomplete_metadata_is_refused(tmp_path, statistics, text):
         ("features", np.zeros(DIM), "features in"),
         ("features", np.zeros((0, DIM)), "features in"),
         ("features", np.full((9, DIM), 1e300), "features in .* non-finite"),
+        ("heldout", np.ones((4, 3)), r"heldout in .* \(4, 3\); floating-point \(4, 2\)"),
+        ("heldout", np.zeros((4, 2)), "heldout in .* a number <= 0"),
         ("grey_spectrum", np.ones(22), r"grey_spectrum in .* \(23,\)"),
         ("grey_spectrum", np.arange(23.0), "grey_spectrum in .* power <= 0"),
         ("rapsd", np.full(23, np.inf), "rapsd in .* non-finite"),
@@ -198,7 +224,7 @@ def outcomes(path, read):
 def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path, statistics):
     """Nothing but a refusal is raised; what is read has the metadata and, to the bit, the arrays."""
     spectra = {name: np.ones(num_rings(SIZE)) for name in ("grey_spectrum", "rapsd", "rapsd_centred")}
-    save_reference(tmp_path / "a.npz", {**statistics, **spectra}, meta())
+    save_reference(tmp_path / "a.npz", {**statistics, **spectra, "heldout": np.ones((1, 2))}, meta())
     expected = load(tmp_path / "a.npz")
     found = list(outcomes(tmp_path / "a.npz", load))
     assert found.count(None) > 0.5 * len(found)

@@ -64,7 +64,7 @@ class ToySuite:
 
     def __init__(self, names=("class_agreement",), stop_after=None):
         self.names, self.stop_after, self.batches = tuple(names), stop_after, 0
-        self.streams, self.sha256 = {"means": 12, "first": 1}, "0"
+        self.streams, self.sha256, self.protocol = {"means": 12, "first": 1}, "0", None
 
     def extract(self, images):
         if self.batches == self.stop_after:
