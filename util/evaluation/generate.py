@@ -4,7 +4,7 @@ Shapes: N images in all, with indices 0 .. N - 1; B of a batch; images (B, C, H,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from denoiser import Denoiser
-from sampler import guided, sample
+from sampler import Velocity, guided, sample
 from util.compile import no_recompile
 from util.config import SampleConfig
 from util.data.datasets import DATASETS
@@ -107,14 +107,23 @@ def generate(
             pending += [thread.submit(start_noise, config, following) for following in batches[i + 1 : i + 2]]
             y = torch.tensor([labels[k] for k in batch], device=ctx.device)
             with no_recompile(len(batch) < config.gen_bsz):
-                images = _sample_batch(denoiser, config, batch, schedules, y, noise.to(ctx.device))  # x
+                images = sample_batch(denoiser, config, batch, schedules, y, noise.to(ctx.device))  # x
             yield batch, decode(images)
 
 
-def _sample_batch(
-    denoiser: Denoiser, config: Any, index: Sequence[int], schedules: SampleSchedules, y: Tensor, noise: Tensor
+def sample_batch(
+    denoiser: Denoiser,
+    config: Any,
+    index: Sequence[int],
+    schedules: SampleSchedules,
+    y: Tensor,
+    noise: Tensor,
+    watch: Callable[[Velocity], Velocity] = lambda velocity: velocity,
 ) -> Tensor:
-    """Return the images `index` (B,) with labels y (B,) from unit noise (B, C, H, W): x (B, C, H, W)."""
+    """Return the images `index` (B,) with labels y (B,) from unit noise (B, C, H, W): x (B, C, H, W).
+
+    The solver integrates what `watch` makes of the velocity, guidance included. Raises UserError for non-finite images.
+    """
     grid, logsnr_range = schedules.times(config.num_sampling_steps, CounterRNG(config.seed, 0, torch.tensor(index)), y)
     if logsnr_range is not None:
         logsnr_range = logsnr_range.to(y.device)
@@ -129,7 +138,7 @@ def _sample_batch(
         return denoiser.noise_scale * rng.normal("solver", noise[0].numel()).view_as(noise)
 
     v = guided(velocity, y, config.null_class, config.cfg, (config.interval_min, config.interval_max))
-    x = sample(v, denoiser.noise_scale * noise, grid, config.sampling_method, noise_of_step)
+    x = sample(watch(v), denoiser.noise_scale * noise, grid, config.sampling_method, noise_of_step)
     if bad := (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
         which = ", ".join(f"image {index[b]} (label {int(y[b])})" for b in bad[:5])
         raise UserError(

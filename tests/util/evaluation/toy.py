@@ -107,8 +107,8 @@ class Recorder:
     """The indices of the images that are generated, batch by batch."""
 
     def __init__(self, patch):
-        self.batches, original = [], generate._sample_batch
-        patch.setattr(generate, "_sample_batch", lambda *args: self.batches.append(list(args[2])) or original(*args))
+        self.batches, original = [], generate.sample_batch
+        patch.setattr(generate, "sample_batch", lambda *args: self.batches.append(list(args[2])) or original(*args))
 
     @property
     def images(self) -> list[int]:
