@@ -2,8 +2,10 @@
 #
 #   docker build --build-arg UID="$(id -u)" --tag jit .
 #   docker run --rm --gpus all --shm-size 16g -v /data/imagenet:/data:ro -v "$PWD/output:/jit/output" \
+#     -v "$PWD/fid_stats:/jit/fid_stats" -v "$HOME/weights:/weights:ro" -e WEIGHTS_DIR=/weights \
 #     -e DATA_PATH=/data -e GLOBAL_BATCH=1024 -e OUTPUT_DIR=output/b16-sf jit
 #
+# The third line is for FID during training (fid_stats/README.md); without it add -e ONLINE_EVAL=0.
 # --shm-size: the loader's processes pass images through /dev/shm, of which a container has 64 MB otherwise.
 FROM python:3.12-slim-bookworm
 

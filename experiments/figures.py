@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,17 @@ def gain_and_steps(path: Path) -> None:
 
 def loss_and_operations(path: Path) -> None:
     """Held-out loss against the operations of training, with levels of resolution and without."""
-    figure = Figure(figsize=(4.2 * len(resolution.ARMS), 3.6), layout="constrained")
+    run = {}  # (data, patch) -> what it cost and gave
+    for setting in resolution.ARMS:
+        with suppress(UserError):  # it has not been run
+            run[setting] = resolution.by_cost(resolution.lines_of(*setting))
+    if not run:
+        raise UserError("no study of resolution has been run")
+    figure = Figure(figsize=(4.2 * len(run), 3.6), layout="constrained")
     styles = {"plain": "ko", "linear": "C7o", "levels": "C0s-", "linear_levels": "C3s-"}
     styles |= {"two_levels": "C2^-", "linear_two_levels": "C1^-"}
-    for ax, (data, patch) in zip(figure.subplots(1, len(resolution.ARMS)), resolution.ARMS, strict=True):
-        found = resolution.by_cost(resolution.lines_of(data, patch))
+    axes = figure.subplots(1, len(run), squeeze=False)[0]
+    for ax, ((data, patch), found) in zip(axes, run.items(), strict=True):
         for arm, style in styles.items():
             keys = sorted(key for key in found if key[0] == arm)
             if not keys:

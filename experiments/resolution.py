@@ -194,6 +194,21 @@ def markdown(data: str, patch: int) -> str:
     return "\n".join(out)
 
 
+def tables() -> list[str]:
+    """Return the tables of all that has been run, and say what has not. Raises UserError if nothing has."""
+    made, missing = [], []
+    for make, *setting in [*((markdown, *setting) for setting in ARMS), *((samples, patch) for patch in SAMPLES)]:
+        try:
+            made.append(make(*setting))
+        except UserError as error:
+            missing.append(error)
+    if not made:
+        raise missing[0]
+    for error in missing:
+        print(f"left out: {error}", file=sys.stderr)
+    return made
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.resolution",
@@ -209,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if args.time:
             measure_times()
-        print("\n\n".join([*(markdown(*setting) for setting in ARMS), *map(samples, SAMPLES)]))
+        print("\n\n".join(tables()))
     except UserError as error:
         print(f"experiments.resolution: error: {error}", file=sys.stderr)
         return 2

@@ -1,22 +1,32 @@
 # shellcheck shell=bash
-# What the recipes share, which source it with the values of METHOD: name=flags ..., the first one is the default.
-# `launch` starts run_jit_multinode.sh with the flags of the method, which those given to the recipe may override.
+# What the recipes share. A recipe sources it with the choices of METHOD, the first one by default, and the variables that
+# each one sets: name:"VARIABLE=value ...". It sets its own with `default`, and ends with `launch "$@"`.
 set -euo pipefail
 folder=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 name=$(basename -- "$0" .sh)
-method=${METHOD:-${1%%=*}}
-flags=unknown
+method=${METHOD:-${1%%:*}}
+settings=unknown
 for choice; do
-    if [[ $method == "${choice%%=*}" ]]; then flags=${choice#*=}; fi
+    if [[ $method == "${choice%%:*}" ]]; then settings=${choice#*:}; fi
 done
-if [[ $flags == unknown ]]; then
-    echo "$name: METHOD is '$method'; it must be one of: ${*%%=*}" >&2
+if [[ $settings == unknown ]]; then
+    echo "$name: METHOD is '$method'; it must be one of: ${*%%:*}" >&2
     exit 2
 fi
 unset METHOD
+own=${MODEL:+-${MODEL//\//-}}  # another network gets another folder
+
+# default VARIABLE=value ...: what the environment does not set already
+default() {
+    local pair variable
+    for pair; do
+        variable=${pair%%=*}
+        export "$variable=${!variable:-${pair#*=}}"
+    done
+}
 
 launch() {
-    export OUTPUT_DIR=${OUTPUT_DIR:-output/$name-$method-$EPOCHS}
-    # shellcheck disable=SC2086 # several flags
-    exec bash "$folder/run_jit_multinode.sh" $flags "$@"
+    # shellcheck disable=SC2086 # several variables
+    default $settings OUTPUT_DIR="output/$name$own-$method-$EPOCHS"
+    exec bash "$folder/run_jit_multinode.sh" "$@"
 }

@@ -5,8 +5,7 @@
 # measures their spectrum.
 #   bash recipes/spectral_schedules_cifar10.sh
 source "$(dirname "$0")/common.sh" \
-  instance="--t_sampler spectral_instance --sampling_grid spectral_instance" \
-  global="--t_sampler spectral_global --sampling_grid spectral_global" plain=
-export DATASET=cifar10 MODEL=${MODEL:-JiT-Ti/4} GLOBAL_BATCH=${GLOBAL_BATCH:-256} EPOCHS=${EPOCHS:-600}
-export ONLINE_EVAL=${ONLINE_EVAL:-0}
-launch --disable_dct_patchify --grad_clip 1 "$@"
+  instance:"T_SAMPLER=spectral_instance SAMPLING_GRID=spectral_instance" \
+  global:"T_SAMPLER=spectral_global SAMPLING_GRID=spectral_global" plain:
+default DATASET=cifar10 MODEL=JiT-Ti/4 DISABLE_DCT_PATCHIFY=1 GLOBAL_BATCH=256 EPOCHS=600 GRAD_CLIP=1 ONLINE_EVAL=0
+launch "$@"

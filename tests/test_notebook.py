@@ -27,6 +27,7 @@ def test_it_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("DIGITS_MODEL", str(tmp_path / "digits.safetensors"))
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # whoever imports Streamlit sets it
     notebook = nbformat.read(NOTEBOOK, 4)
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}  # where Jupyter starts it
     nbclient.NotebookClient(notebook, timeout=300, resources=where).execute()

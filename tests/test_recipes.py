@@ -19,8 +19,8 @@ from util.profile import count_flops
 FOLDER = REPOSITORY / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.sh") if path.stem != "common")
 JIT = {"epochs": "600", "global_batch": "1024", "model": "JiT-B/16"}
-DIT = """--pred_param v --t_sampler uniform --t_eps 0 --lr 1e-4 --lr_schedule cosine --min_lr 1e-5 --warmup_steps 5000
-    --beta2 0.99 --grad_clip 1 --sampling_method euler --num_sampling_steps 50 --global_batch 256""".split()
+DIT = """pred_param v  t_sampler uniform  t_eps 0  lr 1e-4  lr_schedule cosine  min_lr 1e-5  warmup_steps 5000
+    beta2 0.99  grad_clip 1  sampling_method euler  num_sampling_steps 50  global_batch 256  cfg 1.0  model JiT-Ti/1""".split()
 
 
 class Recipe:
@@ -100,8 +100,9 @@ def test_jit_b16(recipe, imagenet):
 def test_spectraldit(recipe, method):
     """The paper's settings, for 400,000 steps."""
     words = recipe.dry_run("spectraldit_cifar10", METHOD=method)
-    assert all(word in words for word in DIT) and "--no-flip" in words
-    assert value(words, "model") == "JiT-Ti/1" and value(words, "cfg") == "1.0"
+    expected = dict(zip(DIT[::2], DIT[1::2], strict=True))
+    assert {name: value(words, name) for name in expected} == expected
+    assert "--no-flip" in words and "--disable_dct_patchify" in words
     assert abs(int(value(words, "epochs")) * (50_000 // 256) - 400_000) < 200
     assert ("--spectral_residual" in words) == (method == "residual")
 
@@ -129,11 +130,23 @@ def test_operations_of_the_ten_minutes_are_those_that_the_recipe_states():
     assert 3 * count_flops("JiT-S/4", 32) * 50_000 * 100 == pytest.approx(stated, rel=0.02)
 
 
+def test_the_predecessor_of_spectral_forcing(recipe, imagenet):
+    words = recipe.dry_run("sf_700m_32", METHOD="window", EPOCHS="40", DATA_PATH=str(imagenet), ONLINE_EVAL="0")
+    assert value(words, "window_size") == "32" and value(words, "output_dir") == "output/sf_700m_32-window-40"
+
+
 def test_flags_and_variables_of_ones_own_win(recipe, imagenet):
     given = {"DATA_PATH": str(imagenet), "ONLINE_EVAL": "0", "OUTPUT_DIR": "output/mine", "GLOBAL_BATCH": "256"}
     words = recipe.dry_run("sf_130m_16", "--num_sampling_steps", "25", "--seed", "3", **given)
     assert value(words, "output_dir") == "output/mine" and value(words, "global_batch") == "256"
     assert words[-4:] == ["--num_sampling_steps", "25", "--seed", "3"]
+
+
+@pytest.mark.usefixtures("cifar10_of_zeros")
+def test_another_network_or_learning_rate_is_used_and_has_a_folder_of_its_own(recipe):
+    words = recipe.dry_run("spectraldit_cifar10", MODEL="JiT-Ti/2", LR="3e-4")
+    assert value(words, "model") == "JiT-Ti/2" and value(words, "lr") == "3e-4" and words.count("--lr") == 1
+    assert value(words, "output_dir") == "output/spectraldit_cifar10-JiT-Ti-2-residual-2052"
 
 
 def test_what_is_wrong_is_said(recipe, tmp_path):
@@ -147,4 +160,4 @@ def test_each_recipe_is_listed_and_names_a_model_that_exists():
     for name in NAMES:
         text = (FOLDER / f"{name}.sh").read_text()
         assert f"`{name}`" in page and f"bash recipes/{name}.sh" in text
-        assert re.search(r"MODEL=(?:\$\{MODEL:-)?([\w/-]+)", text)[1] in JiT_models
+        assert re.search(r"MODEL=([\w/-]+)", text)[1] in JiT_models

@@ -111,7 +111,23 @@ def test_levels_are_compared_with_plain_steps_at_their_cost(monkeypatch, tmp_pat
     assert resolution.main(["--time"]) == 0
     said = capsys.readouterr().out
     assert "| levels | 1200 | 1.05 | 0.50 |" in said and "| levels | 1200 | 1.05 | 1.00 |" in said
-    monkeypatch.setattr(resolution, "load", lambda study: ([line(patch=8, steps=600)], []))
+
+
+def test_studies_of_levels_that_have_not_been_run_are_left_out(monkeypatch, tmp_path, capsys):
+    def one(study):
+        if study != "resolution":
+            raise UserError("not run")
+        return [line(patch=8, steps=600, data="cifar10") | {"tflop": 1.0}], []
+
+    def none(study):
+        raise UserError("not run")
+
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(resolution, "load", one)
+    assert resolution.main([]) == 0
+    said = capsys.readouterr()
+    assert "cifar10, patch 8" in said.out and "left out: There is no run of plain JiT on cifar10 at patch 4" in said.err
+    monkeypatch.setattr(resolution, "load", none)
     assert resolution.main([]) == 2 and "no run of plain JiT on cifar10 at patch 4" in capsys.readouterr().err
 
 

@@ -110,6 +110,16 @@ def test_each_image_may_have_its_own_times(trained, tmp_path):
     trajectory.draw(found, 1, trajectory.power_range(found, 1))
 
 
+def test_a_network_is_not_sampled_with_another_spectrum_than_its_own(tmp_path):
+    file = spectrum_of_digits(tmp_path / "elsewhere.npz")
+    run = train(
+        tmp_path / "runs" / "one", sampling_grid="spectral_global", spectrum_file=file, num_sampling_steps=3, epochs=1
+    )
+    with pytest.raises(UserError, match=r"uses .*elsewhere\.npz, which leads out of the given folders"):
+        trajectory.load_network(Folders([tmp_path / "runs"]), run, "ema1", CPU)
+    trajectory.load_network(Folders([tmp_path]), run, "ema1", CPU)
+
+
 def test_a_computation_ends_when_its_reader_has_left(trained):
     """The page raises in `on_step`."""
     denoiser, config, _ = follow(trained)
@@ -274,6 +284,7 @@ def test_wrong_inputs_of_the_plane_are_one_sentence(tmp_path):
 def page(monkeypatch):
     """page(folder): the whole page, run without a browser; the plane, which takes seconds, is drawn elsewhere."""
     testing = pytest.importorskip("streamlit.testing.v1")
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # Streamlit puts the page in its place
     for name in ("draw_plane", "draw_rows"):
         monkeypatch.setattr(plane, name, lambda *args: Figure())
 

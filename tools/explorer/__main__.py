@@ -29,7 +29,7 @@ def serve(folders: list[str], host: str, port: int, browser: bool, device: str) 
         from streamlit import net_util
         from streamlit.web import bootstrap
     except ImportError as error:
-        install = ".venv/bin/uv pip install -r pyproject.toml --extra explorer"
+        install = ".venv/bin/uv pip install --python .venv/bin/python -r pyproject.toml --extra explorer"
         raise UserError(f"The page needs Streamlit: {install}") from error
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()

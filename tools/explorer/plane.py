@@ -3,7 +3,6 @@
 Shapes: n pixels along a side, x (1, 3, n, n) in [-1, 1], T times, K rings of frequency.
 """
 
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from spectral_forcing import SCHEDULES, SpectralForcing
 from spectral_ops.spectrum import QUANTISATION, DCTSums, fit_power_law, rapsd
-from util.data.crop import center_crop, read_crop
+from util.data.crop import center_crop, decode_crop
 from util.data.images import BadImage, to_float
 from util.errors import UserError
 from util.evaluation.plots import new_figure
@@ -40,13 +39,10 @@ def photograph(size: int) -> Tensor:
 
 def upload(content: bytes, size: int) -> Tensor:
     """Return the centre crop x (1, 3, n, n) of an image file's content. UserError if it is no image."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        try:
-            return _as_x(read_crop(file.name, size))
-        except BadImage as error:
-            raise UserError(f"The file cannot be used: {error.reason}. Choose a PNG or JPEG.") from error
+    try:
+        return _as_x(decode_crop(content, "the file", size))
+    except BadImage as error:
+        raise UserError(f"The file cannot be used: {error.reason}. Choose a PNG or JPEG.") from error
 
 
 def _as_x(crop: np.ndarray) -> Tensor:

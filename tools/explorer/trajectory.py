@@ -65,7 +65,7 @@ def load_network(folders: Folders, path: Path, ema: str, device: torch.device) -
         denoiser = main_jit.load_denoiser(config, checkpoint, DistContext(device=device))
     spectrum = config.spectrum_file and Path(config.spectrum_file)
     if spectrum and not (folders.holds(spectrum) or Folders([FID_STATS]).holds(spectrum)):
-        config = replace(config, spectrum_file=None)
+        raise UserError(f"{path} uses {spectrum}, which leads out of the given folders: name its folder as well.")
     return denoiser, replace(config, data_path=None)
 
 

@@ -175,6 +175,8 @@ def _begin(images: Images, folder: Path) -> dict:
     files = list_files(images)
     decoder = {name: features.version(name) for name in ("pil", "libjpeg_turbo", "zlib")}
     expected = {"img_size": images.img_size, "files_hash": json_hash(files), "decoder": decoder}
+    if images.source:
+        expected["source"] = images.source
     folder.mkdir(parents=True, exist_ok=True)
     if os.path.isfile(folder / INDEX):
         index = read_index(folder)
@@ -189,7 +191,7 @@ def _begin(images: Images, folder: Path) -> dict:
         index = {**expected, "num_images": len(images), "version": VERSION, "sha256": {}, "bad": {}}
         index["block_size"] = max(1, BLOCK_BYTES // (3 * images.img_size**2))
         index["made"] = provenance(torch.device("cpu"))
-    index["source"] = str(getattr(images, "folder", images.name))
+    index["source"] = images.source or str(images.folder)
     write_json(folder / FILES, files)
     return index
 

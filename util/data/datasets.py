@@ -22,7 +22,16 @@ from util.data import cache, cifar10, latents
 from util.data.crop import center_crop, read_crop
 from util.data.fashion_mnist import CLASSES, FashionMnist
 from util.data.huggingface import HuggingFaceImages
-from util.data.images import DataError, FileImages, Images, NoSplitError, Subset, data_folder, to_tensor
+from util.data.images import (
+    DataError,
+    FileImages,
+    Images,
+    NoSplitError,
+    Subset,
+    data_folder,
+    read_class_names,
+    to_tensor,
+)
 from util.data.webdataset import ShardImages
 from util.io import json_hash
 
@@ -234,15 +243,8 @@ DATASETS = {
 
 
 def read_labels_file(path: str | os.PathLike) -> list[str]:
-    """Return the names of classes in a file, one on each line; what follows a # is a comment. Raises DataError."""
-    try:
-        lines = Path(path).expanduser().read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--labels_file {path} cannot be read: {error}.") from None
-    names = [name for line in lines if (name := line.partition("#")[0].strip())]
-    if not names or len(set(names)) < len(names):
-        raise DataError(f"--labels_file {path} must hold names of classes, each once, one on a line.")
-    return names
+    """Return the classes to use: the names in a file. Raises DataError."""
+    return read_class_names(path, "--labels_file ")
 
 
 def of_classes(images: Images, labels_file: str | os.PathLike) -> Subset:

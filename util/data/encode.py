@@ -67,7 +67,7 @@ def _begin(images: Images, vae: Vae, folder: Path, content: str, dtype: str, fli
         "views": 1 + flip,
         "content": content,
         "dtype": dtype,
-        "source": str(getattr(images, "folder", images.name)),
+        "source": images.source or str(getattr(images, "folder", images.name)),
         "files_hash": json_hash(files),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ Debian's package dataset-fashion-mnist installs them. Shapes: N images, each uin
 """
 
 import gzip
+import hashlib
 import os
 import zlib
 from pathlib import Path
@@ -15,8 +16,20 @@ from torch import Tensor
 from util.data.images import DataError, Images
 
 CLASSES = (*"T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag".split(), "Ankle boot")
-COUNTS = {"train": 60_000, "t10k": 10_000}
+SHA256 = {  # of the files without compression; MNIST's have the same names
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
 WIDTH = 28
+
+
+def _read(folder: Path, name: str) -> bytes:
+    content = gzip.decompress((folder / f"{name}.gz").read_bytes())
+    if (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
+        raise ValueError(f"{name}.gz is not Fashion-MNIST's (sha256 {found})")
+    return content
 
 
 class FashionMnist(Images):
@@ -27,10 +40,10 @@ class FashionMnist(Images):
         if img_size < WIDTH or img_size % 2:
             raise DataError(f"img_size is {img_size}; Fashion-MNIST is padded to an even one of at least {WIDTH}.")
         try:  # 16 and 8 bytes of header: magic number, then the shape
-            images = np.frombuffer(gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:], "u1")
-            labels = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:], "u1")
-            self._images = torch.from_numpy(images.reshape(COUNTS[part], WIDTH, WIDTH).copy())
-            labels = labels.reshape(COUNTS[part]).astype(np.int64)
+            images = np.frombuffer(_read(folder, f"{part}-images-idx3-ubyte")[16:], "u1")
+            labels = np.frombuffer(_read(folder, f"{part}-labels-idx1-ubyte")[8:], "u1")
+            self._images = torch.from_numpy(images.reshape(-1, WIDTH, WIDTH).copy())
+            labels = labels.astype(np.int64)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(
                 f"no complete Fashion-MNIST in {folder}: {error}. On Debian and Ubuntu `apt install "

@@ -45,6 +45,7 @@ class HuggingFaceImages(Images):
                 f"{path} has no split {split}; it has {', '.join(splits)}."
             )
         rows, self._where = splits[name], f"{path}, {name}"
+        self.source = f"{self._where} {rows._fingerprint}"  # of its content, where there is no public name for it
         self._column = self._find(rows, datasets.Image)
         column = self._find(rows, datasets.ClassLabel)
         labels = rows.select_columns([column]).with_format("arrow")[:][column].fill_null(-1).to_numpy()

@@ -45,6 +45,18 @@ class DataError(UserError):
         super().__init__(message.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
 
 
+def read_class_names(path: str | os.PathLike, what: str = "") -> list[str]:
+    """Return the names of classes in a file, one on each line; what follows a # is a comment. Raises DataError."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{what}{path} cannot be read: {error}.") from None
+    names = [name for line in lines if (name := line.partition("#")[0].strip())]
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"{what}{path} must hold names of classes, each once, one on a line.")
+    return names
+
+
 class NoSplitError(DataError):
     """An image folder has no validation images."""
 
@@ -77,6 +89,7 @@ class Images(Dataset):
     name, in_memory = "", False  # build_dataset takes them from DATASETS
     channels, has_alpha = 3, False  # build_dataset sets the channels; RGBA needs files with alpha
     part = ""  # names the classes that were chosen of all
+    source = ""  # where images come from that are not in class folders: tells caches of them apart
     max_workers = 12  # more loader processes gain nothing
     bad_image_log = None  # or a BadImageLog
 
@@ -121,6 +134,7 @@ class Subset(Images):
         self.name, self.in_memory, self.max_workers = whole.name, whole.in_memory, whole.max_workers
         self.bad_image_log, self.channels, self.prepare = whole.bad_image_log, whole.channels, whole.prepare
         self.notes, self.part, self.whole, self.numbers = whole.notes, whole.part, whole, numbers
+        self.source = whole.source
         if hasattr(whole, "folder"):  # images of files
             self.folder = whole.folder
         if whole.bad:

@@ -12,6 +12,7 @@ so that loader processes share no file.
 Shapes: N samples in S shards, in the order of the names of the shards and within them.
 """
 
+import hashlib
 import json
 import operator
 import os
@@ -28,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util.data.crop import decode_crop, read_bytes
-from util.data.images import DataError, Images, NoSplitError, data_folder, to_tensor
+from util.data.images import DataError, Images, NoSplitError, data_folder, read_class_names, to_tensor
 from util.io import json_hash, replacing
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -56,7 +57,9 @@ def find_shards(root: Path, split: str) -> list[Path]:
         if match := re.fullmatch(r"(.*?)(\d+)(-of-\d+|\D*)", path.stem):
             sequences[path.parent, match[1], match[3]][int(match[2])] = path
     for (_, before, after), found in sequences.items():
-        for n in set(range(min(found), max(found))) - found.keys():
+        if 2 * len(found) <= max(found) - min(found):
+            continue  # dates, say: no sequence
+        for n in sorted(set(range(min(found), max(found))) - found.keys())[:1]:
             first, last = found[min(found)], found[max(found)].name
             missing = f"{before}{n:0{len(first.stem) - len(before) - len(after)}}{after}.tar"
             raise DataError(f"{first.parent} has {first.name} to {last}, but not {missing}: copy it again.")
@@ -71,14 +74,25 @@ def _scan(shard: Path) -> list[tuple[bytes, int, int, int]]:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 key, _, extension = name.partition(".")
-                if member.isreg() and key and extension:
-                    samples[folder, key][extension.lower()] = member
+                if not (member.isreg() and key and extension):
+                    continue
+                if extension.lower() in samples[folder, key]:
+                    raise DataError(f"{shard} has {member.name} twice: each sample needs a key of its own.")
+                samples[folder, key][extension.lower()] = member
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends at a damaged header
                 raise tarfile.ReadError("unexpected end of data")
-            return [_sample(tar, files) for files in samples.values() if files.keys() & {*IMAGES, "cls"}]
+            return [_sample(tar, files) for files in samples.values() if _is_sample(shard, files)]
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"cannot read the shard {shard}: {error}. Copy it again, not compressed.") from None
+
+
+def _is_sample(shard: Path, files: dict[str, tarfile.TarInfo]) -> bool:
+    if dotted := [member.name for extension, member in files.items() if extension.endswith(".cls")]:
+        raise DataError(f"{shard} has {dotted[0]}: a key ends at the first dot, so that its name must have one alone.")
+    if len(images := files.keys() & {*IMAGES}) > 1:
+        raise DataError(f"{shard} has two images with one key: {', '.join(sorted(files[e].name for e in images))}.")
+    return bool(images) or "cls" in files
 
 
 def _sample(tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> tuple[bytes, int, int, int]:
@@ -99,7 +113,10 @@ def _sample(tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> tuple[by
 
 
 def read_index(root: Path, split: str, anew: bool = False) -> dict[str, np.ndarray]:
-    """Return the index of a split, made where there is none, or `anew`. DataError if it is of other shards."""
+    """Return the index of a split, made where there is none, or `anew`.
+
+    DataError if it is of other shards; and if it was to be made anew and can be written nowhere.
+    """
     paths = find_shards(root, split)
     about = [(str(path.relative_to(root)), s.st_size, int(s.st_mtime)) for path in paths for s in [path.stat()]]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "spectral-jit", json_hash(str(root))).expanduser()
@@ -127,8 +144,10 @@ def read_index(root: Path, split: str, anew: bool = False) -> dict[str, np.ndarr
             place.parent.mkdir(parents=True, exist_ok=True)
             with replacing(place) as file:
                 np.savez(file, **index)
-            break
-    return index
+            return index
+    if anew:
+        raise DataError(f"the index can be written neither to {places[0]} nor to {places[1]}.")
+    return index  # without a place for it, each start scans
 
 
 def _table(rows: list[tuple], names: str) -> np.recarray:
@@ -147,11 +166,10 @@ class ShardImages(Images):
         root = self._root = data_folder(data_path, "the folder of the shards (*.tar)")
         index = read_index(root, split)
         self._samples, self._shards = index["samples"], index["shards"]["name"]
+        self.source = f"{root} {split} {hashlib.sha256(self._samples.tobytes()).hexdigest()[:16]}"
         labels = self._samples["label"].astype(np.int64)
         if (root / CLASSES).is_file():
-            names = (root / CLASSES).read_text().splitlines()
-            if len(set(names)) < len(names):
-                raise DataError(f"{root / CLASSES} must name each class once, on a line, in the order of the labels.")
+            names = read_class_names(root / CLASSES)
         else:
             train = index if split == "train" else read_index(root, "train")
             names = [str(k) for k in range(train["samples"]["label"].max() + 1)]

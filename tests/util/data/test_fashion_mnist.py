@@ -1,6 +1,7 @@
 """Fashion-MNIST, against torchvision's reader. The four files are made here: the real ones may not be installed."""
 
 import gzip
+import hashlib
 import struct
 
 import numpy as np
@@ -16,16 +17,17 @@ from util.data.images import DataError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "COUNTS", {"train": 7, "t10k": 3})
     rng = np.random.default_rng(0)
-    for part, n in fashion_mnist.COUNTS.items():
+    for part, n in {"train": 7, "t10k": 3}.items():
         images, labels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), rng.integers(0, 10, n, dtype=np.uint8)
         for name, header, array in (
             ("images-idx3", struct.pack(">4i", 0x803, n, 28, 28), images),
             ("labels-idx1", struct.pack(">2i", 0x801, n), labels),
         ):
-            (tmp_path / f"{part}-{name}-ubyte").write_bytes(header + array.tobytes())
-            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+            content = header + array.tobytes()
+            monkeypatch.setitem(fashion_mnist.SHA256, f"{part}-{name}-ubyte", hashlib.sha256(content).hexdigest())
+            (tmp_path / f"{part}-{name}-ubyte").write_bytes(content)
+            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
     return tmp_path
 
 
@@ -51,7 +53,8 @@ def test_what_is_refused(folder):
     path = folder / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     damaged = whole[:500] + bytes([whole[500] ^ 255]) + whole[501:]
-    for content in (whole[:500], damaged, gzip.compress(gzip.decompress(whole)[:-1]), b"<html>"):
+    other = gzip.compress(gzip.decompress(whole)[:-1] + b"x")  # of MNIST, say
+    for content in (whole[:500], damaged, gzip.compress(gzip.decompress(whole)[:-1]), other, b"<html>"):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"no complete Fashion-MNIST in .*dataset-fashion-mnist.*--data_path"):
             build_dataset("fashion_mnist", folder, 32)

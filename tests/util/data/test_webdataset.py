@@ -203,6 +203,13 @@ def compress(shards):
         tar.addfile(info, io.BytesIO(whole))
 
 
+def append(shards, name, content):
+    with tarfile.open(shards / "imagenet1k-train-000002.tar", "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
 FAULTS = {
     "gap": (lambda f: without(f, 1), r"train-000000\.tar to imagenet1k-train-000003\.tar, but not .*-000001\.tar"),
     "half an image": (lambda f: cut(f, 4000), r"shard .*-000001\.tar: unexpected end of data"),
@@ -218,11 +225,21 @@ FAULTS = {
     "half": (members(x_png=None, x_json=b'{"label": 1.5}'), r"x\.png has no label"),
     "other json": (members(x_png=None, x_json=b'["label"]'), r"x\.png has no label"),
     "no image": (members(x_cls=b"1"), r"-000002\.tar/x\.cls is the label of no image"),
+    "twice": (
+        lambda f: shutil.copy(f / "imagenet1k-train-000002.tar", f / "x") and append(f, "n00012_12.cls", b"0"),
+        r"-000002\.tar has n00012_12\.cls twice",
+    ),
+    "two images": (members(x_png=None, x_webp=None, x_cls=b"1"), r"two images with one key: x\.png, x\.webp"),
+    "dot in the key": (members(a_b_png=None, a_b_cls=b"1"), r"-000002\.tar has a\.b\.cls: a key ends at the first dot"),
+    "no text": (lambda f: (f / "classes.txt").write_bytes(b"\xff"), r"classes\.txt cannot be read"),
     "out of range": (
         lambda f: (f / "classes.txt").write_text("a\nb\n"),
         r"-000002\.tar/n00013_13\.png has the label 2; expected 0 to 1, the lines of .*classes\.txt",
     ),
-    "same name": (lambda f: (f / "classes.txt").write_text("a\nb\na\n"), r"classes\.txt must name each class once"),
+    "same name": (
+        lambda f: (f / "classes.txt").write_text("a\nb\na\n"),
+        r"classes\.txt must hold names of classes, each once",
+    ),
     "no shards": (lambda f: [path.unlink() for path in f.glob("*.tar")], r"holds no shards of the split train"),
     "no samples": (lambda f: [add(path, {"x.txt": b""}) for path in f.glob("*.tar")], "hold no images"),
 }
@@ -304,6 +321,35 @@ def test_a_cache_of_shards(folder, images, tmp_path):
     by_class = [np.flatnonzero(images.labels[order] == k).tolist() for k in range(3)]
     assert list(cache.list_files(cached).values()) == by_class  # as latents of the cache are listed
     assert len(build_dataset("imagefolder", tmp_path / "cache", SIZE, "val")) == 4
+
+
+def test_a_cache_is_not_continued_from_other_shards(images, tmp_path, capsys):
+    """Though their labels are the same."""
+    write(images, tmp_path / "a" / "train-%d.tar")
+    write(images, tmp_path / "b" / "train-%d.tar", [5, 4, 3, 2, 1, 0, *range(6, 18)])
+    for name, code in (("a", 0), ("b", 2), ("a", 0)):
+        words = f"cache --dataset webdataset --data_path {tmp_path}/{name} --img_size {SIZE} --out {tmp_path}/cache"
+        assert prepare_data.main(words.split()) == code
+    assert "was made from other images" in capsys.readouterr().err
+
+
+def test_numbers_that_are_dates_have_no_gaps(images, tmp_path):
+    for i, date in enumerate((20240101, 20240301, 20991231)):
+        write(images, tmp_path / "shards" / f"part{i}-%d.tar", [i])
+        (tmp_path / "shards" / f"part{i}-0.tar").rename(tmp_path / "shards" / f"part-{date}.tar")
+    assert len(open_shards(tmp_path / "shards")) == 3
+
+
+def test_an_index_that_can_be_written_nowhere(shards, images, monkeypatch, capsys):
+    """Training scans at each start, and the command that should write it says so."""
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(webdataset, "replacing", refuse)
+    assert_same_items(open_shards(shards), images)
+    assert prepare_data.main(["index", "--data_path", str(shards)]) == 2
+    assert "can be written neither to" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
