@@ -20,7 +20,8 @@ FOLDER = REPOSITORY / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.sh") if path.stem != "common")
 JIT = {"epochs": "600", "global_batch": "1024", "model": "JiT-B/16"}
 DIT = """pred_param v  t_sampler uniform  t_eps 0  lr 1e-4  lr_schedule cosine  min_lr 1e-5  warmup_steps 5000
-    beta2 0.99  grad_clip 1  sampling_method euler  num_sampling_steps 50  global_batch 256  cfg 1.0  model JiT-Ti/1""".split()
+    beta2 0.99  grad_clip 1  sampling_method euler  num_sampling_steps 50  global_batch 256  cfg 1.0
+    model JiT-Ti/1""".split()
 
 
 class Recipe:
