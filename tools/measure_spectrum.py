@@ -81,7 +81,7 @@ def summary(power: torch.Tensor, centred: torch.Tensor, fits: np.ndarray) -> dic
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write and print; return exit code 0, or 2 with one sentence on stderr."""
+    """Measure, write and print; return exit code 0, or 2 (130 after Ctrl-C) with one sentence on stderr."""
     parser = argparse.ArgumentParser(prog="python -m tools.measure_spectrum", description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data_path", help="folder of the data set")
@@ -115,6 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"measure_spectrum: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("measure_spectrum: interrupted; nothing was written", file=sys.stderr)
+        return 130
     bounds, (alpha, spread) = spectrum.meta["bounds"], spectrum.meta["fit_mean_and_std"]["alpha"]
     bounds = f"lambda from {bounds['lambda_0']:.3f} to {bounds['lambda_1']:.3f} with delta {DELTA}"
     print(f"{out}: {len(index)} images, alpha {alpha:.3f} +- {spread:.3f}, {bounds}")

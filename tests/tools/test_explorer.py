@@ -110,6 +110,12 @@ def test_each_image_may_have_its_own_times(trained, tmp_path):
     trajectory.draw(found, 1, trajectory.power_range(found, 1))
 
 
+def test_columns_that_rows_share_are_said_once():
+    rows = [{"run": "a", "N": 5, "cfg": 1.0, "fid": 2.0}, {"run": "b", "N": 5, "cfg": 2.0, "fid": 2.0}]
+    assert runs.shared(rows) == ({"N": 5}, [{k: row[k] for k in ("run", "cfg", "fid")} for row in rows])
+    assert runs.shared([{"run": "a", "N": 5}, {"run": "a"}]) == ({}, [{"run": "a", "N": 5}, {"run": "a"}])
+
+
 def test_a_network_is_not_sampled_with_another_spectrum_than_its_own(tmp_path):
     file = spectrum_of_digits(tmp_path / "elsewhere.npz")
     run = train(

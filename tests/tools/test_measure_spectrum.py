@@ -87,3 +87,12 @@ def test_cifar10_is_the_published_spectrum(tmp_path):
     assert found.meta["corr_a_alpha"] == pytest.approx(fit["corr"], rel=1e-6)
     above = np.exp(spread["a"][0] - spread["alpha"][0] * np.log(22)) / found.power[22]
     assert above > 5  # the power law overestimates the last rings: nu_min is measured
+
+
+def test_ctrl_c_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure_spectrum, "measure", interrupted)
+    assert measure_spectrum.main(["--dataset", "digits", "--out", str(tmp_path / "s.npz")]) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -77,7 +77,11 @@ def plane_tab() -> None:
     with pictures, sentences():
         files = {path.stem: path for path in sorted(FID_STATS.glob(f"*_{size}_spectrum.npz"))}
         with controls:
-            name = st.selectbox("Spectrum", ["this image", *files], help="of the colours, and for snr and budget")
+            name = st.selectbox(
+                "Spectrum",
+                ["this image", *files],
+                help="of the colours, for snr and budget: this image's, or one in fid_stats/ of this size",
+            )
             power, dct_power = plane.powers_of_file(files[name]) if name in files else plane.powers_of_image(x)
             scale, alpha = plane.power_law(power)
             schedule = st.segmented_control(
@@ -228,18 +232,20 @@ def runs_tab() -> None:
         st.pyplot(runs.draw_curves(curves))
     st.markdown("##### Evaluations")
     if rows:
+        shared, rows = runs.shared(rows)
+        st.caption(plain("All: " + ", ".join(f"{name} {value}" for name, value in shared.items())))
         st.dataframe(rows, hide_index=True)
     else:
         st.write("None yet: `main_jit.py --evaluate_gen --resume DIR` makes one.")
     st.markdown("##### Samples over epochs")
-    for run, column in zip(chosen, st.columns(max(len(chosen), 1)), strict=False):
+    for run, column in zip(chosen, st.columns(max(len(chosen), 2)), strict=False):
         with column, sentences():
             grids = {str(path.relative_to(run / "samples")): path for path in runs.sample_grids(FOLDERS, run)}
             name = next(reversed(grids), None)
             if len(grids) > 1:
                 name = st.select_slider(plain(str(run)), list(grids), name, key=f"grid of {run}")
             if name:
-                st.image(runs.picture(grids[name]), plain(f"{run}: {name}"), width=600, output_format="PNG")
+                st.image(runs.picture(grids[name]), plain(f"{run}: {name}"), width="stretch", output_format="PNG")
             else:
                 st.write(plain(f"{run} has no samples yet."))
 

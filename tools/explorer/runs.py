@@ -17,6 +17,7 @@ from PIL import Image
 from tools import report
 from tools.hub import CONFIG, WEIGHTS
 from util.errors import UserError
+from util.evaluation.metrics import METRICS
 from util.evaluation.plots import new_figure
 from util.log import LOG_NAME
 
@@ -95,7 +96,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 
 def draw_curves(of_runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
     """Draw loss, learning rate and speed of runs over epochs; dashed: the loss on held-out images."""
-    figure = new_figure(13, 3.8)
+    figure = new_figure(13, 4.2)
     loss, lr, speed = figure.subplots(1, 3)
     for i, (name, of_run) in enumerate(of_runs.items()):
         style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6}
@@ -113,8 +114,7 @@ def draw_curves(of_runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
     for axes in (loss, lr, speed):
         axes.set_xlabel("epochs")
         axes.grid(alpha=0.3, which="both")
-    if loss.lines:
-        loss.legend(frameon=False, fontsize=9)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -126,6 +126,14 @@ def evaluations(folders: Folders, run: Path) -> tuple[list[dict[str, Any]], list
     except UserError as error:
         return [], [str(error)]
     return [{**row, "run": str(run)} for row in rows], warnings
+
+
+def shared(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the columns in which all rows have the same value, and the rows without them; metrics stay."""
+    metrics = {value for metric in METRICS.values() for value in metric.values}
+    same = {name: value for name, value in rows[0].items() if all(row.get(name, ...) == value for row in rows)}
+    same = {name: value for name, value in same.items() if name != "run" and name not in metrics}
+    return same, [{name: value for name, value in row.items() if name not in same} for row in rows]
 
 
 def sample_grids(folders: Folders, run: Path) -> list[Path]:

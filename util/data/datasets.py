@@ -101,6 +101,10 @@ class ImageFolderImages(FileImages):
             files = [_list_files(folder / name) for name in classes]
         except OSError as e:
             raise DataError(f"cannot list the {split} images in {folder}: {e}. Check permissions.") from None
+        if any(root.glob("*.tar")) or any(root.glob("train/*.tar")):
+            raise DataError(f"{root} holds tar files: --dataset webdataset (DATASET=webdataset) reads shards.")
+        if any((root / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+            raise DataError(f"{root} was written by Hugging Face's datasets: use --dataset huggingface.")
         if classes == ["train"] and not files[0]:  # an empty train/ is no class
             folder, classes = folder / "train", []
         if not classes:

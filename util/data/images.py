@@ -99,6 +99,11 @@ class Images(Dataset):
         self.img_size, self.class_names, self.labels = img_size, list(class_names), labels  # labels (N,) int64
         self.num_classes = len(self.class_names)
         self.notes: list[str] = []  # warnings for whoever trains on them
+        if empty := sorted(set(range(self.num_classes)) - set(np.unique(labels).tolist())):
+            self.notes.append(
+                f"{len(empty)} of the {self.num_classes} classes have no image, such as {self.class_names[empty[0]]}: "
+                "labels count from 0"
+            )
         self.bad: dict[int, str] = {}  # images that are known to be bad before they are read, and why
 
     def __len__(self) -> int:

@@ -49,8 +49,8 @@ def find_shards(root: Path, split: str) -> list[Path]:
         shards[next(SPLITS[word] for word in words if word in SPLITS)].append(path)
     if not shards[split]:
         raise (DataError if split == "train" else NoSplitError)(
-            f"{root} holds no shards of the split {split}. Expected --data_path (DATA_PATH) to be a folder of *.tar; "
-            "train, val or test in their names, or folders of that name, say of which split they are."
+            f"{root} holds no shards of the split {split}. Expected --data_path (DATA_PATH) to be a folder of *.tar, "
+            "not compressed; train, val or test in their names, or folders of that name, say of which split they are."
         )
     sequences = defaultdict(dict)  # the name around a number -> number -> shard
     for path in shards[split]:

@@ -150,3 +150,18 @@ def test_to_float():
     assert torch.equal(back[0, 2].flatten(), torch.arange(256, dtype=torch.uint8))
     with pytest.raises(TypeError):
         to_float(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("a-0.tar", r"holds tar files: --dataset webdataset"),
+        ("train/a-0.tar", r"holds tar files: --dataset webdataset"),
+        ("dataset_dict.json", r"was written by Hugging Face's datasets: use --dataset huggingface"),
+    ],
+)
+def test_a_folder_of_another_kind_is_recognised(tmp_path, name, match):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=match):
+        build_dataset("imagefolder", tmp_path, 16)

@@ -333,6 +333,17 @@ def test_a_cache_is_not_continued_from_other_shards(images, tmp_path, capsys):
     assert "was made from other images" in capsys.readouterr().err
 
 
+def test_labels_that_count_from_1_are_noted(images, tmp_path):
+    write(images, tmp_path / "shards" / "train-%d.tar")
+    assert open_shards(tmp_path / "shards").notes == []
+    add(tmp_path / "shards" / "train-9.tar", {"x.png": encoded(noise_image(9, 9), "PNG"), "x.cls": b"4"})
+    for path in (tmp_path / "shards").glob("train-[0-4].tar"):
+        path.unlink()
+    (tmp_path / "shards" / "train.index.npz").unlink()
+    (note,) = open_shards(tmp_path / "shards").notes
+    assert note == "4 of the 5 classes have no image, such as 0: labels count from 0"
+
+
 def test_numbers_that_are_dates_have_no_gaps(images, tmp_path):
     for i, date in enumerate((20240101, 20240301, 20991231)):
         write(images, tmp_path / "shards" / f"part{i}-%d.tar", [i])
