@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from spectral_ops.spectrum import SpectrumSums
@@ -86,6 +87,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--num_features must be 0 or at least {least}, not {args.num_features}.")
     if args.heldout_counts and min(args.heldout_counts) < 2:
         raise UserError(f"--heldout_counts must be at least 2, not {min(args.heldout_counts)}.")
+    asked = args.heldout_counts or args.heldout_split not in (None, "none")
+    if asked and (flag := without_heldout(args)):
+        raise UserError(
+            f"{flag} stores no distances of held-out images. Leave it out, or --heldout_counts and --heldout_split."
+        )
     if args.heldout_split == args.split:
         raise UserError(f"--heldout_split {args.split} is --split: these images would not be held out.")
     if args.out is None and args.vae:
@@ -118,15 +124,26 @@ def choose_indices(total: int, num_images: int | None) -> list[int]:
     return sorted(np.random.RandomState(SUBSET_SEED).permutation(total)[:num_images].tolist())
 
 
+def without_heldout(args: argparse.Namespace) -> str | None:
+    """Return the flag because of which no distances of held-out images are stored; None if there is none."""
+    if args.heldout_split == "none":
+        return "--heldout_split none"
+    if args.split != "train":  # val and test may be the same images
+        return f"--split {args.split}"
+    if args.vae:
+        return "--vae"
+    return f"--extractor {args.extractor}" if EXTRACTORS[args.extractor].table is None else None
+
+
 def open_heldout(args: argparse.Namespace, ctx: DistContext) -> tuple[Images | None, list[int]]:
     """Return the held-out images and of how many of them distances are stored, as far as there are images.
 
     What cannot be opened is an error if it was asked for, otherwise a warning, and nothing is stored.
     """
-    split = args.heldout_split or ("val" if args.split == "train" and not args.vae else "none")
+    if without_heldout(args):
+        return None, []
+    split = args.heldout_split or "val"
     try:
-        if split == "none" or EXTRACTORS[args.extractor].table is None:
-            return None, []
         images = build_dataset(args.dataset, args.data_path, args.img_size, split, args.channels, args.labels_file)
     except DataError as error:
         if args.heldout_split or args.heldout_counts:
@@ -147,7 +164,7 @@ def choose_features(num_images: int, num_features: int) -> list[int]:
 def compute(
     images: Images,
     indices: Sequence[int],
-    stored: Sequence[int],
+    stored: Sequence[int] | None,
     extractor: Extractor,
     args: Any,
     ctx: DistContext,
@@ -155,7 +172,8 @@ def compute(
 ) -> Statistics:
     """Compute this rank's part of the statistics of the images `indices`, in that order, or of their reconstructions.
 
-    Features are returned of the positions `stored` in `indices`. Raises UserError for an unreadable image.
+    Features are returned of the positions `stored` in `indices`; None leaves out these and the spectra. Raises
+    UserError for an unreadable image.
     """
     starts = [i * args.batch_size for i in local_range(-(-len(indices) // args.batch_size), ctx)]
     batches = [list(indices[start : start + args.batch_size]) for start in starts]
@@ -165,7 +183,7 @@ def compute(
     moments = {suffix: Moments(extractor.streams[name]) for suffix, name in streams.items()}
     spectra = SpectrumSums(images.img_size)
     rows = [torch.empty(0, extractor.streams[stream])]
-    keep = set(stored)
+    keep = set(stored or ())
     for start, (x, _) in zip(starts, progress(loader, ctx, len(batches), stream, "batch"), strict=True):
         x = x.to(extractor.device, non_blocking=True)  # (B, 3, H, W)
         if images.channels == 1:
@@ -174,18 +192,19 @@ def compute(
         features = extractor(x)  # {stream: (B, F)}
         for suffix, name in streams.items():
             moments[suffix].update(features[name])
-        spectra.update(x)
+        if stored is not None:
+            spectra.update(x)
         rows.append(features[stream][[i for i in range(len(x)) if start + i in keep]])
     return moments, spectra, torch.cat(rows)
 
 
-def merge(part: Statistics, ctx: DistContext) -> Statistics | None:
-    """Merge the parts of all ranks on rank 0; return None on the others."""
-    if ctx.world_size == 1:
+def merge(part: Statistics, ctx: DistContext, group: dist.ProcessGroup | None) -> Statistics | None:
+    """Merge the parts of all ranks of a gloo group on rank 0; return None on the others."""
+    if group is None:
         return part
     moments, spectra, features = part
     parts = [None] * ctx.world_size if ctx.is_main else None
-    dist.gather_object((moments, spectra.total, features), parts, group=gloo_group(timedelta(minutes=TIMEOUT_MINUTES)))
+    dist.gather_object((moments, spectra.total, features), parts, group=group)
     if parts is None:
         return None
     for other_moments, other_total, _ in parts[1:]:
@@ -223,7 +242,8 @@ def heldout_tables(
         found = finish_moments(total)
         for suffix in total:
             pair = (arrays[f"{name}{suffix}"] for arrays in (found, real) for name in ("mu", "sigma"))
-            rows.setdefault(f"heldout{suffix}", []).append((end, frechet_of_moments(*pair)))
+            with threadpool_limits(len(os.sched_getaffinity(0))):  # torchrun gives a rank one thread
+                rows.setdefault(f"heldout{suffix}", []).append((end, frechet_of_moments(*pair)))
     return {name: np.array(table, dtype=np.float64) for name, table in rows.items()}
 
 
@@ -249,9 +269,11 @@ def run(args: argparse.Namespace) -> str | None:
         extractor = raise_on_all_ranks(ctx, lambda: kind(ctx.device, weights_settings(args), args.img_size))
         vae = raise_on_all_ranks(ctx, lambda: load_vae(args.vae, ctx.device) if args.vae else None)
 
-        def measure(images: Images, indices: Sequence[int], stored: Sequence[int] = ()) -> Statistics | None:
+        group = gloo_group(timedelta(minutes=TIMEOUT_MINUTES)) if ctx.world_size > 1 else None
+
+        def measure(images: Images, indices: Sequence[int], stored: Sequence[int] | None = None) -> Statistics | None:
             part = raise_on_all_ranks(ctx, lambda: compute(images, indices, stored, extractor, args, ctx, vae))
-            return merge(part, ctx)
+            return merge(part, ctx, group)
 
         total = measure(images, indices, stored)
         real = None if total is None else finish_moments(total[0])
@@ -273,6 +295,8 @@ def run(args: argparse.Namespace) -> str | None:
         "subset_seed": None if args.num_images is None else SUBSET_SEED,
         "num_features": len(stored),
         "features_seed": FEATURES_SEED if stored else None,
+        "heldout_split": None if heldout is None else args.heldout_split or "val",
+        "heldout_images": len(heldout or ()),
         "heldout_counts": counts,
         "batch_size": args.batch_size,
         "processes": ctx.world_size,
@@ -290,7 +314,7 @@ def run(args: argparse.Namespace) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, or 2 after an error that one sentence on stderr explains."""
+    """Return the exit code: 0, 2 after an error that one sentence on stderr explains, or 130 after Ctrl-C."""
     try:
         if line := run(build_parser().parse_args(argv)):
             print(line)
@@ -300,6 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.on_all_ranks or dist.get_rank() == 0:
             print(f"prepare_ref.py: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_ref.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

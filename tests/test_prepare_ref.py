@@ -17,6 +17,7 @@ from tests.util.evaluation.toy import fork_ranks
 from util.data.datasets import build_dataset
 from util.data.images import Subset
 from util.dist.context import DistContext
+from util.evaluation.features import SPATIAL
 from util.evaluation.formulas import frechet_distance
 from util.evaluation.reference import load_reference
 
@@ -101,7 +102,9 @@ def part_of(split: str, size: int = 32) -> Subset:
 
 
 def test_distances_of_heldout_images_are_stored(tmp_path, colours, halves, monkeypatch, capsys):
-    """Of the first images of a fixed permutation, for sFID as well; none for other data, parts or wishes."""
+    """Of the first images of a fixed permutation, for sFID as well, without spectra; none for other parts or wishes."""
+    spectra, update = [], prepare_ref.SpectrumSums.update
+    monkeypatch.setattr(prepare_ref.SpectrumSums, "update", lambda s, x: spectra.append(len(x)) or update(s, x))
     monkeypatch.setitem(
         prepare_ref.EXTRACTORS, "inception", replace(prepare_ref.EXTRACTORS["inception"], extractor=SpatialColours)
     )
@@ -110,17 +113,22 @@ def test_distances_of_heldout_images_are_stored(tmp_path, colours, halves, monke
     assert prepare_ref.main([*arguments, "--heldout_counts", "200", "60"]) == 0
     reference = load_reference(out, "digits", 32, SpatialColours(), "inception_2048")
     images = torch.stack([image for image, _ in part_of("val")])[np.random.RandomState(0).permutation(300)]
-    for table, mu, sigma in (("heldout", "mu", "sigma"), ("heldout_s", "mu_s", "sigma_s")):
+    assert sum(spectra) == 100  # not of the held-out images
+    keys = ("heldout_split", "heldout_images", "heldout_counts")
+    assert [reference.meta[key] for key in keys] == ["val", 300, [60, 200]]
+    for suffix, stream in (("", "inception_2048"), ("_s", SPATIAL)):
+        table, mu, sigma = (f"{name}{suffix}" for name in ("heldout", "mu", "sigma"))
         distances = reference.heldout(table)
         assert list(distances) == [60, 200]
         for count, distance in distances.items():
-            x = Colours()(images[:count])["inception_2048"]
+            x = SpatialColours()(images[:count])[stream]
             expected = frechet_distance(x, reference.arrays[mu], reference.arrays[sigma])
             assert distance == pytest.approx(expected, rel=1e-4)
     assert prepare_ref.main(arguments) == 0  # fewer than 500 images
-    assert prepare_ref.main([*arguments, "--heldout_split", "none", "--heldout_counts", "60"]) == 0
-    assert prepare_ref.main([*arguments, "--split", "test"]) == 0
-    assert load(out).heldout("heldout") == {}
+    assert load(out).heldout("heldout") == {} and load(out).meta["heldout_images"] == 300
+    for words in (("--heldout_split", "none"), ("--split", "test")):
+        assert prepare_ref.main([*arguments, *words]) == 0
+        assert load(out).heldout("heldout") == {} and load(out).meta["heldout_split"] is None
     capsys.readouterr()
     for words, message in {
         ("--heldout_counts", "301"): "the split val has 300 images",
@@ -128,6 +136,22 @@ def test_distances_of_heldout_images_are_stored(tmp_path, colours, halves, monke
         ("--heldout_split", "train"): "would not be held out",
     }.items():
         assert prepare_ref.main([*arguments, *words]) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--split val --heldout_split test", "--split val"),  # the same images
+        ("--split test --heldout_counts 60", "--split test"),
+        ("--vae folder --heldout_split test", "--vae"),
+        ("--extractor clip_vit_l_14_336px --heldout_counts 60", "--extractor clip_vit_l_14_336px"),
+        ("--heldout_split none --heldout_counts 60", "--heldout_split none"),
+    ],
+)
+def test_heldout_flags_that_would_do_nothing_are_refused(tmp_path, capsys, words, flag):
+    arguments = ["--dataset", "cifar10", "--device", "cpu", "--out", str(tmp_path / "r.npz"), *words.split()]
+    assert prepare_ref.main(arguments) == 2
+    assert f"{flag} stores no distances of held-out images" in capsys.readouterr().err
 
 
 def test_heldout_images_that_cannot_be_opened_are_a_warning_unless_they_are_asked_for(here, colours, capsys):
@@ -145,12 +169,15 @@ def test_heldout_images_that_cannot_be_opened_are_a_warning_unless_they_are_aske
     assert "prepare_ref.py: " in (error := capsys.readouterr().err) and "holds no class folders" in error
 
 
-def test_two_ranks_write_what_one_writes(tmp_path, colours, halves):
+def test_two_ranks_write_what_one_writes(tmp_path, colours, halves, monkeypatch):
+    new = prepare_ref.gloo_group
+    monkeypatch.setattr(prepare_ref, "gloo_group", lambda timeout: print("a group") or new(timeout))
     arguments = ["--dataset", "digits", "--num_features", "40", "--batch_size", "16", "--heldout_counts", "20", "50"]
     arguments += ["--device", "cpu", "--out"]
     two, one = tmp_path / "two.npz", tmp_path / "one.npz"
     done = fork_ranks(2, tmp_path, lambda: prepare_ref.main([*arguments, str(two)]))
-    assert [code for code, _ in done] == [0, 0] and str(two) in done[0][1] and done[1][1] == "", done
+    assert [code for code, _ in done] == [0, 0] and str(two) in done[0][1], done
+    assert [text.count("a group") for _, text in done] == [1, 1] and done[1][1] == "a group\n"
     assert prepare_ref.main([*arguments, str(one)]) == 0
     one, two = load(one), load(two)
     assert (one.meta["processes"], two.meta["processes"]) == (1, 2)

@@ -1,4 +1,4 @@
-"""Fetch the weights of the networks behind FID, FD-DINOv2 and CMMD, and verify them.
+"""Fetch the weights of the networks behind FID, FD-DINOv2 and KID over CLIP, and verify them.
 
     python -m tools.fetch_weights                                    all, into torch hub's cache, where evaluation looks
     python -m tools.fetch_weights inception clip --weights_dir DIR   two of them, into a folder to carry elsewhere
@@ -17,7 +17,7 @@ from util.evaluation.weights import WEIGHTS, hub_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, or 2 after an error that one sentence on stderr explains."""
+    """Return the exit code: 0, or 2 if one of them is not there, which a sentence on stderr explains."""
     parser = argparse.ArgumentParser(
         "python -m tools.fetch_weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,14 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := [name for name in args.networks if name not in WEIGHTS]:
         parser.error(f"there are no weights {unknown[0]!r}; choose from {', '.join(WEIGHTS)}")
-    try:
-        for name in args.networks or WEIGHTS:
+    code = 0
+    for name in args.networks or WEIGHTS:
+        try:
             path, sha256 = WEIGHTS[name].fetch(args.weights_dir or hub_folder(), progress=sys.stderr.isatty())
             print(f"{path}\nsha256 {sha256}, {WEIGHTS[name].origin(sha256)}")
-    except UserError as error:
-        print(f"fetch_weights: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        except UserError as error:
+            print(f"fetch_weights: error: {error}", file=sys.stderr)
+            code = 2
+    return code
 
 
 if __name__ == "__main__":

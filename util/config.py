@@ -24,6 +24,7 @@ from util.compile import MODES as COMPILE_MODES
 from util.data.datasets import DATASETS, part_name, read_labels_file
 from util.dist.parallel import PARALLEL
 from util.errors import UserError
+from util.evaluation.metrics import METRICS
 from util.evaluation.protocols import PROTOCOLS, protocol_settings
 from util.flags import (
     LOCKED,
@@ -242,7 +243,9 @@ class EvaluateConfig:
     online_eval: bool = flag(True, OVERRIDABLE, "evaluate during training")
     eval_freq: int = flag(40, OVERRIDABLE, "epochs between sample grids and online evaluations", ge=1)
     metrics: str | None = flag(
-        None, OVERRIDABLE, "any of fid, is, fd_dinov2, cmmd, fd_effnet, class_agreement (default: the data set's)"
+        None,
+        OVERRIDABLE,
+        f"any of {', '.join(name for name in METRICS if METRICS[name].beside is None)} (default: the data set's)",
     )
     num_images: int = flag(50000, OVERRIDABLE, "images to generate, a multiple of the number of classes", ge=1)
     protocol: str = flag(
@@ -251,8 +254,10 @@ class EvaluateConfig:
     fid_stats: str | None = flag(None, PER_CALL, "reference statistics (default: in fid_stats/)")
     inception_weights: str | None = flag(None, PER_CALL, "file of Inception weights (also: INCEPTION_WEIGHTS)")
     dinov2_weights: str | None = flag(None, PER_CALL, "file of DINOv2 weights, for fd_dinov2")
-    clip_weights: str | None = flag(None, PER_CALL, "file of CLIP weights, for cmmd")
-    weights_dir: str | None = flag(None, PER_CALL, "folder in which weights are looked for by their published names")
+    clip_weights: str | None = flag(None, PER_CALL, "file of CLIP weights, for kid_clip")
+    weights_dir: str | None = flag(
+        None, PER_CALL, "folder with weights under their published names; missing ones are downloaded into it"
+    )
     save_images: str | None = flag(None, PER_CALL, "folder for PNGs of the images of --evaluate_gen")
     keep_features: bool = flag(False, PER_CALL, "keep the features of the images beside the report")
     vae: str | None = flag(
@@ -556,7 +561,8 @@ def check(config: Any, evaluates: bool) -> list[str]:
         enough = -(-config.num_images // config.class_num) * config.class_num
         raise UserError(
             f"--num_images {config.num_images} is not a multiple of the {config.class_num} classes, of which an "
-            f"evaluation needs equally many images; {enough} is. --no-online_eval (ONLINE_EVAL=0) trains without."
+            f"evaluation needs equally many images; {enough} is."
+            + ("" if config.evaluate_gen else " --no-online_eval (ONLINE_EVAL=0) trains without.")
         )
     if spectral(config.sampling_grid) and config.num_sampling_steps < 3:
         raise UserError(

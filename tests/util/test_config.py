@@ -143,6 +143,7 @@ def test_help(capsys):
     out = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name}" in out for name in all_flags())
     assert "JiT-B/16" in out and "5e-05" in out
+    assert "kid_clip, fd_effnet, fid_antialias, class_agreement, is" in " ".join(out.split())  # all of the registry
 
 
 # --- the launcher and the flags agree -------------------------------------------------------------------------------

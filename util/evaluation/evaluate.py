@@ -64,7 +64,7 @@ def build_suite(config: Any, ctx: DistContext, num_images: int) -> MetricSuite:
         protocol = PROTOCOLS.get(config.protocol)
         named = config.protocol if protocol and protocol.num_images == num_images else None
         of = names, config.real_images, config.pixels, num_images, ctx.device
-        suite = MetricSuite(*of, reference, weights, named)
+        suite = MetricSuite(*of, reference, weights, named, reference_of=protocol and protocol.metrics[0])
         if named:
             check_protocol(named, suite)
         return suite
@@ -281,7 +281,9 @@ def loggable(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metric_line(report: Mapping[str, Any]) -> str:
-    """Return the numbers with what they can be compared with: as many images, and the protocol of FID and IS."""
+    """Return the numbers with what they can be compared with: as many images, and the protocol; and what is missing."""
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in report["metrics"].items())
     protocol = report["measured_with"].get("protocol")
-    return f"{numbers}  ({report['num_images']} images{f', {protocol}' if protocol else ''})"
+    missing = ", ".join(report["measured_with"].get("not_computed", ()))
+    missing = f"; the report says why there is no {missing}" if missing else ""
+    return f"{numbers}  ({report['num_images']} images{f', {protocol}' if protocol else ''}{missing})"

@@ -46,7 +46,7 @@ class Extractor:
             self.path, self.sha256 = self.file.find(weights or {})
             try:
                 network = self._load()
-            except UserError:
+            except (UserError, ImportError, MemoryError):
                 raise
             except Exception as error:  # those of another network raise many types
                 reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
@@ -155,7 +155,7 @@ class DinoV2(Extractor):
         import timm
         from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-        state = {key: value for key, value in load_tensors(self.path).items() if key != "mask_token"}
+        state = {key: value.float() for key, value in load_tensors(self.path).items() if key != "mask_token"}
         size = FeatureExtractorDinoV2.INPUT_IMAGE_SIZE
         with torch.device("meta"):  # its own initialisation would take seconds
             network = timm.create_model(self.architecture, pretrained=False, img_size=size, num_classes=0)

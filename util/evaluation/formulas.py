@@ -16,7 +16,7 @@ from util.evaluation.features import DigitPixels
 ISC = {"splits": 10, "shuffle": True, "rng_seed": 2020}  # torch-fidelity's defaults, and in each report
 PRC = {"prc_neighborhood": 3}
 KID = {"kid_subsets": 100, "kid_subset_size": 1000, "rng_seed": 2020}
-CMMD = {**KID, "kid_kernel": "rbf", "kid_kernel_rbf_sigma": 10}
+KID_CLIP = {**KID, "kid_kernel": "rbf", "kid_kernel_rbf_sigma": 10}
 DENSITY = {"neighbours": 5}
 
 
@@ -25,8 +25,8 @@ def frechet_distance(features: Tensor, mu: Tensor | np.ndarray, sigma: Tensor | 
 
         d = |mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2))
 
-    The statistics of `features` (N, F) are computed in their own type, as torch-fidelity does with float32 (Heusel et
-    al. 2017, arXiv:1706.08500, equation 6).
+    As in torch-fidelity, the mean of float32 `features` (N, F) is float32, their covariance and all else float64
+    (Heusel et al. 2017, arXiv:1706.08500, equation 6).
     """
     from torch_fidelity import metric_fid
 
@@ -102,10 +102,10 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
 def clip_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """Compute the same with the kernel k(x, y) = exp(-|x - y|^2 / (2 * 10^2)), for CLIP's embeddings.
 
-    The CMMD of Jayasumana et al. (2024, arXiv:2401.09603) has this kernel, but normalises the embeddings, takes all
-    pairs of all images, each image with itself included, and multiplies by 1000.
+    It is not CMMD (Jayasumana et al. 2024, arXiv:2401.09603), which has this kernel, but normalises the embeddings,
+    takes all pairs of all images, each image with itself included, and multiplies by 1000.
     """
-    return _squared_mmd(generated, real, CMMD)
+    return _squared_mmd(generated, real, KID_CLIP)
 
 
 def _squared_mmd(generated: Tensor, real: Tensor, settings: dict) -> tuple[float, float]:

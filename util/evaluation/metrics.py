@@ -30,10 +30,10 @@ from util.evaluation.features import (
     InceptionV3,
 )
 from util.evaluation.formulas import (
-    CMMD,
     DENSITY,
     ISC,
     KID,
+    KID_CLIP,
     PRC,
     class_agreement,
     clip_distance,
@@ -83,7 +83,7 @@ DENSE = {"compute": density_coverage, "needs": ("features",), "lower_is_better":
 METRICS = {  # in the order in which a sweep prefers them
     "fid": Metric(InceptionV3, "inception_2048", ("fid",), **FRECHET),
     "fd_dinov2": Metric(DinoV2, "dinov2_1024", ("fd_dinov2",), **FRECHET),
-    "cmmd": Metric(Clip, "clip_768", ("cmmd_mean", "cmmd_std"), clip_distance, needs=("features",), least=4),
+    "kid_clip": Metric(Clip, "clip_768", ("kid_clip_mean", "kid_clip_std"), clip_distance, ("features",), least=4),
     "fd_effnet": Metric(EffNetLite0, "effnet_lite0", ("fd_effnet_lite0",), **FRECHET),
     "fid_antialias": Metric(InceptionAntialias, "inception_antialias_2048", ("fid_antialias",), **FRECHET),
     "class_agreement": Metric(
@@ -152,9 +152,10 @@ class MetricSuite:
     Args:
         names: of the metrics asked for.
         img_size: pixels per side.
-        fid_stats: the reference file of the first metric that needs one; the other files are those in fid_stats/.
+        fid_stats: the reference file of the metric `reference_of`; those of other extractors are in fid_stats/.
         weights: paths of weights by the names of their flags (util.evaluation.weights).
         protocol: name of the protocol that the evaluation follows, for its report.
+        reference_of: name of a metric; by default the first one that needs a reference file.
 
     Attributes:
         metrics: {name: Metric} of all that are computed.
@@ -173,8 +174,9 @@ class MetricSuite:
         fid_stats: str | Path | None = None,
         weights: Mapping[str, Any] | None = None,
         protocol: str | None = None,
+        reference_of: str | None = None,
     ):
-        self.names, self.img_size, self.protocol = tuple(names), img_size, protocol
+        self.names, self.dataset, self.img_size, self.protocol = tuple(names), dataset, img_size, protocol
         self.metrics = {name: metric for name, metric in METRICS.items() if name in names}
         self.files: dict[str, Reference] = {}
         self.warnings: list[str] = []
@@ -184,6 +186,7 @@ class MetricSuite:
 
         # The metrics asked for. Those of one extractor share a reference file.
         file_of: dict[type[Extractor], Reference] = {}
+        reference_of = reference_of or next((name for name, metric in self.metrics.items() if metric.arrays), None)
         for name, metric in self.metrics.items():
             if metric.dataset not in (None, dataset, dataset.removesuffix("-grey")):
                 raise UserError(
@@ -195,7 +198,7 @@ class MetricSuite:
             if metric.arrays:
                 if metric.extractor not in file_of:
                     path = default_reference(dataset, img_size, extractor.name)
-                    if fid_stats and not file_of:
+                    if fid_stats and metric.extractor is METRICS[reference_of].extractor:
                         path = fid_stats
                     file_of[metric.extractor] = load_reference(path, dataset, img_size, extractor, metric.stream)
                     self.warnings += file_of[metric.extractor].warnings
@@ -234,6 +237,8 @@ class MetricSuite:
                 where = " or ".join(str(file.path) for file in files)
                 why = f"it needs at least {metric.least} images and {', '.join(sorted(metric.arrays))} in {where}"
                 self.not_computed |= dict.fromkeys(metric.values, f"{why}; prepare_ref.py stores them")
+        if "spectrum_gap" in self.files:
+            self.references["spectrum_gap"] = self.files["spectrum_gap"]
 
         self.floors = self._find_floors(num_images)
         self.extractors = [build(extractor) for extractor in dict.fromkeys(m.extractor for m in self.metrics.values())]
@@ -251,10 +256,11 @@ class MetricSuite:
                 floors[ratio] = known[num_images]
             elif known:
                 counts = ", ".join(map(str, known))
-                self.not_computed[ratio] = (
-                    f"{file.path} has the distances of {counts} held-out images, not of {num_images}: choose "
-                    f"--num_images from these, or make it again with prepare_ref.py --heldout_counts {num_images}"
-                )
+                why = f"{file.path} has the distances of {counts} held-out images, not of {num_images}: "
+                self.not_computed[ratio] = why + "choose --num_images from these"
+                if num_images <= (file.meta or {}).get("heldout_images", 0):
+                    again = f", or make it again with prepare_ref.py --heldout_counts {num_images}"
+                    self.not_computed[ratio] += again
             else:
                 self.not_computed[ratio] = (
                     f"{file.path} has no distances of held-out images; prepare_ref.py stores them where the data set "
@@ -321,6 +327,12 @@ class MetricSuite:
             "references": {value: file.describe() for value, file in self.references.items()},
             "tf32": {"matmul": False, "cudnn": torch.backends.cudnn.allow_tf32},
             "warnings": self.warnings,
-            "settings": {"is": ISC, "precision_recall": PRC, "density_coverage": DENSITY, "kid": KID, "cmmd": CMMD},
+            "settings": {
+                "is": ISC,
+                "precision_recall": PRC,
+                "density_coverage": DENSITY,
+                "kid": KID,
+                "kid_clip": KID_CLIP,
+            },
             "not_computed": self.not_computed,
         }

@@ -29,6 +29,8 @@ class Protocol:
     reference_images: int = 0  # in its arr_0
 
 
+# Data sets that may be ImageNet: ADM's and JiT's files are of it, and have no metadata.
+IMAGENET = ("imagefolder", "webdataset", "huggingface")
 ADM_FILE = "VIRTUAL_imagenet256_labeled.npz"
 ADM_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/{ADM_FILE}"
 SPECTRALDIT_FILE = "cifar10_32_inception_antialias_test.npz"
@@ -98,12 +100,16 @@ def check_protocol(name: str, suite: MetricSuite) -> None:
         if extractor.describe().get("weights") == NOT_PUBLISHED:
             raise UserError(f"--protocol {name} needs the weights {extractor.file.url}, not {extractor.path}.")
     file = suite.files[protocol.metrics[0]]
-    meta = file.meta or {}  # files from elsewhere have none
+    meta = file.meta or {}
     whole = meta.get("subset_seed") is None and "reconstructed_by" not in meta
-    if meta.get("split", protocol.split) != protocol.split or not whole:
+    if file.meta is None and suite.dataset not in IMAGENET:
+        what = "has no metadata that says what it is of"
+    elif meta.get("dataset", suite.dataset) != suite.dataset:
+        what = f"was made from {meta['dataset']}, not from {suite.dataset}"
+    elif meta.get("split", protocol.split) != protocol.split or not whole:
         what = f"is not of all images of the split {protocol.split}"
     elif file.num_images < protocol.reference_images:
-        what = f"has not the {protocol.reference_images} images that its precision and recall are of"
+        what = f"has fewer than the {protocol.reference_images} images (arr_0) that precision and recall need"
     else:
         return
     raise UserError(f"--protocol {name} cannot use {file.path}: it {what}. {protocol.how}.")

@@ -2,7 +2,8 @@
 
 Each is looked for in this order: its flag (--inception_weights), its variable (INCEPTION_WEIGHTS), the folder
 --weights_dir (WEIGHTS_DIR) under its published name, the torch hub cache under the same name. What is in neither folder
-is downloaded, once. Whatever a file holds, nothing in it is executed unless it is the published one.
+is downloaded, once: into --weights_dir if it is set, else into the cache. Whatever a file holds, nothing in it is
+executed unless it is the published one.
 """
 
 import os
@@ -30,7 +31,7 @@ class WeightsFile:
     network: str  # names the flag and the variable
     name: str
     url: str
-    sha256: str  # the first digits, or all
+    sha256: str
     megabytes: int
     publisher: str
 
@@ -43,7 +44,7 @@ class WeightsFile:
         return f"published by {self.publisher}" if self.is_published(sha256) else NOT_PUBLISHED
 
     def is_published(self, sha256: str) -> bool:
-        return sha256.startswith(self.sha256)
+        return sha256 == self.sha256
 
     def find(self, settings: Mapping[str, Any]) -> tuple[Path, str]:
         """Find, or download once, the file, and return (path, sha256). Call it on one rank of a node before the others.
@@ -57,10 +58,10 @@ class WeightsFile:
             UserError: a file that is missing, unreadable or damaged.
         """
         flag, variable = settings.get(self.flag), os.environ.get(self.flag.upper())
+        folder = settings.get(FOLDER) or os.environ.get(FOLDER.upper())
+        folders = [Path(folder).expanduser()] if folder else []
+        folders.append(hub_folder())
         if not (flag or variable):
-            folder = settings.get(FOLDER) or os.environ.get(FOLDER.upper())
-            folders = [Path(folder).expanduser()] if folder else []
-            folders.append(hub_folder())
             return self.fetch(next((f for f in folders if (f / self.name).exists()), folders[0]))
         path = Path(flag or variable).expanduser()
         try:
@@ -68,7 +69,8 @@ class WeightsFile:
         except OSError as error:
             source = f"--{self.flag}" if flag else self.flag.upper()
             what = f"The {self.network} weights {path} ({source}) cannot be read: {error}"
-            raise UserError(f"{what}. {self._how}") from error
+            instead = f"Without {source} it is looked for in {folders[0]}, and downloaded if it is not there"
+            raise UserError(f"{what}. Name a copy of {self.url}. {instead}.") from error
 
     def fetch(self, folder: Path, progress: bool = False) -> tuple[Path, str]:
         """Download the file into a folder unless it is there, and return (path, sha256). Raises UserError."""
@@ -78,28 +80,25 @@ class WeightsFile:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.sha256, progress=progress)
-            sha256 = sha256_file(path)
         except (OSError, RuntimeError, HTTPException) as error:
+            where = "" if folder == hub_folder() else f" --{FOLDER} {folder}"
             raise UserError(
                 f"The {self.network} weights ({self.megabytes} MB) are not in {folder}, and cannot be downloaded: "
-                f"{error}. {self._how}"
+                f"{error}. Put {self.url} there (where there is a network, `python -m tools.fetch_weights "
+                f"{self.network}{where}` does), or name a copy with --{self.flag} or {self.flag.upper()}."
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
+        try:
+            sha256 = sha256_file(path)
+        except OSError as error:
+            raise UserError(f"The {self.network} weights {path} cannot be read: {error}.") from error
         if not self.is_published(sha256):
             raise UserError(
                 f"{path} is damaged, or another file of that name (its sha256 is {sha256}). Delete it to download it "
                 f"again; --{self.flag} names weights of your own."
             )
         return path, sha256
-
-    @property
-    def _how(self) -> str:
-        return (
-            f"Set --{self.flag} or the environment variable {self.flag.upper()} to a copy of {self.url}, or put it "
-            f"into the folder --{FOLDER} ({FOLDER.upper()}): `python -m tools.fetch_weights {self.network}` fetches "
-            "it where there is a network."
-        )
 
 
 def hub_folder() -> Path:
@@ -114,7 +113,8 @@ WEIGHTS = {
             "weights-inception-2015-12-05-6726825d.pth",
             "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
             "weights-inception-2015-12-05-6726825d.pth",
-            "6726825d",
+            # as its users report; torch-fidelity names the first 8 digits
+            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
             96,
             "torch-fidelity",
         ),

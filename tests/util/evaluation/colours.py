@@ -27,9 +27,13 @@ class Colours(Extractor):
 
 
 class SpatialColours(Colours):
-    """With a stream in the place of sFID's."""
+    """With another stream in the place of sFID's."""
 
     streams = {**Colours.streams, SPATIAL: DIM}  # noqa: RUF012
+
+    def _features(self, images):
+        features = super()._features(images)
+        return {**features, SPATIAL: 2 * features["inception_2048"].flip(1)}
 
 
 class OtherColours(Colours):
@@ -55,6 +59,7 @@ def meta(**changes) -> dict:
         "extractor": "inception",
         "extractor_sha256": "abc",
         "num_images": 50,
+        "heldout_images": 10,
         "date": "2026-01-01",
     }
     return values | changes

@@ -171,6 +171,18 @@ def test_dinov2_is_torch_fidelity_around_metas_network(no_network, dinov2_file, 
     assert ours.shape == (3, 384) and ours.std(dim=0).mean() > 0.01  # features differ between images
 
 
+def test_a_dinov2_file_in_half_precision_is_computed_in_float32(no_network, dinov2_file, tmp_path, monkeypatch):
+    state = {key: value.half() for key, value in dinov2_state().items()}
+    torch.save(state, tmp_path / "half.pth")
+    torch.save({key: value.float() for key, value in state.items()}, tmp_path / "rounded.pth")
+    images = smooth_images(2, 5, 1.0, 40)
+    half, rounded = (
+        SmallDinoV2("cpu", {"dinov2_weights": tmp_path / name})(images)["dinov2_384"]
+        for name in ("half.pth", "rounded.pth")
+    )
+    assert torch.equal(half, rounded)
+
+
 def test_clip_is_torch_fidelitys_from_an_archive_or_a_state_dict(no_network, clip_files, monkeypatch):
     from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
 
@@ -215,6 +227,16 @@ def test_weights_that_do_not_fit_are_refused(no_network, tmp_path, monkeypatch, 
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match=f"w.pth does not fit {kind.name} .*It needs {kind.file.name}"):
         kind("cpu", {kind.file.flag: tmp_path / "w.pth"})
+
+
+@pytest.mark.parametrize("error", [ImportError, MemoryError])
+def test_not_every_error_means_that_weights_do_not_fit(dinov2_file, monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(SmallDinoV2, "_load", fail)
+    with pytest.raises(error):
+        SmallDinoV2("cpu", {"dinov2_weights": dinov2_file})
 
 
 def test_weights_of_a_sibling_are_refused(no_network, dinov2_file, tmp_path):

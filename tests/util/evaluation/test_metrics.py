@@ -15,7 +15,17 @@ from PIL import Image
 import prepare_ref
 from spectral_ops.spectrum import grey_spectrum, spectrum_gap
 from tests.conftest import smooth_images
-from tests.util.evaluation.colours import DIM, REAL, SIZE, Colours, OtherColours, extras, use_colours, write_reference
+from tests.util.evaluation.colours import (
+    DIM,
+    REAL,
+    SIZE,
+    Colours,
+    OtherColours,
+    SpatialColours,
+    extras,
+    use_colours,
+    write_reference,
+)
 from tests.util.evaluation.networks import MetasNetwork, SmallDinoV2, dinov2_state
 from util.data.datasets import build_dataset
 from util.errors import UserError
@@ -71,6 +81,13 @@ def distance_of_few(generated: torch.Tensor, real: torch.Tensor) -> float:
     return (shift @ shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()).item()
 
 
+def distance_to_white(features: torch.Tensor) -> float:
+    """The Fréchet distance of rows to mean 0 and covariance I: |mu|^2 + sum of (sqrt(eigenvalue) - 1)^2."""
+    x = features.double()
+    spread = torch.linalg.eigvalsh(torch.cov(x.T)).clamp_min(0).sqrt()
+    return (x.mean(0).square().sum() + (spread - 1).square().sum()).item()
+
+
 def test_fd_dinov2_equals_torch_fidelity_on_pngs(dinov2_file, tmp_path, monkeypatch):
     """With Meta's network, written out, in the place of what torch hub would load."""
     monkeypatch.setattr(torch.hub, "load", lambda *of: MetasNetwork(dinov2_state()))
@@ -88,18 +105,18 @@ def test_fd_dinov2_equals_torch_fidelity_on_pngs(dinov2_file, tmp_path, monkeypa
     assert {"density_dinov2", "coverage_dinov2", "spectrum_gap"} < found.keys()
 
 
-def test_cmmd_equals_torch_fidelity_on_pngs(clip_files, tmp_path):
+def test_kid_clip_equals_torch_fidelity_on_pngs(clip_files, tmp_path):
     archive, state = clip_files
     generated, flags = as_pngs(tmp_path)
     how = {"kid_kernel": "rbf", "feature_extractor": "clip-vit-l-14-336px"}
     expected = torch_fidelity_on(tmp_path, "kid", **how, feature_extractor_weights_path=str(archive))
     assert prepare_ref.main([*flags, "--extractor", "clip_vit_l_14_336px", "--clip_weights", str(state)]) == 0
     weights = {"clip_weights": state}
-    suite = MetricSuite(("cmmd",), "imagefolder", SIZE, 12, "cpu", tmp_path / "reference.npz", weights)
+    suite = MetricSuite(("kid_clip",), "imagefolder", SIZE, 12, "cpu", tmp_path / "reference.npz", weights)
     found = in_batches(suite, generated)
-    assert found["cmmd_mean"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
-    assert found["cmmd_std"] == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-3)
-    assert found["cmmd_mean"] > 1e-5 and "heldout" not in suite.files["cmmd"].arrays
+    assert found["kid_clip_mean"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert found["kid_clip_std"] == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-3)
+    assert found["kid_clip_mean"] > 1e-5 and "heldout" not in suite.files["kid_clip"].arrays
 
 
 def test_values_equal_torch_fidelity_on_pngs(inception_file, tmp_path):
@@ -136,7 +153,8 @@ def test_values_equal_torch_fidelity_on_pngs(inception_file, tmp_path):
     assert (result["density"], result["coverage"]) == pytest.approx(dense)
 
     report = json.loads(json.dumps(suite.describe()))
-    assert report["references"].keys() == {"fid"} and report["references"]["fid"]["meta"]["num_images"] == 10
+    assert report["references"].keys() == {"fid", "spectrum_gap"}
+    assert report["references"]["fid"]["meta"]["num_images"] == 10
     assert report["extractors"][0]["weights"] == "not the published file"
     assert report["not_computed"].keys() == {"fid_ratio", "sfid_ratio"} and set(report["tf32"]) == {"matmul", "cudnn"}
     assert any("rank deficient" in warning for warning in report["warnings"])
@@ -184,7 +202,7 @@ def test_parse_metrics():
     assert parse_metrics(" is , fid,is") == ("is", "fid")
     assert parse_metrics("none") == parse_metrics("") == ()
     for text in ("fid,kid", "none,fid", "FID"):
-        with pytest.raises(UserError, match=r"Choose from fid, fd_dinov2, cmmd, fd_effnet, .*, is, or none"):
+        with pytest.raises(UserError, match=r"Choose from fid, fd_dinov2, kid_clip, fd_effnet, .*, is, or none"):
             parse_metrics(text)
 
 
@@ -197,7 +215,7 @@ def test_an_entry_in_the_registry_is_a_metric(colours, monkeypatch, tmp_path):
     suite = MetricSuite(parse_metrics("new"), "digits", SIZE, len(REAL), "cpu", path)
     result, _ = suite.compute(suite.extract(REAL), torch.ones(len(REAL)))
     assert result == {"new": pytest.approx(0), "newer": len(REAL) + SIZE, "spectrum_gap": pytest.approx(0, abs=1e-6)}
-    assert suite.describe()["references"].keys() == {"new"}
+    assert suite.describe()["references"].keys() == {"new", "spectrum_gap"}
     both = MetricSuite(("fid", "new"), "digits", SIZE, len(REAL), "cpu", path)
     assert measure(both, REAL).keys() == {"fid", "new", "newer", "spectrum_gap"} | NEIGHBOURS
     with pytest.raises(UserError, match=r"new needs features"):
@@ -263,9 +281,9 @@ def test_what_a_reference_lacks_is_left_out_and_reported(colours, tmp_path, miss
     assert reasons.keys() == absent | LACKING and all("prepare_ref.py stores" in why for why in reasons.values())
 
 
-@pytest.mark.parametrize(("count", "ratio"), [(8, True), (9, False)])
+@pytest.mark.parametrize(("count", "ratio"), [(8, True), (9, False), (11, False)])
 def test_a_distance_is_also_divided_by_that_of_as_many_heldout_images(colours, tmp_path, count, ratio):
-    """8 held-out images scored 0.5, 10 of them 0.25."""
+    """8 held-out images scored 0.5, all 10 of them 0.25."""
     path = write_reference(tmp_path / "r.npz", heldout=np.array([[8, 0.5], [10, 0.25]]))
     suite = MetricSuite(("fid",), "digits", SIZE, count, "cpu", path)
     found = measure(suite, smooth_images(count, 1, 0.5))
@@ -273,7 +291,21 @@ def test_a_distance_is_also_divided_by_that_of_as_many_heldout_images(colours, t
         assert found["fid_ratio"] == pytest.approx(found["fid"] / 0.5) and "fid_ratio" not in suite.not_computed
     else:
         why = suite.not_computed["fid_ratio"]
-        assert "fid_ratio" not in found and "of 8, 10 held-out images, not of 9" in why and "--heldout_counts 9" in why
+        assert "fid_ratio" not in found and f"of 8, 10 held-out images, not of {count}" in why
+        assert (f"--heldout_counts {count}" in why) == (count <= 10)
+
+
+def test_sfid_has_a_table_of_its_own(colours, monkeypatch, tmp_path):
+    for name in ("fid", "sfid"):
+        monkeypatch.setitem(METRICS, name, replace(METRICS[name], extractor=SpatialColours))
+    statistics = {"mu_s": np.zeros(DIM), "sigma_s": np.eye(DIM)}
+    tables = {"heldout": np.array([[8, 0.5]]), "heldout_s": np.array([[8, 0.25]])}
+    path = write_reference(tmp_path / "r.npz", SpatialColours, **statistics, **tables)
+    images = smooth_images(8, 1, 0.5)
+    found = measure(MetricSuite(("fid",), "digits", SIZE, 8, "cpu", path), images)
+    sfid = distance_to_white(SpatialColours()(images)[SPATIAL])
+    assert found["sfid"] == pytest.approx(sfid, rel=1e-4) != pytest.approx(found["fid"])
+    assert (found["fid_ratio"], found["sfid_ratio"]) == pytest.approx((found["fid"] / 0.5, found["sfid"] / 0.25))
 
 
 def test_images_in_a_reference_file_have_features_when_they_are_needed(colours, tmp_path, capsys):
@@ -302,7 +334,8 @@ def test_each_extractor_has_its_own_reference(colours, usual):
     described = suite.describe()
     assert described["not_computed"].keys() == NEIGHBOURS | LACKING | {"fd_effnet_lite0_ratio"}
     files = {value: reference["file"] for value, reference in described["references"].items()}
-    assert files == {"fid": str(own), "fd_effnet_lite0": str(usual / "effnet_lite0.npz")}
+    effnet = str(usual / "effnet_lite0.npz")
+    assert files == {"fid": str(own), "fd_effnet_lite0": effnet, "spectrum_gap": effnet}
     write_reference(own, grey_spectrum=2 * extras()["grey_spectrum"])
     suite = MetricSuite(("fid", "fd_effnet"), "digits", SIZE, len(REAL), "cpu", own)
     assert measure(suite, REAL)["spectrum_gap"] == pytest.approx(np.log(2), rel=1e-5)

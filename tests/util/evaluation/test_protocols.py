@@ -1,5 +1,6 @@
 """Named protocols: what they set, and everything that would make their numbers something else is refused."""
 
+import contextlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from tests.conftest import ONE
 from tests.util.evaluation.colours import DIM, SIZE, SpatialColours, extras, meta
 from util.config import resolve
 from util.errors import UserError
-from util.evaluation import protocols
+from util.evaluation import metrics, protocols
 from util.evaluation.evaluate import build_suite
 from util.evaluation.features import SPATIAL as SFID
 from util.evaluation.features import InceptionAntialias, InceptionV3
@@ -22,6 +23,10 @@ from util.evaluation.weights import NOT_PUBLISHED, WEIGHTS
 
 STATISTICS = {"mu": np.zeros(DIM), "sigma": np.eye(DIM)}
 SPATIAL = {"mu_s": np.zeros(DIM), "sigma_s": np.eye(DIM)}
+
+
+class Antialiased(SpatialColours):
+    name = "antialiased"
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_adm_needs_its_file_and_all_five_numbers(stats, monkeypatch):
     for arrays, message in (
         (STATISTICS | {"arr_0": images}, "has sfid, which cannot be computed"),
         (STATISTICS | SPATIAL, "has precision, which cannot be computed"),
-        (STATISTICS | SPATIAL | {"arr_0": images}, "has not the 10000 images"),
+        (STATISTICS | SPATIAL | {"arr_0": images}, "has fewer than the 10000 images"),
     ):
         np.savez(path, **arrays)
         with pytest.raises(UserError, match=message):
@@ -95,6 +100,8 @@ def test_adm_needs_its_file_and_all_five_numbers(stats, monkeypatch):
         ({"split": "train"}, "it is not of all images of the split test. Make it: python prepare_ref.py"),
         ({"subset_seed": 0}, "not of all images"),
         ({"reconstructed_by": "a VAE"}, "not of all images"),
+        ({"dataset": "cifar10-grey"}, "it was made from cifar10-grey, not from cifar10. Make it"),
+        (None, "it has no metadata that says"),
     ],
 )
 def test_spectraldit_needs_the_whole_test_split(stats, changes, message):
@@ -105,9 +112,27 @@ def test_spectraldit_needs_the_whole_test_split(stats, changes, message):
     right = meta(dataset="cifar10", split="test", subset_seed=None)
     save_reference(path, STATISTICS, right)
     assert build_suite(config, ONE, config.num_images).files["fid_antialias"].path == path
-    save_reference(path, STATISTICS, right | changes)
+    if changes:
+        save_reference(path, STATISTICS, right | changes)
+    else:
+        np.savez(path, **STATISTICS)
     with pytest.raises(UserError, match=message):
         build_suite(config, ONE, config.num_images)
+
+
+def test_the_file_of_a_protocol_is_that_of_its_own_metric(stats, monkeypatch):
+    """Also with another metric that needs one, and comes first in the registry."""
+    monkeypatch.setitem(METRICS, "fid_antialias", replace(METRICS["fid_antialias"], extractor=Antialiased))
+    monkeypatch.setattr(metrics, "default_reference", lambda *of: stats / "usual.npz")
+    right = meta(dataset="cifar10", split="test", subset_seed=None)
+    save_reference(stats / "cifar10_32_inception_antialias_test.npz", STATISTICS, right | {"extractor": "antialiased"})
+    save_reference(stats / "usual.npz", STATISTICS, meta(dataset="cifar10"))
+    for names in ("fid_antialias,fid", "fid,fid_antialias"):
+        config = configuration("spectraldit", metrics=names)
+        for num_images in (config.num_images, 500):  # an evaluation, and a sweep
+            files = build_suite(config, ONE, num_images).files
+            assert files["fid_antialias"].path.name == "cifar10_32_inception_antialias_test.npz"
+            assert files["fid"].path.name == "usual.npz"
 
 
 def test_other_data_and_other_weights_are_refused(stats):
@@ -119,6 +144,12 @@ def test_other_data_and_other_weights_are_refused(stats):
     config = configuration("torch-fidelity-50k", fid_stats=str(stats / "own.npz"))
     suite = build_suite(config, ONE, config.num_images)
     assert suite.describe()["protocol"] == "torch-fidelity-50k"
+    np.savez(stats / "bare.npz", **STATISTICS)
+    for data, accepted in (("cifar10", False), ("webdataset", True)):  # which may be ImageNet, as JiT's file is
+        of = {"dataset": data, "data_path": "shards", "class_num": 10, "fid_stats": str(stats / "bare.npz")}
+        config = configuration("torch-fidelity-50k", **of)
+        with contextlib.nullcontext() if accepted else pytest.raises(UserError, match="no metadata that says"):
+            build_suite(config, ONE, config.num_images)
     own = SimpleNamespace(describe=lambda: {"weights": NOT_PUBLISHED}, file=WEIGHTS["inception"], path="own.pth")
     suite.extractors.append(own)
     with pytest.raises(UserError, match=r"torch-fidelity-50k needs the weights https.*, not own.pth"):

@@ -13,6 +13,7 @@ from util.io import sha256_file
 
 pytestmark = pytest.mark.usefixtures("no_network")
 CLIP = WEIGHTS["clip"]
+DOWNLOAD = torch.hub.download_url_to_file
 
 
 @pytest.fixture
@@ -76,10 +77,32 @@ def test_a_file_that_is_named_must_be_readable(file, by, tmp_path, monkeypatch):
 def test_without_a_network_the_error_says_what_to_do(tmp_path):
     for settings, place in (({}, tmp_path / "hub" / "checkpoints"), ({"weights_dir": str(tmp_path)}, tmp_path)):
         message = (
-            rf"clip weights \(934 MB\) are not in {place}, .*no network.*--clip_weights .*CLIP_WEIGHTS.*{CLIP.url}"
+            rf"clip weights \(934 MB\) are not in {place}, .*no network.*{CLIP.url} .*--clip_weights .*CLIP_WEIGHTS"
         )
-        with pytest.raises(UserError, match=rf"{message}.*--weights_dir.*tools.fetch_weights clip"):
+        with pytest.raises(UserError, match=message) as error:
             CLIP.find(settings)
+        folder = f" --weights_dir {tmp_path}" if settings else ""
+        assert f"`python -m tools.fetch_weights clip{folder}`" in str(error.value)
+
+
+def test_what_is_there_and_cannot_be_read_is_not_called_missing(tmp_path):
+    (tmp_path / CLIP.name).mkdir()
+    with pytest.raises(UserError, match=rf"clip weights {tmp_path / CLIP.name} cannot be read: .*directory"):
+        CLIP.find({"weights_dir": tmp_path})
+
+
+def test_a_file_whose_hash_only_begins_like_the_published_one_is_refused(file, tmp_path, monkeypatch):
+    """By torch's own download as well, here from a file: address."""
+    monkeypatch.setattr(torch.hub, "download_url_to_file", DOWNLOAD)
+    file = replace(file[0], url=(tmp_path / "original").as_uri())
+    assert file.find({"weights_dir": tmp_path / "good"})[1] == file.sha256
+    other = replace(file, sha256=file.sha256[:8] + "0" * 56)
+    assert other.origin(file.sha256) == "not the published file"
+    with pytest.raises(UserError, match="cannot be downloaded: invalid hash"):
+        other.find({"weights_dir": tmp_path / "bad"})
+    with pytest.raises(UserError, match="damaged"):
+        other.find({"weights_dir": tmp_path / "good"})
+    assert all(len(file.sha256) == 64 for file in WEIGHTS.values())
 
 
 def test_a_folder_has_published_files_only_and_a_path_any(file, tmp_path):
