@@ -5,7 +5,9 @@ The metric depends on every pixel of every image and on their order.
 
 import multiprocessing
 import os
+import signal
 import sys
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -118,8 +120,14 @@ class Recorder:
 def fork_ranks(ranks: int, folder: Path, main) -> list[tuple[int, str]]:
     """(exit code, output) of `main()`, which returns the code, on each rank, with the environment that torchrun sets.
 
-    Forked: a new interpreter would import torch for seconds.
+    Forked: a new interpreter would import torch for seconds. A fork may inherit a lock that another thread of this
+    process held, and hang before it says a word: if all ranks do, they are started once more.
     """
+    done = _fork_ranks(ranks, folder, main)
+    return done if any(code != -signal.SIGKILL or said for code, said in done) else _fork_ranks(ranks, folder, main)
+
+
+def _fork_ranks(ranks: int, folder: Path, main) -> list[tuple[int, str]]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def rank_main(rank: int) -> None:
@@ -139,9 +147,11 @@ def fork_ranks(ranks: int, folder: Path, main) -> list[tuple[int, str]]:
     started = [context.Process(target=rank_main, args=(rank,)) for rank in range(ranks)]
     for process in started:
         process.start()
+    deadline = time.monotonic() + 120
     for process in started:
-        process.join(120)
+        process.join(max(0, deadline - time.monotonic()))
         process.kill()
+        process.join()
     return [(process.exitcode, (folder / f"{rank}.txt").read_text()) for rank, process in enumerate(started)]
 
 
