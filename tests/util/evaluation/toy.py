@@ -5,7 +5,6 @@ The metric depends on every pixel of every image and on their order.
 
 import multiprocessing
 import os
-import signal
 import sys
 import time
 import traceback
@@ -123,11 +122,12 @@ def fork_ranks(ranks: int, folder: Path, main) -> list[tuple[int, str]]:
     Forked: a new interpreter would import torch for seconds. A fork may inherit a lock that another thread of this
     process held, and hang before it says a word: if all ranks do, they are started once more.
     """
-    done = _fork_ranks(ranks, folder, main)
-    return done if any(code != -signal.SIGKILL or said for code, said in done) else _fork_ranks(ranks, folder, main)
+    done, hung = _fork_ranks(ranks, folder, main)
+    return _fork_ranks(ranks, folder, main)[0] if hung == ranks and not any(said for _, said in done) else done
 
 
-def _fork_ranks(ranks: int, folder: Path, main) -> list[tuple[int, str]]:
+def _fork_ranks(ranks: int, folder: Path, main) -> tuple[list[tuple[int, str]], int]:
+    """Return the same, and how many ranks did not end in time."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def rank_main(rank: int) -> None:
@@ -148,11 +148,13 @@ def _fork_ranks(ranks: int, folder: Path, main) -> list[tuple[int, str]]:
     for process in started:
         process.start()
     deadline = time.monotonic() + 120
+    hung = 0
     for process in started:
         process.join(max(0, deadline - time.monotonic()))
+        hung += process.is_alive()
         process.kill()
         process.join()
-    return [(process.exitcode, (folder / f"{rank}.txt").read_text()) for rank, process in enumerate(started)]
+    return [(process.exitcode, (folder / f"{rank}.txt").read_text()) for rank, process in enumerate(started)], hung
 
 
 def on_ranks(ranks: int, folder: Path, work) -> list[tuple[int, str]]:
