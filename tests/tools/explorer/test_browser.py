@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import train
-from tests.tools.test_explorer import get, serving
+from tests.tools.explorer.test_page import get, serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("tiny")]
 PICTURES = "[data-testid=stImage] img:visible"
