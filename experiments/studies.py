@@ -211,7 +211,7 @@ STUDIES = {
     ),
     "synthetic_patch4": Study(
         "Does the same hold at fine patches, where the best denoiser is known?",
-        data=("noise", "essential"),
+        data=("power2", "floor", "noise", "essential"),
         patches=(4,),
         arms=("plain", "linear"),
     ),
