@@ -28,6 +28,8 @@ from util.io import REPOSITORY, commit
 STEP = "-m benchmarks.step --steps 10 --repeats 5 --img_size 256"
 PLAN = (  # (limit in seconds, arguments of python)
     (180, f"{STEP} --model JiT-B/16 --batch_size 64 --kernels"),
+    (150, f"{STEP} --model JiT-B/16 --batch_size 64 --inductor triton.cudagraphs=True"),
+    (150, f"{STEP} --model JiT-B/16 --batch_size 64 --inductor combo_kernels=True"),
     (120, f"{STEP} --model JiT-B/32 --batch_size 64"),
     (120, "-m benchmarks.sampler --model JiT-B/16 --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
     (150, f"{STEP} --model JiT-700M --batch_size 64 --kernels"),
@@ -37,6 +39,7 @@ PLAN = (  # (limit in seconds, arguments of python)
     (150, f"{STEP} --model JiT-B/16 --batch_size 64 --versus='--resolution_schedule spectrum'"),
     (120, "-m benchmarks.checkpoint --model JiT-B/16"),
     (150, f"{STEP} --model JiT-B/16 --batch_size 64 --versus=--disable_dct_patchify"),
+    (240, f"{STEP} --model JiT-B/16 --batch_size 64 --versus='--compile model'"),
     (3600, "-m pytest -m gpu -v -n 6 -p no:cacheprovider"),
 )
 

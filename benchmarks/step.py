@@ -3,6 +3,7 @@
     python -m benchmarks.step                                                     in small, on a CPU
     python -m benchmarks.step --model JiT-B/16 --img_size 256 --batch_size 64     flags of main_jit.py
     python -m benchmarks.step ... --versus=--disable_dct_patchify                 in turns with other flags
+    python -m benchmarks.step ... --inductor combo_kernels=True                   in turns with options of torch.compile
     python -m benchmarks.step ... --reference DIR                                 in turns with a published release
     python -m benchmarks.step ... --kernels                                       also the GPU's kernels by kind
 
@@ -10,13 +11,16 @@ What runs is engine_jit.Trainer.train_step itself, on random images in memory.
 """
 
 import argparse
+import ast
 import shlex
 import statistics
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 
 from benchmarks.common import ceiling, emit, in_turns, median_and_range, with_spectrum
 from benchmarks.reference import Release
@@ -106,11 +110,22 @@ def kernels(steps: Steps, seconds: float) -> dict:
     }
 
 
+def inductor_option(text: str) -> tuple[str, Any]:
+    """Return the name and the value of NAME=VALUE."""
+    name, _, value = text.partition("=")
+    if name not in inductor_config.get_config_copy():
+        raise argparse.ArgumentTypeError(f"{name!r} is no setting of torch._inductor.config")
+    return name, ast.literal_eval(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each variant")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     parser.add_argument("--versus", help="flags of a second variant, added to those of the first")
+    parser.add_argument(
+        "--inductor", nargs="+", type=inductor_option, metavar="NAME=VALUE", help="torch._inductor.config of the second"
+    )
     parser.add_argument("--reference", type=Path, metavar="DIR", help="checkout of a published release")
     parser.add_argument("--kernels", action="store_true", help="profile the first variant's kernels (GPU)")
     options, words = parser.parse_known_args()
@@ -119,13 +134,15 @@ def main() -> None:
     prepare_device(ctx.device)
     variants = {"first": Steps(flags, options.steps, ctx)}
     first = variants["first"].trainer
-    if options.versus is not None:
-        variants["second"] = Steps(parse_args([*words, *shlex.split(options.versus)]), options.steps, ctx)
+    if options.versus is not None or options.inductor:
+        with inductor_config.patch(dict(options.inductor or ())):  # its first turn compiles
+            variants["second"] = Steps(parse_args([*words, *shlex.split(options.versus or "")]), options.steps, ctx)
     if options.reference:
         bf16 = first.denoiser.autocast_dtype is not None
         variants["reference"] = Release(options.reference, first.config, bf16, options.steps, ctx.device)
     seconds = in_turns(variants, options.repeats, ctx.device)
-    content: dict = {"flags": words, "versus": options.versus, "steps": options.steps, "repeats": options.repeats}
+    asked = ("versus", "inductor", "steps", "repeats")
+    content: dict = {"flags": words, **{name: getattr(options, name) for name in asked}}
     for name, variant in variants.items():
         trainer = first if name == "reference" else variant.trainer
         rate = trainer.config.global_batch * options.steps / statistics.median(seconds[name])

@@ -40,6 +40,23 @@ def test_step_reports_all_variants(monkeypatch, capsys):
     assert low <= median <= high
 
 
+def test_inductor_options_hold_for_the_second_variant(monkeypatch, capsys):
+    seen, Steps = [], step.Steps
+
+    class Noted(Steps):
+        def __init__(self, *args):
+            seen.append(step.inductor_config.combo_kernels)
+            super().__init__(*args)
+
+    monkeypatch.setattr(step, "Steps", Noted)
+    argv = ["--repeats", "1", "--steps", "1", "--inductor", "combo_kernels=True", *TINY, "--batch_size", "2"]
+    line = line_of(step, argv, monkeypatch, capsys)
+    assert seen == [False, True] and line["inductor"] == [["combo_kernels", True]] and "first_over_second" in line
+    with pytest.raises(SystemExit):
+        line_of(step, ["--inductor", "combo=True", *TINY], monkeypatch, capsys)
+    assert "no setting of torch._inductor.config" in capsys.readouterr().err
+
+
 def test_sampler_and_checkpoint_report(monkeypatch, capsys):
     argv = ["--repeats", "1", *TINY, "--gen_bsz", "2", "--num_sampling_steps", "2"]
     line = line_of(sampler, argv, monkeypatch, capsys)
