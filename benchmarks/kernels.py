@@ -119,12 +119,13 @@ def partition(graph: torch.fx.GraphModule, inputs: Any, **arguments: Any) -> Any
 
 def count(code: str) -> dict[str, Any]:
     """Return the launches in a piece of Inductor's code and the traffic of its kernels in GB, each and in all."""
-    traffic = {name: float(gb) for gb, name in TRAFFIC.findall(code)}
+    traffic = {name: round(float(gb), 4) for gb, name in TRAFFIC.findall(code)}
     calls = [kernel or library for kernel, library in CALL.findall(code[code.index("def call") :])]
     kernels = [name for name in calls if name.startswith("triton_")]
-    each = [[name, round(traffic.get(name, 0.0), 4)] for name in kernels]
+    each = [[name, traffic.get(name)] for name in kernels]
     numbers = {"kernels": len(kernels), "library_calls": len(calls) - len(kernels)}
-    return {**numbers, "gb": round(sum(gb for _, gb in each), 3), "each": each}
+    known = all(gb is not None for _, gb in each)  # Inductor does not say it of combined kernels
+    return {**numbers, "gb": round(sum(gb for _, gb in each), 3) if known else None, "each": each}
 
 
 def count_training(block: nn.Module, make_inputs: Callable[[], tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
