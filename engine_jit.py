@@ -171,7 +171,7 @@ class Trainer:
         self.denoiser = self._build_denoiser(fresh=checkpoint is None)
         self.emas = EMA(self.denoiser, config.ema_decay1), EMA(self.denoiser, config.ema_decay2)
         self.optimizer = build_optimizer(self.denoiser, config.weight_decay, (config.beta1, config.beta2))
-        self.metrics = TrainMetrics(ctx.device, config.skip_nonfinite)
+        self.metrics = TrainMetrics(config.skip_nonfinite)
         self.started_from = raise_on_all_ranks(ctx, lambda: self._load(checkpoint, source))
         for block in self.denoiser.net.blocks:
             block.recompute = config.activation_checkpointing

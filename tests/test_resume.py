@@ -212,7 +212,7 @@ def test_log_lines_about_repeated_steps_are_removed(tmp_path):
 def test_metrics_resume_between_two_log_lines():
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(7, generator=generator)
-    one, two = TrainMetrics(torch.device("cpu"), 2), TrainMetrics(torch.device("cpu"), 2)
+    one, two = TrainMetrics(2), TrainMetrics(2)
     for step, loss in enumerate(losses):
         bad = torch.tensor(float(step in (3, 4)))
         one.add(step, loss if not bad else torch.tensor(float("nan")), bad, 1)

@@ -63,11 +63,14 @@ def to_normal(words: Words) -> Tensor:
 
 
 @cache
-def _kernel(transform: Callable[[Words], Tensor], compiled: bool) -> Callable[[Words, tuple[int, int]], Tensor]:
-    """Return (counter, key) -> transform(philox(counter, key)), as one function for the compiler."""
+def _kernel(transform: Callable[[Words], Tensor], compiled: bool) -> Callable[..., Tensor]:
+    """Return the function of one draw, from addresses to numbers, so that a compiler makes one kernel of it."""
 
-    def kernel(counter: Words, key: tuple[int, int]) -> Tensor:
-        return transform(philox(counter, key))
+    def kernel(index: Tensor, step: Tensor, key: tuple[int, int], stream: int, n: int) -> Tensor:
+        block = torch.arange(-(-n // 4), device=index.device)[None]  # (1, K)
+        index = index[:, None]
+        counter = (block, index & _MASK, step, (index >> 32) & 0xFFFFFF | (stream << 24))
+        return transform(philox(counter, key)).flatten(1)[:, :n]
 
     return torch.compile(kernel, dynamic=False) if compiled else kernel
 
@@ -90,6 +93,7 @@ class CounterRNG:
         if not 0 <= step < 2**32:
             raise ValueError(f"The step is {step}; it must be in 0 .. 2^32 - 1.")
         self.key, self.step, self.index = (seed & _MASK, seed >> 32), step, index
+        self.counted = torch.full((), step, device=index.device)  # a tensor: a compiler takes a number for a constant
 
     def uniform(self, stream: str, n: int = 1) -> Tensor:
         """Draw (B, n) float32, uniform in the open interval (0, 1)."""
@@ -102,14 +106,6 @@ class CounterRNG:
     def _draw(self, transform: Callable[[Words], Tensor], stream: int, n: int) -> Tensor:
         on_cpu = self.index.device.type == "cpu"
         kernel = _kernel(transform, _compiled and not on_cpu)
-        block = torch.arange(-(-n // 4), device=self.index.device)[None]  # (1, K)
-
-        def numbers(index: Tensor) -> Tensor:
-            index = index[:, None]
-            step, high = torch.full_like(index, self.step), (index >> 32) & 0xFFFFFF | (stream << 24)
-            return kernel((block, index & _MASK, step, high), self.key).flatten(1)[:, :n]
-
-        if not on_cpu:
-            return numbers(self.index)
-        samples = max(1, CPU_BLOCKS // max(1, block.shape[1]))
-        return torch.cat([numbers(index) for index in self.index.split(samples)])
+        samples = max(1, CPU_BLOCKS // max(1, -(-n // 4)) if on_cpu else len(self.index))
+        parts = [kernel(index, self.counted, self.key, stream, n) for index in self.index.split(samples)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
