@@ -4,6 +4,7 @@ One rule: each flag is also a variable, its name in upper case (`LR=1e-4` is `--
 unset or empty passes nothing. A name that is almost one of these is refused, since it would be ignored silently.
 """
 
+import difflib
 from collections.abc import Mapping
 
 from util.config import all_flags, parse_args
@@ -29,6 +30,7 @@ ELSEWHERE = {
     "RUN_NAME_BASE": "OUTPUT_DIR",
 }
 
+ALMOST = 0.88  # share of letters in common, by difflib: one or two of ten may differ
 ALIKE = {"NUM_CPUS", "PATCH_SIZE"}  # names that are set for other programs, though near to one here
 
 
@@ -79,18 +81,6 @@ def refuse_misspelt(environment: Mapping[str, str], known: list[str]) -> None:
     for variable in sorted(environment.keys() - set(known)):
         likely = ELSEWHERE.get(variable)
         if likely is None and "_" in variable and variable not in ALIKE:  # of single words too many are alike
-            nearest = min(known, key=lambda name: edit_distance(variable, name))
-            most = 2 if len(variable) >= 9 and nearest not in OWN else 1
-            likely = nearest if edit_distance(variable, nearest) <= most else None
+            likely = next(iter(difflib.get_close_matches(variable, known, n=1, cutoff=ALMOST)), None)
         if likely is not None:
             raise UserError(f"{variable} is set, which nothing here reads. Did you mean {likely}? Otherwise unset it.")
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Return the number of insertions, deletions and substitutions that turn `a` into `b` (Levenshtein 1966)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        previous, row = row, [i]
-        for j, y in enumerate(b, start=1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (x != y)))
-    return row[-1]

@@ -12,7 +12,7 @@ import main_jit
 from tests.conftest import arguments, listing, train
 from tools import launch
 from util.config import all_flags, parse_args
-from util.environment import OWN, edit_distance, flags_from
+from util.environment import OWN, flags_from
 from util.errors import UserError
 
 VARIABLES = """MODEL=JiT-L/16 IMG_SIZE=512 NOISE_SCALE=2.0 PRED_PARAM=v BATCH_SIZE=64 BLR=1e-4 LR=1e-3 EPOCHS=200 SEED=3
@@ -84,13 +84,6 @@ def test_nothing_else_is_touched():
         GLOBAL_RANK NUM_CPUS LOCAL_DIR COMPILER SAMPLES PATCH_SIZE SIMPLE MASTER_HOST NODES DATASETS PYTHON3""".split()
     names = [*others, *(name for name in os.environ if name not in {n.upper() for n in all_flags()} | set(OWN))]
     assert flags_from(dict.fromkeys(names, "x"), []) == []
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "distance"), [("", "ab", 2), ("kitten", "sitting", 3), ("ab", "ba", 2), ("x", "x", 0)]
-)
-def test_edit_distance(a, b, distance):
-    assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
 @pytest.mark.parametrize("value", ["2", "yes", "-1", "01"])
