@@ -1,6 +1,7 @@
 """Count what a GPU would run for a transformer block in training, on a machine without one. One JSON line.
 
     python -m benchmarks.kernels --model JiT-B/16 --img_size 256 --batch_size 64 [--inductor combo_kernels=True]
+    python -m benchmarks.kernels --whole                                                        the network as one graph
 
 Inductor writes its Triton kernels from shapes and types alone. So tensors without memory are enough for it to say how
 many kernels it makes and how many bytes each reads and writes, in bf16 autocast. What it cannot say is how long they
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--model", default="JiT-B/16", choices=JiT_models)
     parser.add_argument("--img_size", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--whole", action="store_true", help="the whole network as one graph, instead of a block")
     parser.add_argument("--inductor", nargs="+", type=inductor_option, metavar="NAME=VALUE", default=[])
     args = parser.parse_args()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -162,14 +164,18 @@ def main() -> None:
     block, (n, half), context = net.blocks[-1], net.rope_cos.shape, net.in_context_len
     width = net.pos_embed.shape[-1]
 
-    def make_inputs() -> tuple[Any, ...]:
+    def images() -> tuple[Any, ...]:
+        x = torch.empty(args.batch_size, net.in_channels, args.img_size, args.img_size)
+        return x, torch.empty(args.batch_size), torch.empty(args.batch_size, dtype=torch.int64)
+
+    def tokens() -> tuple[Any, ...]:
         c, t_emb, y_emb = (torch.empty(args.batch_size, width, requires_grad=True) for _ in range(3))
         x = torch.empty(args.batch_size, context + n, width, requires_grad=True)
         return x, c, torch.empty(context + n, half), torch.empty(context + n, half), t_emb, y_emb, context
 
     with inductor_config.patch(dict(args.inductor)):
-        found = count_training(block, make_inputs)
-    emit("kernels", torch.device("cpu"), {**vars(args), "of": "a block", **found})
+        found = count_training(net, images) if args.whole else count_training(block, tokens)
+    emit("kernels", torch.device("cpu"), {**vars(args), **found})
 
 
 if __name__ == "__main__":
