@@ -9,7 +9,7 @@ Shapes: images (B, 3, H, W) uint8, RGB, 0..255; features (B, F) of each stream; 
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,11 @@ class Extractor:
             self.path, self.sha256 = self.file.find(weights or {})
             try:
                 network = self._load()
-            except (UserError, ImportError, MemoryError):
-                raise
-            except Exception as error:  # those of another network raise many types
-                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # those of another network
+                reason = str(error).partition("\n")[0].rstrip(":")
                 wanted = f"It needs {self.file.name} of {self.file.url}"
                 raise UserError(f"{self.path} does not fit {self.name} ({reason}). {wanted}") from error
-            self.network = network.to(self.device)
+            self.network = network.requires_grad_(False).eval().to(self.device)
 
     def _load(self) -> nn.Module:
         """Return the network with the weights in `path`, for an extractor with a `file`."""
@@ -65,9 +63,6 @@ class Extractor:
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return {stream: float32 (B, F) on the CPU} of uint8 images (B, 3, H, W) on any device."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            found = f"{images.dtype} {tuple(images.shape)}"
-            raise UserError(f"{self.name} takes uint8 images of shape (B, 3, H, W), not {found}.")
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")  # no TF32, whatever training has set
         try:
@@ -131,40 +126,41 @@ class InceptionAntialias(InceptionV3):
             hook.remove()
 
 
-def wrapped(kind: type[nn.Module], name: str, feature: str, **attributes: Any) -> nn.Module:
-    """Return torch-fidelity's extractor `kind` around a network: its constructor would fetch and execute things."""
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+def resize_and_normalise(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return float32 images (B, 3, size, size) as torch-fidelity's extractors make them of uint8 images (B, 3, H, W).
 
-    extractor = kind.__new__(kind)
-    FeatureExtractorBase.__init__(extractor, name, [feature])
-    for key, value in {"feature_extractor_internal_dtype": torch.float32, **attributes}.items():
-        setattr(extractor, key, value)
-    return extractor.requires_grad_(False).eval()
+    The resizing is TensorFlow's bilinear one, without antialiasing; mean and std (3,) are of pixels from 0 to 1.
+    """
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+    from torchvision.transforms.functional import normalize
+
+    x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(size, size), align_corners=False)
+    return normalize(x, [255 * value for value in mean], [255 * value for value in std])
 
 
 class DinoV2(Extractor):
-    """torch-fidelity's dinov2-vit-l-14: its preprocessing, to 224 x 224, and timm's network with Meta's weights.
+    """torch-fidelity's dinov2-vit-l-14: images of 224 x 224, and timm's network with Meta's weights.
 
     The feature is the class token after the last norm. torch-fidelity itself would run Meta's code from torch hub.
     """
 
     name, file, streams = "dinov2_vit_l_14", WEIGHTS["dinov2"], {"dinov2_1024": 1024}
-    architecture = "vit_large_patch14_dinov2"
+    architecture, size = "vit_large_patch14_dinov2", 224
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def _load(self) -> nn.Module:
         import timm
-        from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
         state = {key: value.float() for key, value in load_tensors(self.path).items() if key != "mask_token"}
-        size = FeatureExtractorDinoV2.INPUT_IMAGE_SIZE
         with torch.device("meta"):  # its own initialisation would take seconds
-            network = timm.create_model(self.architecture, pretrained=False, img_size=size, num_classes=0)
+            network = timm.create_model(self.architecture, pretrained=False, img_size=self.size, num_classes=0)
         state["pos_embed"] = resize_positions(state["pos_embed"], network.patch_embed.grid_size[0])
         network.load_state_dict(state, assign=True)
-        return wrapped(FeatureExtractorDinoV2, "dinov2-vit-l-14", "dinov2", model=network)
+        return network
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.streams, self.network(images), strict=True))
+        (stream,) = self.streams
+        return {stream: self.network(resize_and_normalise(images, self.size, self.mean, self.std))}  # (B, F)
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
@@ -188,10 +184,11 @@ class Clip(Extractor):
     """
 
     name, file, streams = "clip_vit_l_14_336px", WEIGHTS["clip"], {"clip_768": 768}
-    resolution = 336
+    size = 336
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def _load(self) -> nn.Module:
-        from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP, build_model
+        from torch_fidelity.feature_extractor_clip import build_model
 
         if self.file.is_published(self.sha256):
             with warnings.catch_warnings():
@@ -199,14 +196,15 @@ class Clip(Extractor):
                 state = torch.jit.load(self.path, map_location="cpu").state_dict()
         else:
             state = load_tensors(self.path)
-        network = build_model(dict(state), torch.float32)
-        found = network.visual.input_resolution, network.visual.output_dim
-        if found != (self.resolution, *self.streams.values()):
+        network = build_model(dict(state), torch.float32).visual
+        found = network.input_resolution, network.output_dim
+        if found != (self.size, *self.streams.values()):
             raise ValueError(f"it is of a CLIP for {found[0]} pixels with {found[1]} features")
-        return wrapped(FeatureExtractorCLIP, "clip-vit-l-14-336px", "clip", model=network, resolution=self.resolution)
+        return network
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.streams, self.network(images), strict=True))
+        x = resize_and_normalise(images, self.size, self.mean, self.std)
+        return {"clip_768": self.network(x)}  # (B, 768)
 
 
 class EffNetLite0(Extractor):
