@@ -51,7 +51,7 @@ from util.dist.parallel import (
 from util.dist.preemption import Preempted, StepVotes
 from util.errors import NonFiniteError, UserError
 from util.evaluation import gates
-from util.evaluation.decode import to_images
+from util.evaluation.decode import decoder
 from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write, loggable, metric_line, report_exists
 from util.evaluation.generate import sample_grid, setting_name
 from util.evaluation.images import spread_labels
@@ -165,7 +165,7 @@ class Trainer:
             warn(init_warnings(config, source) + init_overlap_warnings(config, source.args), ctx)
         self.suite = build_online_suite(config, ctx) if config.online_eval else None
         warn([*(self.suite.warnings if self.suite else ()), *ema_warnings(config, self.total_steps)], ctx)
-        raise_on_all_ranks(ctx, lambda: to_images(config, ctx.device))  # samples need the VAE of latents
+        raise_on_all_ranks(ctx, lambda: decoder(config, ctx.device))  # samples need the VAE of latents
 
         # Model: network and operators, replicated or sharded, with the weights of a checkpoint or fresh ones.
         self.denoiser = self._build_denoiser(fresh=checkpoint is None)

@@ -22,7 +22,7 @@ from util.dist.context import DistContext, any_rank, gather_rows, local_range
 from util.dist.parallel import unsharded
 from util.dist.preemption import Preempted, requested_on_any_rank
 from util.errors import UserError
-from util.evaluation.decode import to_images
+from util.evaluation.decode import decoded_shape, decoder
 from util.evaluation.images import labelled_grid, save_png
 from util.log import progress
 from util.rng import CounterRNG
@@ -96,7 +96,7 @@ def generate(
     Raises:
         UserError: an image with non-finite values.
     """
-    schedules, decode = SampleSchedules.from_config(config), to_images(config, ctx.device)
+    schedules, decode = SampleSchedules.from_config(config), decoder(config, ctx.device)
     batches = [index[i : i + config.gen_bsz] for i in range(0, len(index), config.gen_bsz)]
     with sampling_mode(denoiser), ThreadPoolExecutor(1) as thread:  # draws the next noise while a GPU is busy
         pending = [thread.submit(start_noise, config, batch) for batch in batches[:1]]
@@ -157,7 +157,7 @@ def generate_all(denoiser: Denoiser, config: Any, labels: Sequence[int], ctx: Di
     index = local_range(len(labels), ctx)
     batches = generate(denoiser, config, index, labels, ctx)
     shown = progress(batches, ctx, math.ceil(len(index) / config.gen_bsz), "sampling", "batch")
-    none = torch.empty((0, *to_images(config, ctx.device).shape), dtype=torch.uint8)
+    none = torch.empty((0, *decoded_shape(config)), dtype=torch.uint8)
     images = [none, *(images.cpu() for _, images in shown)]
     if any_rank(ctx, requested_on_any_rank(ctx) is not None):
         raise Preempted("Stopped before all images existed; none was kept. The same command generates them.")
