@@ -211,23 +211,21 @@ class MetricSuite:
                     f"{name} from {num_images} images is biased, as the covariance is rank deficient with fewer than "
                     f"{dim}. Compare it only with values from the same number of images."
                 )
-        self.references = {self.metrics[name].values[0]: file for name, file in self.files.items()}  # for reports
 
         # The spectrum gap needs no network: if there is no file so far, any one that holds a spectrum will do.
-        if not self.references:
+        of_any = list(self.files.values())
+        if not of_any:
             usual = [default_reference(dataset, img_size, e.name) for e in (InceptionV3, EffNetLite0)]
             paths = [fid_stats] if fid_stats else [path for path in usual if path.exists()]
             found = [load_reference(path, dataset, img_size) for path in paths]
-            found = [file for file in found if "grey_spectrum" in file.arrays]
-            if found:
-                self.references["spectrum_gap"] = found[0]
-            elif fid_stats:
+            of_any = [file for file in found if "grey_spectrum" in file.arrays]
+            if fid_stats and not of_any:
                 self.warnings.append(f"{fid_stats} is not used: no metric needs it, and it holds no grey_spectrum.")
 
         # The metrics beside them, where a file has the arrays.
         for name, metric in METRICS.items():
             if metric.beside == "any":
-                files = list(self.references.values())
+                files = of_any
             else:
                 files = [self.files[metric.beside]] if metric.beside in names else []
             usable = [file for file in files if metric.can_use(file, num_images)]
@@ -237,8 +235,6 @@ class MetricSuite:
                 where = " or ".join(str(file.path) for file in files)
                 why = f"it needs at least {metric.least} images and {', '.join(sorted(metric.arrays))} in {where}"
                 self.not_computed |= dict.fromkeys(metric.values, f"{why}; prepare_ref.py stores them")
-        if "spectrum_gap" in self.files:
-            self.references["spectrum_gap"] = self.files["spectrum_gap"]
 
         self.floors = self._find_floors(num_images)
         self.extractors = [build(extractor) for extractor in dict.fromkeys(m.extractor for m in self.metrics.values())]
@@ -320,11 +316,12 @@ class MetricSuite:
     def describe(self) -> dict[str, Any]:
         """Return for reports what decides the numbers, and warnings: ready for JSON."""
         names = [extractor.name for extractor in self.extractors]
+        own = {name: metric for name, metric in self.metrics.items() if metric.beside in (None, "any")}
         return {
             "metrics": list(self.names),
             "protocol": self.protocol or ("torch-fidelity" if InceptionV3.name in names else None),
             "extractors": [extractor.describe() for extractor in self.extractors],
-            "references": {value: file.describe() for value, file in self.references.items()},
+            "references": {m.values[0]: self.files[name].describe() for name, m in own.items() if name in self.files},
             "tf32": {"matmul": False, "cudnn": torch.backends.cudnn.allow_tf32},
             "warnings": self.warnings,
             "settings": {
