@@ -17,7 +17,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from util.data.datasets import DATASETS, Images, build_dataset, part_name, read_
 from util.data.images import DataError, NoSplitError, quantise
 from util.data.loader import ImageLoader
 from util.data.vae import Vae, load_vae
-from util.dist.context import DistContext, find_context, gloo_group, local_range, process_group, raise_on_all_ranks
+from util.dist.context import DistContext, find_context, gather, local_range, process_group, raise_on_all_ranks
 from util.errors import UserError
 from util.evaluation.features import SPATIAL, Extractor
 from util.evaluation.formulas import frechet_of_moments
@@ -47,8 +47,26 @@ SUBSET_SEED, FEATURES_SEED = 0, 1  # of the permutations that choose the images 
 HELDOUT_COUNTS = (500, 1000, 2000, 5000, 10_000, 50_000)
 TIMEOUT_MINUTES = 24 * 60.0  # a rank that has finished waits for the slowest
 EXTRACTORS = {metric.extractor.name: metric for metric in METRICS.values() if metric.arrays and metric.beside is None}
-#: {suffix of their names in a file: moments}, spectra, and the features to store (m, F), float32, in index order
-Statistics = tuple[dict[str, Moments], SpectrumSums, Tensor]
+
+
+@dataclass
+class Statistics:
+    """What is measured of some images."""
+
+    moments: dict[str, Moments]  # suffix of their names in a file -> moments
+    spectra: SpectrumSums
+    features: Tensor  # (m, F) those to store, float32, in index order
+
+    def merge(self, other: "Statistics") -> None:
+        """Add the statistics of other images, which follow in index order."""
+        for suffix, moments in other.moments.items():
+            self.moments[suffix].merge(moments)
+        self.spectra.total += other.spectra.total
+        self.features = torch.cat([self.features, other.features])
+
+    def finish_moments(self) -> dict[str, Tensor]:
+        """Return mu (F,), sigma (F, F) and, for sFID, mu_s and sigma_s."""
+        return {f"{name}{suffix}": array for suffix, m in self.moments.items() for name, array in m.finish().items()}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -195,32 +213,17 @@ def compute(
         if stored is not None:
             spectra.update(x)
         rows.append(features[stream][[i for i in range(len(x)) if start + i in keep]])
-    return moments, spectra, torch.cat(rows)
+    return Statistics(moments, spectra, torch.cat(rows))
 
 
-def merge(part: Statistics, ctx: DistContext, group: dist.ProcessGroup | None) -> Statistics | None:
-    """Merge the parts of all ranks of a gloo group on rank 0; return None on the others."""
-    if group is None:
-        return part
-    moments, spectra, features = part
-    parts = [None] * ctx.world_size if ctx.is_main else None
-    dist.gather_object((moments, spectra.total, features), parts, group=group)
+def merge(part: Statistics, ctx: DistContext) -> Statistics | None:
+    """Merge the parts of all ranks on rank 0; return None on the others."""
+    parts = gather(part, ctx)
     if parts is None:
         return None
-    for other_moments, other_total, _ in parts[1:]:
-        merge_moments(moments, other_moments)
-        spectra.total += other_total
-    return moments, spectra, torch.cat([rows for _, _, rows in parts])  # (M, F)
-
-
-def merge_moments(total: dict[str, Moments], more: dict[str, Moments]) -> None:
-    for suffix, moments in more.items():
-        total[suffix].merge(moments)
-
-
-def finish_moments(moments: dict[str, Moments]) -> dict[str, Tensor]:
-    """Return mu (F,), sigma (F, F) and, for sFID, mu_s and sigma_s."""
-    return {f"{name}{suffix}": array for suffix, m in moments.items() for name, array in m.finish().items()}
+    for other in parts[1:]:
+        part.merge(other)
+    return part
 
 
 def heldout_tables(
@@ -236,11 +239,11 @@ def heldout_tables(
         if part is None:
             continue
         if total is None:
-            total = part[0]
+            total = part
         else:
-            merge_moments(total, part[0])
-        found = finish_moments(total)
-        for suffix in total:
+            total.merge(part)
+        found = total.finish_moments()
+        for suffix in total.moments:
             pair = (arrays[f"{name}{suffix}"] for arrays in (found, real) for name in ("mu", "sigma"))
             with threadpool_limits(len(os.sched_getaffinity(0))):  # torchrun gives a rank one thread
                 rows.setdefault(f"heldout{suffix}", []).append((end, frechet_of_moments(*pair)))
@@ -269,20 +272,17 @@ def run(args: argparse.Namespace) -> str | None:
         extractor = raise_on_all_ranks(ctx, lambda: kind(ctx.device, weights_settings(args), args.img_size))
         vae = raise_on_all_ranks(ctx, lambda: load_vae(args.vae, ctx.device) if args.vae else None)
 
-        group = gloo_group(timedelta(minutes=TIMEOUT_MINUTES)) if ctx.world_size > 1 else None
-
         def measure(images: Images, indices: Sequence[int], stored: Sequence[int] | None = None) -> Statistics | None:
             part = raise_on_all_ranks(ctx, lambda: compute(images, indices, stored, extractor, args, ctx, vae))
-            return merge(part, ctx, group)
+            return merge(part, ctx)
 
         total = measure(images, indices, stored)
-        real = None if total is None else finish_moments(total[0])
+        real = None if total is None else total.finish_moments()
         order = np.random.RandomState(SUBSET_SEED).permutation(len(heldout or ())).tolist()
         tables = heldout_tables(counts, lambda a, b: measure(heldout, sorted(order[a:b])), real)
     if total is None:
         return None
-    _, spectra, features = total
-    arrays = {**real, **tables, **spectra.finish(), **({"features": features} if stored else {})}
+    arrays = {**real, **tables, **total.spectra.finish(), **({"features": total.features} if stored else {})}
     meta = {
         "dataset": real_images(args),
         "split": args.split,

@@ -95,10 +95,10 @@ def _explain_unreachable() -> Iterator[None]:
         ) from error
 
 
-def gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+def gloo_group() -> dist.ProcessGroup:
     """Create a group of all ranks for tensors in host memory; all ranks call it."""
     with _explain_unreachable():
-        return dist.new_group(backend="gloo", timeout=timeout)
+        return dist.new_group(backend="gloo")
 
 
 def error_on_all_ranks(message: str) -> UserError:
@@ -181,10 +181,18 @@ def local_range(n: int, ctx: DistContext) -> range:
     return range(n * ctx.rank // ctx.world_size, n * (ctx.rank + 1) // ctx.world_size)
 
 
+def gather(value: T, ctx: DistContext) -> list[T] | None:
+    """Return the picklable values of all ranks on rank 0, None elsewhere. They may come to it hours apart."""
+    if ctx.world_size == 1:
+        return [value]
+    values = [None] * ctx.world_size if ctx.is_main else None
+    dist.gather_object(value, values, group=_patient)
+    return values
+
+
 def gather_rows(part: Tensor, n: int, ctx: DistContext) -> Tensor | None:
     """Gather the (len(local_range(n, ctx)), ...) rows of all ranks as (n, ...) on rank 0; return None elsewhere."""
     if ctx.world_size == 1:
         return part
-    parts = [None] * ctx.world_size if ctx.is_main else None
-    dist.gather_object(part.cpu().clone(), parts, group=_patient)  # of a view all its storage would be sent
+    parts = gather(part.cpu().clone(), ctx)  # of a view all its storage would be sent
     return torch.cat(parts).view(n, *part.shape[1:]) if parts else None
