@@ -26,13 +26,17 @@ WHY = {  # first word of a column -> why rows that differ in it are not comparab
 }
 
 
+def files_of(run: Path) -> list[Path]:
+    """Return the files of a run that may be reports of evaluations."""
+    return [*sorted(run.glob("eval/*.json")), *sorted(run.glob("sweep/**/*.json"))]
+
+
 def read(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Return one row per report, the names of their metrics, and warnings. Raises UserError if there is no report."""
     rows, metrics, warnings = [], {}, []
     files = {}  # resolved path -> path: a file that was found twice is one row
     for path in paths:
-        found = [*sorted(path.glob("eval/*.json")), *sorted(path.glob("sweep/**/*.json"))] if path.is_dir() else [path]
-        files |= {file.resolve(): file for file in found}
+        files |= {file.resolve(): file for file in (files_of(path) if path.is_dir() else [path])}
     names = [path.resolve().name for path in paths]
     for file in files.values():
         folder = next((p.parent for p in file.absolute().parents if p.name in ("eval", "sweep")), file)

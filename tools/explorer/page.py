@@ -15,7 +15,6 @@ from sampler import SOLVERS
 from spectral_forcing import SCHEDULES
 from spectral_ops.schedule import GRIDS
 from tools.explorer import plane, runs, trajectory
-from tools.explorer.runs import Folders
 from util.checkpoint.published import WEIGHTS
 from util.config import SNR_FLOOR, all_flags, parse_labels
 from util.errors import UserError
@@ -23,7 +22,7 @@ from util.io import FID_STATS
 
 MOST_IMAGES = 16
 FLAGS = all_flags()
-DEVICE, FOLDERS = torch.device(sys.argv[1]), Folders(sys.argv[2:])
+DEVICE, FOLDERS = torch.device(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]]
 Sampled = tuple[Path, str, Any, trajectory.Trajectory]  # network, weights, configuration, what happened
 
 
@@ -50,7 +49,7 @@ def one_at_a_time() -> threading.Lock:
 @st.cache_resource(max_entries=2, show_spinner="Reading the checkpoint ...")
 def network(path: Path, ema: str, changed: float) -> tuple[Any, Any]:
     """Load a network, once as long as its files do not change."""
-    return trajectory.load_network(FOLDERS, path, ema, DEVICE)
+    return trajectory.load_network(path, ema, DEVICE)
 
 
 def load(path: Path, ema: str) -> tuple[Any, Any]:
@@ -128,7 +127,7 @@ def controls_of(schedule: str, size: int) -> dict[str, Any]:
 
 @st.fragment
 def network_tab() -> None:
-    networks = FOLDERS.networks()
+    networks = runs.find_networks(FOLDERS)
     if not networks:
         st.info("There is no checkpoint and no export in the given folders. `make demo` trains a small network.")
         return
@@ -213,7 +212,7 @@ def show(found: list[Sampled]) -> None:
 
 @st.fragment
 def runs_tab() -> None:
-    there = FOLDERS.runs()
+    there = runs.find_runs(FOLDERS)
     if not there:
         st.info("There is no run in the given folders: a run has a file log.jsonl.")
         return
@@ -223,8 +222,8 @@ def runs_tab() -> None:
     curves, rows = {}, []
     for run in chosen:
         with sentences():
-            curves[str(run)] = runs.curves(runs.read_log(FOLDERS, run))
-        own, warnings = runs.evaluations(FOLDERS, run)
+            curves[str(run)] = runs.curves(runs.read_log(run))
+        own, warnings = runs.evaluations(run)
         rows += own
         for warning in warnings:
             st.warning(plain(warning))
@@ -240,7 +239,7 @@ def runs_tab() -> None:
     st.markdown("##### Samples over epochs")
     for run, column in zip(chosen, st.columns(max(len(chosen), 2)), strict=False):
         with column, sentences():
-            grids = {str(path.relative_to(run / "samples")): path for path in runs.sample_grids(FOLDERS, run)}
+            grids = {str(path.relative_to(run / "samples")): path for path in runs.sample_grids(run)}
             name = next(reversed(grids), None)
             if len(grids) > 1:
                 name = st.select_slider(plain(str(run)), list(grids), name, key=f"grid of {run}")

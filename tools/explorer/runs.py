@@ -1,7 +1,4 @@
-"""What the given folders hold: runs, networks, and from a run's files alone its curves, samples and evaluations.
-
-No file outside of the given folders is read, whatever links lead there.
-"""
+"""What the given folders hold: runs, networks, and from a run's files alone its curves, samples and evaluations."""
 
 import json
 import os
@@ -27,53 +24,38 @@ LOGGED = {"train": ("loss", "lr", "images_per_s"), "val": ("loss_ema1",)}  # eve
 Curve = tuple[np.ndarray, np.ndarray]  # epochs (N,), values (N,)
 
 
-class Folders:
-    """The folders that the page may read."""
-
-    def __init__(self, roots: Sequence[str | Path]):
-        self.roots = [Path(root) for root in roots]
-        self._resolved = [root.resolve() for root in self.roots]
-
-    def holds(self, path: Path) -> bool:
-        """Whether a file or folder, with all links followed, lies in one of the folders."""
-        return any(path.resolve().is_relative_to(root) for root in self._resolved)
-
-    def files(self, folder: Path, *patterns: str) -> list[Path]:
-        """Return what matches the patterns below `folder` and lies in the folders, sorted by name."""
-        found = {path for pattern in patterns for path in folder.glob(pattern)}
-        return sorted(path for path in found if self.holds(path))
-
-    def _walk(self) -> list[tuple[Path, list[str], list[str]]]:
-        found = []
-        for root in self.roots:
-            for folder, below, files in os.walk(root):
-                found.append((Path(folder), sorted(below), sorted(files)))
-                below[:] = sorted(n for n in below if n not in NO_RUNS and not n.startswith(".") and n[-4:] != ".dcp")
-        return found
-
-    def runs(self) -> list[Path]:
-        """Return the folders of runs: those with a log."""
-        return [folder for folder, _, files in self._walk() if LOG_NAME in files]
-
-    def networks(self) -> list[Path]:
-        """Return what can sample: a run (its newest checkpoint), one of several checkpoints, or an export."""
-        found = []
-        for folder, below, files in self._walk():
-            checkpoints = [n for n in (*below, *files) if n.startswith("checkpoint-") and n.endswith((".pth", ".dcp"))]
-            found += [folder] if checkpoints else []
-            found += [folder / name for name in checkpoints] if len(checkpoints) > 1 else []
-            is_hub = CONFIG in files and WEIGHTS in files
-            found += [folder] if is_hub else []
-            found += [folder / n for n in files if n.endswith(".safetensors") and not (is_hub and n == WEIGHTS)]
-        return sorted(found, key=lambda path: path.name.startswith("checkpoint-"))  # earlier checkpoints last
+def walk(roots: Sequence[Path]) -> list[tuple[Path, list[str], list[str]]]:
+    """Return each folder below the roots, and the sorted names of its folders and files."""
+    found = []
+    for root in roots:
+        for folder, below, files in os.walk(root):
+            found.append((Path(folder), sorted(below), sorted(files)))
+            below[:] = sorted(n for n in below if n not in NO_RUNS and not n.startswith(".") and n[-4:] != ".dcp")
+    return found
 
 
-def read_log(folders: Folders, run: Path) -> list[dict[str, Any]]:
+def find_runs(roots: Sequence[Path]) -> list[Path]:
+    """Return the folders of runs: those with a log."""
+    return [folder for folder, _, files in walk(roots) if LOG_NAME in files]
+
+
+def find_networks(roots: Sequence[Path]) -> list[Path]:
+    """Return what can sample: a run (its newest checkpoint), one of several checkpoints, or an export."""
+    found = []
+    for folder, below, files in walk(roots):
+        checkpoints = [n for n in (*below, *files) if n.startswith("checkpoint-") and n.endswith((".pth", ".dcp"))]
+        found += [folder] if checkpoints else []
+        found += [folder / name for name in checkpoints] if len(checkpoints) > 1 else []
+        is_hub = CONFIG in files and WEIGHTS in files
+        found += [folder] if is_hub else []
+        found += [folder / n for n in files if n.endswith(".safetensors") and not (is_hub and n == WEIGHTS)]
+    return sorted(found, key=lambda path: path.name.startswith("checkpoint-"))  # earlier checkpoints last
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's log; a line that is cut off or damaged is left out."""
-    path, lines = run / LOG_NAME, []
-    if not folders.holds(path):
-        raise UserError(f"{path} leads out of the given folders, and is not read.")
-    for text in path.read_bytes().splitlines():
+    lines = []
+    for text in (run / LOG_NAME).read_bytes().splitlines():
         with suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
@@ -118,11 +100,12 @@ def draw_curves(of_runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
     return figure
 
 
-def evaluations(folders: Folders, run: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def evaluations(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return a row for each evaluation of a run, as in tools.report, and warnings on files that are none."""
-    files = folders.files(run, "eval/*.json", "sweep/**/*.json")
+    if not report.files_of(run):
+        return [], []
     try:
-        rows, _, warnings = report.read(files) if files else ([], [], [])
+        rows, _, warnings = report.read([run])
     except UserError as error:
         return [], [str(error)]
     return [{**row, "run": str(run)} for row in rows], warnings
@@ -136,9 +119,9 @@ def shared(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict
     return same, [{name: value for name, value in row.items() if name not in same} for row in rows]
 
 
-def sample_grids(folders: Folders, run: Path) -> list[Path]:
+def sample_grids(run: Path) -> list[Path]:
     """Return the pictures of samples that a run has drawn, in the order of epochs."""
-    return folders.files(run, "samples/*.png", "samples/*/grid.png")
+    return sorted([*run.glob("samples/*.png"), *run.glob("samples/*/grid.png")])
 
 
 def picture(path: Path) -> Image.Image:

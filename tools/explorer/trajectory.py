@@ -16,17 +16,15 @@ import main_jit
 from denoiser import Denoiser, one_minus
 from sampler import Velocity
 from spectral_ops.spectrum import rapsd
-from tools.explorer.runs import COLOURS, Folders
+from tools.explorer.runs import COLOURS
 from tools.export import load_denoiser
-from tools.hub import CONFIG, SpectralJiT
+from tools.hub import SpectralJiT
 from util.config import check, resolve
 from util.data.images import quantise
 from util.dist.context import DistContext
-from util.errors import UserError
 from util.evaluation.generate import own_t_eps, sample_batch, sampling_mode, start_noise
 from util.evaluation.images import rgb
 from util.evaluation.plots import new_figure
-from util.io import FID_STATS
 from util.resume import load_for_inference
 from util.rng import CounterRNG
 from util.schedules import SampleSchedules
@@ -42,17 +40,13 @@ class Trajectory:
     labels: tuple[int, ...]  # the classes of the B images
 
 
-def load_network(folders: Folders, path: Path, ema: str, device: torch.device) -> tuple[Denoiser, Any]:
-    """Return denoiser and configuration of what `Folders.networks` has found.
+def load_network(path: Path, ema: str, device: torch.device) -> tuple[Denoiser, Any]:
+    """Return denoiser and configuration of what `find_networks` has found.
 
     Raises:
-        UserError: weights that are damaged, of another network or lead out of the folders.
+        UserError: weights that are damaged or of another network.
     """
     folder, name = (path, None) if path.is_dir() and path.suffix != ".dcp" else (path.parent, path.name)
-    parts = [part for found in folder.glob("checkpoint-*") for part in (found, *found.rglob("*"))]
-    parts += [path, folder / CONFIG, *folder.glob("*.safetensors")]
-    if outside := [part for part in parts if not folders.holds(part)]:
-        raise UserError(f"{outside[0]} leads out of the given folders, and is not read.")
     if path.suffix == ".safetensors":
         denoiser, config = load_denoiser(path, device)
     elif name is None and not any(folder.glob("checkpoint-*")):
@@ -63,9 +57,6 @@ def load_network(folders: Folders, path: Path, ema: str, device: torch.device) -
         config, checkpoint = load_for_inference(given, "sample")
         check(config, evaluates=False)
         denoiser = main_jit.load_denoiser(config, checkpoint, DistContext(device=device))
-    spectrum = config.spectrum_file and Path(config.spectrum_file)
-    if spectrum and not (folders.holds(spectrum) or Folders([FID_STATS]).holds(spectrum)):
-        raise UserError(f"{path} uses {spectrum}, which leads out of the given folders: name its folder as well.")
     return denoiser, replace(config, data_path=None)
 
 

@@ -12,7 +12,7 @@ from spectral_forcing import SpectralForcing
 from tests.conftest import ONE, Payload, spectrum_of_digits, train
 from tests.tools.test_export import inputs, of_run
 from tools.explorer import trajectory
-from tools.explorer.runs import Folders
+from tools.explorer.runs import find_networks, find_runs
 from util.checkpoint.files import NAME
 from util.data.images import quantise
 from util.errors import UserError
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def follow(folder, labels=(3, 1, 4), **settings):
     """Denoiser, configuration and trajectory of a run's ema1."""
-    denoiser, config = trajectory.load_network(Folders([folder]), folder, "ema1", CPU)
+    denoiser, config = trajectory.load_network(folder, "ema1", CPU)
     config = trajectory.with_settings(config, {"num_sampling_steps": 4, "cfg": 2.0, "seed": 5, **settings})
     return denoiser, config, trajectory.follow(denoiser, config, labels)
 
@@ -77,16 +77,6 @@ def test_each_image_may_have_its_own_times(trained, tmp_path):
     trajectory.draw(found, 1, trajectory.power_range(found, 1))
 
 
-def test_a_network_is_not_sampled_with_another_spectrum_than_its_own(tmp_path):
-    file = spectrum_of_digits(tmp_path / "elsewhere.npz")
-    run = train(
-        tmp_path / "runs" / "one", sampling_grid="spectral_global", spectrum_file=file, num_sampling_steps=3, epochs=1
-    )
-    with pytest.raises(UserError, match=r"uses .*elsewhere\.npz, which leads out of the given folders"):
-        trajectory.load_network(Folders([tmp_path / "runs"]), run, "ema1", CPU)
-    trajectory.load_network(Folders([tmp_path]), run, "ema1", CPU)
-
-
 def test_a_computation_ends_when_its_reader_has_left(trained):
     """The page raises in `on_step`."""
     denoiser, config, _ = follow(trained)
@@ -103,12 +93,12 @@ def test_a_computation_ends_when_its_reader_has_left(trained):
 
 
 def test_networks_of_a_folder(output, trained):
-    folders = Folders([output])
-    assert set(folders.networks()) == {output / "run", output / "exported.safetensors", output / "hub"}
-    assert folders.runs() == [output / "run"] == Folders([output / "run"]).runs()
+    networks = find_networks([output])
+    assert set(networks) == {output / "run", output / "exported.safetensors", output / "hub"}
+    assert find_runs([output]) == [output / "run"] == find_runs([output / "run"])
     expected = of_run(trained, "model_ema1").velocity(*inputs())
-    for path in folders.networks():
-        denoiser, config = trajectory.load_network(folders, path, "ema1", CPU)
+    for path in networks:
+        denoiser, config = trajectory.load_network(path, "ema1", CPU)
         assert torch.equal(denoiser.velocity(*inputs()), expected) and config.img_size == 16
 
 
@@ -122,7 +112,7 @@ def test_networks_that_cannot_be_used_are_one_sentence(output, tmp_path):
 
     def load(name):
         with pytest.raises(UserError) as found:
-            trajectory.load_network(Folders([tmp_path]), tmp_path / name, "ema1", CPU)
+            trajectory.load_network(tmp_path / name, "ema1", CPU)
         return str(found.value)
 
     assert "weights without settings" in load("bare.safetensors") and "net.more is unknown" in load("hub")
