@@ -40,7 +40,7 @@ from util.evaluation.images import rgb
 from util.evaluation.metrics import METRICS
 from util.evaluation.reference import Moments, default_reference, load_reference, save_reference
 from util.evaluation.weights import FLAGS, weights_settings
-from util.io import provenance
+from util.io import make_folder, provenance
 from util.log import progress, warn
 
 SUBSET_SEED, FEATURES_SEED = 0, 1  # of the permutations that choose the images and the features to store
@@ -117,13 +117,9 @@ def check(args: argparse.Namespace) -> None:
     if args.out is None and args.split != "train":
         raise UserError(f"--split {args.split} needs --out: evaluation expects files of the split train in fid_stats/.")
     args.out = args.out or default_reference(real_images(args), args.img_size, args.extractor)
-    if args.out.suffix != ".npz":
-        raise UserError(f"--out {args.out} must end in .npz.")
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists. Give --overwrite to replace it, or name another --out.")
-    folder = next(path for path in args.out.absolute().parents if path.exists())
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {args.out}: the folder {folder} cannot be written to. Name another one.")
+    make_folder(args.out.parent)
 
 
 def real_images(args: argparse.Namespace) -> str:

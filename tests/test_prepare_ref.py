@@ -3,7 +3,6 @@
 import re
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,14 +211,12 @@ def test_an_error_on_any_rank_ends_all_with_one_sentence(here, colours, broken):
         (["--dataset", "digits", "--split", "test"], "no split"),
         (["--dataset", "digits", "--heldout_split", "test"], "no split"),
         (["--dataset", "digits", "--heldout_counts", "500"], "no split"),
-        (["--dataset", "digits", "--out", "statistics"], r"end in \.npz"),
-        (["--dataset", "digits", "--out", "/proc/r.npz"], "cannot be written to"),
+        (["--dataset", "digits", "--out", "/proc/r.npz"], "The folder /proc cannot be written"),
         (["--dataset", "imagefolder"], "--data_path"),
         (["--dataset", "imagefolder", "--data_path", "nowhere"], "does not exist"),
     ],
 )
-def test_errors_are_one_sentence(here, colours, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(prepare_ref.os, "access", lambda path, mode: path != Path("/proc"))
+def test_errors_are_one_sentence(here, colours, capsys, arguments, message):
     out = [] if "--out" in arguments else ["--out", str(here / "r.npz")]
     device = [] if "--device" in arguments else ["--device", "cpu"]
     assert prepare_ref.main([*arguments, *device, *out]) == 2

@@ -29,7 +29,7 @@ from util.dist.context import DistContext, any_rank, local_range, raise_on_all_r
 from util.dist.preemption import Preempted, requested_on_any_rank
 from util.errors import UserError
 from util.evaluation.generate import generate, sampling_settings, setting_name
-from util.evaluation.images import QUANTISATION, write_numbered
+from util.evaluation.images import QUANTISATION, spread_labels, write_numbered
 from util.evaluation.metrics import METRICS, MetricSuite, parse_metrics
 from util.evaluation.plots import plot_spectra
 from util.evaluation.protocols import PROTOCOLS, check_protocol, protocol_reference
@@ -88,12 +88,9 @@ class FeatureCache:
         """
         if self.png_folder and not self.folder.exists() and any(self.png_folder.glob("*.png")):
             raise UserError(f"--save_images {self.png_folder} has PNGs already. Name another folder.")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.png_folder:
-                self.png_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The evaluation cannot be written: {error}.") from error
+        io.make_folder(self.folder)
+        if self.png_folder:
+            io.make_folder(self.png_folder)
         missing = set(range(self.num_images))
         for path in self.folder.glob("*.npz"):
             try:
@@ -207,7 +204,7 @@ def evaluate_and_write(
         Preempted: on all ranks, if one was asked to stop before all features existed.
     """
     config = target.config
-    labels = [i // (config.num_images // config.class_num) for i in range(config.num_images)]
+    labels = spread_labels(config.num_images, config.class_num)
     identity = run_on_rank0(ctx, lambda: identify(target, suite, ctx.device))
     features_hash = io.json_hash([identity["images"], identity["features"], config.save_images])
     name = f"{report_name(config, target.epoch, target.at)}-{features_hash}.features"
