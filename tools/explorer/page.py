@@ -14,6 +14,7 @@ import torch
 from sampler import SOLVERS
 from spectral_forcing import SCHEDULES
 from spectral_ops.schedule import GRIDS
+from tools import report
 from tools.explorer import plane, runs, trajectory
 from util.checkpoint.published import WEIGHTS
 from util.config import SNR_FLOOR, all_flags, parse_labels
@@ -219,21 +220,19 @@ def runs_tab() -> None:
     left, right = st.columns((5, 1), vertical_alignment="bottom")
     chosen = left.multiselect("Runs", there, there[:2], format_func=str)
     right.button("Read again", icon=":material/refresh:")
-    curves, rows = {}, []
+    curves = {}
     for run in chosen:
         with sentences():
             curves[str(run)] = runs.curves(runs.read_log(run))
-        own, warnings = runs.evaluations(run)
-        rows += own
-        for warning in warnings:
-            st.warning(plain(warning))
     if any(curves.values()):
         st.pyplot(runs.draw_curves(curves))
     st.markdown("##### Evaluations")
-    if rows:
-        shared, rows = runs.shared(rows)
-        st.caption(plain("All: " + ", ".join(f"{name} {value}" for name, value in shared.items())))
-        st.dataframe(rows, hide_index=True)
+    if any(report.files_of(run) for run in chosen):
+        with sentences():
+            rows, metrics, warnings = report.read(chosen)
+            for warning in warnings:
+                st.warning(plain(warning))
+            st.code(report.table(rows, metrics), language=None)
     else:
         st.write("None yet: `main_jit.py --evaluate_gen --resume DIR` makes one.")
     st.markdown("##### Samples over epochs")

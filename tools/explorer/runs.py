@@ -1,4 +1,4 @@
-"""What the given folders hold: runs, networks, and from a run's files alone its curves, samples and evaluations."""
+"""What the given folders hold: runs, networks, and from a run's files alone its curves and samples."""
 
 import json
 import os
@@ -11,10 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tools import report
 from tools.hub import CONFIG, WEIGHTS
 from util.errors import UserError
-from util.evaluation.metrics import METRICS
 from util.evaluation.plots import new_figure
 from util.log import LOG_NAME
 
@@ -98,25 +96,6 @@ def draw_curves(of_runs: Mapping[str, Mapping[str, Curve]]) -> Figure:
         axes.grid(alpha=0.3, which="both")
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
-
-
-def evaluations(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a row for each evaluation of a run, as in tools.report, and warnings on files that are none."""
-    if not report.files_of(run):
-        return [], []
-    try:
-        rows, _, warnings = report.read([run])
-    except UserError as error:
-        return [], [str(error)]
-    return [{**row, "run": str(run)} for row in rows], warnings
-
-
-def shared(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the columns in which all rows have the same value, and the rows without them; metrics stay."""
-    metrics = {value for metric in METRICS.values() for value in metric.values}
-    same = {name: value for name, value in rows[0].items() if all(row.get(name, ...) == value for row in rows)}
-    same = {name: value for name, value in same.items() if name != "run" and name not in metrics}
-    return same, [{name: value for name, value in row.items() if name not in same} for row in rows]
 
 
 def sample_grids(run: Path) -> list[Path]:

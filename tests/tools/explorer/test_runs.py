@@ -1,4 +1,4 @@
-"""Runs: curves and evaluations are what the files say."""
+"""Runs: curves are what the files say."""
 
 import json
 
@@ -32,16 +32,8 @@ def test_curves_are_those_of_the_log(tmp_path):
     assert runs.curves([{"event": "train", "step": 1, "loss": 2.0}]) == {}  # without the length of an epoch
 
 
-def test_damaged_files_of_a_run_are_one_sentence_each(tmp_path):
-    write(tmp_path, "eval/x.json", "{")
+def test_a_damaged_picture_is_one_sentence(tmp_path):
     write(tmp_path, "samples/epoch0001.png", "no picture")
-    (rows, warnings), (grid,) = (f(tmp_path) for f in (runs.evaluations, runs.sample_grids))
-    assert rows == [] and len(warnings) == 1 and "x.json is skipped" in warnings[0]
+    (grid,) = runs.sample_grids(tmp_path)
     with pytest.raises(UserError, match="cannot be read as a picture"):
         runs.picture(grid)
-
-
-def test_columns_that_rows_share_are_said_once():
-    rows = [{"run": "a", "N": 5, "cfg": 1.0, "fid": 2.0}, {"run": "b", "N": 5, "cfg": 2.0, "fid": 2.0}]
-    assert runs.shared(rows) == ({"N": 5}, [{k: row[k] for k in ("run", "cfg", "fid")} for row in rows])
-    assert runs.shared([{"run": "a", "N": 5}, {"run": "a"}]) == ({}, [{"run": "a", "N": 5}, {"run": "a"}])
