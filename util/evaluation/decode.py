@@ -15,7 +15,7 @@ _load = lru_cache(maxsize=1)(load_vae)
 
 
 def decoder(config: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the function from x (B, C, h, w) of the network to uint8 images (B, *decoded_shape). A VAE is loaded once.
+    """Return the function from x (B, C, h, w) of the network to images, uint8. A VAE is loaded once.
 
     Raises:
         UserError: a VAE that cannot be loaded, or another one than the latents were made with.
@@ -33,7 +33,3 @@ def decoder(config: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
             f"(sha256 {expected['sha256'][:12]}..., not {vae.sha256[:12]}...). Name that one with --vae."
         )
     return partial(vae.decode, tiled=config.vae_tiled)
-
-
-def decoded_shape(config: Any) -> tuple[int, int, int]:
-    return config.image_shape if config.latents is None else (3, config.pixels, config.pixels)

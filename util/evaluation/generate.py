@@ -22,7 +22,7 @@ from util.dist.context import DistContext, any_rank, gather_rows, local_range
 from util.dist.parallel import unsharded
 from util.dist.preemption import Preempted, requested_on_any_rank
 from util.errors import UserError
-from util.evaluation.decode import decoded_shape, decoder
+from util.evaluation.decode import decoder
 from util.evaluation.images import labelled_grid, save_png
 from util.log import progress
 from util.rng import CounterRNG
@@ -157,7 +157,8 @@ def generate_all(denoiser: Denoiser, config: Any, labels: Sequence[int], ctx: Di
     index = local_range(len(labels), ctx)
     batches = generate(denoiser, config, index, labels, ctx)
     shown = progress(batches, ctx, math.ceil(len(index) / config.gen_bsz), "sampling", "batch")
-    none = torch.empty((0, *decoded_shape(config)), dtype=torch.uint8)
+    channels = 3 if config.latents else config.channels
+    none = torch.empty((0, channels, config.pixels, config.pixels), dtype=torch.uint8)
     images = [none, *(images.cpu() for _, images in shown)]
     if any_rank(ctx, requested_on_any_rank(ctx) is not None):
         raise Preempted("Stopped before all images existed; none was kept. The same command generates them.")
