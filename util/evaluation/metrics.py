@@ -250,17 +250,11 @@ class MetricSuite:
             known = file.heldout(metric.table)
             if num_images in known:
                 floors[ratio] = known[num_images]
-            elif known:
-                counts = ", ".join(map(str, known))
-                why = f"{file.path} has the distances of {counts} held-out images, not of {num_images}: "
-                self.not_computed[ratio] = why + "choose --num_images from these"
-                if num_images <= (file.meta or {}).get("heldout_images", 0):
-                    again = f", or make it again with prepare_ref.py --heldout_counts {num_images}"
-                    self.not_computed[ratio] += again
             else:
+                stored = f" (only of {', '.join(map(str, known))})" if known else ""
                 self.not_computed[ratio] = (
-                    f"{file.path} has no distances of held-out images; prepare_ref.py stores them where the data set "
-                    "has a held-out split (--heldout_split)"
+                    f"{file.path} has no distance of {num_images} held-out images{stored}; prepare_ref.py stores it "
+                    f"with --heldout_counts {num_images} if --heldout_split has so many"
                 )
         return floors
 
