@@ -111,8 +111,8 @@ def savings(file: Path) -> str:
                 ratios.append("-")
                 continue
             levels = LevelTimes(LogitNormal(), schedule).levels
-            flops = {level: count_flops(model, size, level) for level in {0, *levels}}
-            ratios.append(f"{flops[0] / statistics.mean(flops[level] for level in levels):.1f}")
+            with_levels = statistics.mean(count_flops(model, size, level) for level in levels)
+            ratios.append(f"{count_flops(model, size) / with_levels:.1f}")
         out.append(f"| {count} | {', '.join(f'{t:.2f}' for t in schedule.times)} | {' | '.join(ratios)} |")
     return "\n".join(out)
 

@@ -9,21 +9,20 @@ noise that are the same for all runs. Their sum over rings, weighted by modes, i
 
 import math
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from denoiser import Denoiser, LogitNormal, sample_step
 from experiments.arms import ARMS, block_operators, input_operator, resolution, share_layers, time_sampler
 from experiments.data import open_data
 from model_jit import JiT
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
-from spectral_ops.resolution import LevelTimes
 from util.cpu_layers import speed_up_on_cpu
 from util.optim import EMA, build_optimizer
+from util.profile import forward_flops, levels_of
 from util.rng import CounterRNG
 
 CPU = torch.device("cpu")
@@ -143,16 +142,8 @@ def measure(denoiser: Denoiser, run: Run, device: torch.device = CPU) -> dict[st
 
 def operations(run: Run) -> float:
     """Return the operations of the matrix products of training, two per multiply-add; a backward pass counts twice."""
-    data, sampler, total = open_data(run.data), time_sampler(ARMS[run.arm], run.data, CPU), 0.0
-    levels = sampler.levels if isinstance(sampler, LevelTimes) else (0,)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        net = build_denoiser(run).net
-        for level in levels:
-            x = torch.zeros(1, data.channels, data.size >> level, data.size >> level)
-            with FlopCounterMode(display=False) as counter:
-                net(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
-            total += 3 * counter.get_total_flops() / len(levels)
-    return total * run.batch * run.steps
+    net, levels = build_denoiser(run).net, levels_of(time_sampler(ARMS[run.arm], run.data, CPU))
+    return 3 * mean(forward_flops(net, level) for level in levels) * run.batch * run.steps
 
 
 def density(times: int) -> Tensor:

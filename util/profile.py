@@ -11,10 +11,11 @@ Bytes on each of W GPUs, for P parameters:
 """
 
 import argparse
-import statistics
 import time
+from functools import cache
 from itertools import product
 from math import prod
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from denoiser import Denoiser
-from model_jit import JiT_models
+from denoiser import Denoiser, TimeSampler
+from model_jit import JiT, JiT_models
 from spectral_forcing import SpectralForcing
 from spectral_ops.resolution import LevelTimes
 from util.build import describe_operators
@@ -34,29 +35,34 @@ GPU_BYTES = {"80 GB": 80e9, "141 GB": 141e9}
 UNTIMED, TIMED = 3, 7  # steps of a dry run
 
 
-def count_flops(model: str, img_size: int, level: int = 0, **arguments: Any) -> int:
+def forward_flops(net: JiT, level: int = 0) -> int:
     """Count the operations of the matrix products in a forward pass of one image, two per multiply-add.
 
     `level` is that of the image's resolution (spectral_ops/resolution.py).
     """
-    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        net, size = JiT_models[model](input_size=img_size, levels=level, **arguments), img_size >> level
-        with FlopCounterMode(display=False) as counter:
-            net(torch.zeros(1, net.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    size = net.input_size >> level
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, net.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops()
 
 
-def levels_of(trainer: Any) -> tuple[int, ...]:
+@cache
+def count_flops(model: str, img_size: int, level: int = 0, **arguments: Any) -> int:
+    """Count the operations of a model by its name, on tensors without memory."""
+    with torch.device("meta"):
+        return forward_flops(JiT_models[model](input_size=img_size, levels=level, **arguments), level)
+
+
+def levels_of(time_sampler: TimeSampler) -> tuple[int, ...]:
     """Return the levels of resolution that a run's images have in turn."""
-    return trainer.time_sampler.levels if isinstance(trainer.time_sampler, LevelTimes) else (0,)
+    return time_sampler.levels if isinstance(time_sampler, LevelTimes) else (0,)
 
 
 def mean_flops(trainer: Any) -> float:
     """Return the operations of a forward pass of one image in training, the mean over levels of resolution."""
-    config, levels = trainer.config, levels_of(trainer)
+    config = trainer.config
     sizes = {"num_classes": config.class_num, "in_channels": config.channels, "out_channels": config.channels}
-    of_level = {i: count_flops(config.model, config.img_size, i, **sizes) for i in set(levels)}
-    return sum(of_level[level] for level in levels) / len(levels)
+    return mean(count_flops(config.model, config.img_size, i, **sizes) for i in levels_of(trainer.time_sampler))
 
 
 def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
@@ -127,7 +133,7 @@ def dry_run(trainer: Any) -> str:
     memory = Memory(config.model, config.img_size, trainer.denoiser.autocast_dtype, config.levels, config.channels)
     fixed, image = memory.per_gpu(ctx.world_size, config.parallel, config.activation_checkpointing)
     net = trainer.denoiser.net
-    tokens = [net.in_context_len + (net.pos_embed.shape[1] >> 2 * level) for level in levels_of(trainer)]
+    tokens = [net.in_context_len + (net.pos_embed.shape[1] >> 2 * level) for level in levels_of(trainer.time_sampler)]
     image *= sum(tokens) / len(tokens) / (net.in_context_len + net.pos_embed.shape[1])
     needed = (fixed + image * config.batch_size - (0 if cuda else RESERVE)) / 1e9
     forward = mean_flops(trainer)
@@ -142,7 +148,7 @@ def dry_run(trainer: Any) -> str:
         float(trainer.train_step(batches, step))  # waits for the device
         seconds.append(time.perf_counter() - start)
     timed = seconds[untimed:] or seconds[-1:]
-    median, left = statistics.median(timed), trainer.total_steps - first
+    typical, left = median(timed), trainer.total_steps - first
     parameters = sum(p.numel() for p in trainer.denoiser.parameters())
     rows = {
         "model": f"{config.model} at {config.img_size} px, {parameters:,} parameters",
@@ -150,14 +156,14 @@ def dry_run(trainer: Any) -> str:
         "arithmetic": f"{forward / 1e9:.3g} GFLOP per image and forward pass, {flops / 1e12:.3g} TFLOP per step",
         "memory, calculated": f"{needed:.3g} GB on each of {ctx.world_size}, batch size {config.batch_size}",
         "first step": f"{seconds[0]:.3g} s",
-        "step": f"{median:.3g} s ({min(timed):.3g} to {max(timed):.3g}), {images / median:.4g} images/s, "
-        f"{flops / median / 1e12:.3g} TFLOP/s",
+        "step": f"{typical:.3g} s ({min(timed):.3g} to {max(timed):.3g}), {images / typical:.4g} images/s, "
+        f"{flops / typical / 1e12:.3g} TFLOP/s",
         "steps": f"{left} are left: {config.epochs} epochs of {trainer.steps_per_epoch}, {first} done",
-        "training": f"about {duration(left * median)}, without checkpoints, samples and evaluations",
+        "training": f"about {duration(left * typical)}, without checkpoints, samples and evaluations",
     }
     if cuda:
         rows["memory, measured"] = f"{torch.cuda.max_memory_allocated(ctx.device) / 1e9:.3g} GB at most"
-        rows["GPU hours"] = f"about {left * median * ctx.world_size / 3600:.4g}"
+        rows["GPU hours"] = f"about {left * typical * ctx.world_size / 3600:.4g}"
     return "\n".join(["dry run: nothing was written", *(f"  {name:18}  {text}" for name, text in rows.items())])
 
 
