@@ -12,24 +12,21 @@ Gaussian data of the measured spectrum, with its exact velocity.
 """
 
 import argparse
-import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from denoiser import Denoiser
 from experiments.data import fft_ring_power
-from experiments.run import read_lines, results_file
+from experiments.run import append, read_lines, results_file
 from experiments.samples import GRIDS, REAL, generate, grid_of, quality
+from experiments.schedule_gaps import predicted_gap
 from experiments.train import Run, build_denoiser, train
-from sampler import SOLVERS, evaluations, sample
-from spectral_ops.spectrum import spectrum_gap
+from sampler import SOLVERS, evaluations
 from util.errors import UserError
 from util.io import REPOSITORY, make_folder, provenance
 
@@ -59,15 +56,8 @@ def own_gap(solver: str, grid: str, steps: int) -> float | None:
     """Return the spectrum gap of exact sampling of Gaussian data; None for noise, or grids of classes or images."""
     if solver == "sde" or grid in ("class", "instance"):
         return None
-    power = fft_ring_power("cifar10")[0]
-
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
-        t = t.double()[:, None, None, None]
-        return ((t * power / (t**2 * power + (1 - t) ** 2)) - 1) / (1 - t) * z
-
     times = grid_of(grid, steps, torch.arange(1), torch.arange(1))
-    amplitude = sample(velocity, torch.ones(1, 1, 1, len(power), dtype=torch.float64), times, solver)
-    return spectrum_gap(power, amplitude.flatten().square())
+    return predicted_gap(fft_ring_power("cifar10")[0], times, solver)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,38 +69,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    path, count = results_file("few_steps", args.quick), 20 if args.quick else IMAGES
-    counts = EVALUATIONS[:1] if args.quick else EVALUATIONS
-    make_folder(path.parent)
+    path = results_file("few_steps", args.quick)
+    counts, count, real, steps = EVALUATIONS, IMAGES, REAL, NETWORK.steps
     if args.quick:
         path.unlink(missing_ok=True)
-    steps = 20 if args.quick else NETWORK.steps
-    runs = {arm: replace(NETWORK, arm=arm, steps=steps) for arm in ARMS}
-    settings: list[dict[str, Any]] = [
-        {"arm": arm, "solver": solver, "grid": grid, "steps": steps_for(solver, n), "evaluations": n, "images": count}
-        for arm in ARMS
-        for n in counts
-        for grid in GRIDS
-        for solver in SOLVERS
-    ]
+        counts, count, real, steps = EVALUATIONS[:1], 20, 40, 20
     done = [line["setting"] for line in read_lines(path)]
-    left = [setting for setting in settings if setting not in done]
     try:
-        networks = {arm: network(runs[arm]) for arm in {setting["arm"] for setting in left}}
-        for setting in tqdm(left, unit="setting", disable=None):
-            solver, grid, steps = (setting[name] for name in ("solver", "grid", "steps"))
-            images = generate(networks[setting["arm"]], count, steps, solver, grid)
-            own = own_gap(solver, grid, steps)
-            line = {
-                "setting": setting,
-                **quality(images, 40 if args.quick else REAL),
-                "own_gap": None if own is None else round(own, 4),
-                "network": runs[setting["arm"]].__dict__,
-                **provenance(torch.device("cpu")),
-                "command": ["python", "-m", "experiments.few_steps"],
-            }
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        for arm in ARMS:
+            run = replace(NETWORK, arm=arm, steps=steps)
+            settings = [
+                {"arm": arm, "solver": s, "grid": g, "steps": steps_for(s, n), "evaluations": n, "images": count}
+                for n, g, s in product(counts, GRIDS, SOLVERS)
+            ]
+            left = [setting for setting in settings if setting not in done]
+            denoiser = network(run) if left else None
+            for setting in tqdm(left, arm, unit="setting", disable=None):
+                solver, grid, sampling_steps = setting["solver"], setting["grid"], setting["steps"]
+                images = generate(denoiser, count, sampling_steps, solver, grid)
+                own = own_gap(solver, grid, sampling_steps)
+                line = {
+                    "setting": setting,
+                    **quality(images, real),
+                    "own_gap": None if own is None else round(own, 4),
+                    "network": asdict(run),
+                    **provenance(torch.device("cpu")),
+                    "command": ["python", "-m", "experiments.few_steps"],
+                }
+                append(path, line)
     except UserError as error:
         print(f"experiments.few_steps: error: {error}", file=sys.stderr)
         return 2

@@ -6,8 +6,6 @@ Shapes: T times, K rings.
 """
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments import resolution
 from experiments.results import compare, groups, load, table_of
-from experiments.run import RESULTS
+from experiments.run import RESULTS, read_lines
 from experiments.studies import STUDIES
 from util.errors import UserError
 from util.io import REPOSITORY
@@ -94,10 +92,9 @@ def where_it_helps(path: Path) -> None:
 
 def lost_and_hidden(path: Path) -> None:
     """Share of the least possible loss that hiding costs, against the share of noise that is hidden, by cutoff."""
-    file = RESULTS / "principle.jsonl"
-    if not file.exists():
-        raise UserError(f"{file} does not exist: python -m experiments.principle")
-    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    lines = list(read_lines(RESULTS / "principle.jsonl"))
+    if not lines:
+        raise UserError("there are no results yet: python -m experiments.principle")
     kinds = list(dict.fromkeys(line["data"] for line in lines))
     styles = {"linear": "k*", "power": "C3D", "snr": "C0s-", "budget": "C1o-"}
     figure = Figure(figsize=(2.3 * len(kinds), 2.9), layout="constrained")
@@ -125,8 +122,8 @@ def cutoffs_on_photographs(path: Path) -> None:
             if arm not in found:
                 continue
             result = found[arm]["density"]
-            half = 0 if math.isinf(result.half) else 100 * result.half / result.reference
-            ax.errorbar(result.percent, row, xerr=half, fmt="o", color="C3" if result.mean > 0 else "C0", capsize=3)
+            colour = "C3" if result.mean > 0 else "C0"
+            ax.errorbar(result.percent, row, xerr=result.percent_half, fmt="o", color=colour, capsize=3)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set_yticks(range(len(arms)), arms)
         ax.set(title=f"CIFAR-10, patch {patch}, 600 steps", xlabel="held-out loss against plain JiT, %")
@@ -144,8 +141,7 @@ def gain_and_steps(path: Path) -> None:
         points = []
         for key, group in groups([line for line in lines if line["run"]["arm"] in ("plain", arm)]).items():
             found = compare(group, "plain")[arm]["density"]
-            half = 0 if math.isinf(found.half) else 100 * found.half / found.reference
-            points.append((dict(key)["steps"] * shift, found.percent, half))
+            points.append((dict(key)["steps"] * shift, found.percent, found.percent_half))
         steps, percent, half = zip(*sorted(points), strict=True)
         ax.errorbar(steps, percent, yerr=half, fmt="o-", capsize=3, label=arm)
     ax.axhline(0, color="black", linewidth=0.8)
@@ -175,8 +171,8 @@ def loss_and_operations(path: Path) -> None:
             if not keys:
                 continue
             x, y = ([found[key][name] for key in keys] for name in ("operations", "density"))
-            half = [0 if math.isinf(d.half) else 100 * d.half / d.reference for d in y]
-            ax.errorbar(x, [d.percent for d in y], yerr=half, fmt=style, capsize=3, label=arm)
+            half = [change.percent_half for change in y]
+            ax.errorbar(x, [change.percent for change in y], yerr=half, fmt=style, capsize=3, label=arm)
             for key, share, change in zip(keys, x, y, strict=True):
                 ax.annotate(f"{key[1]:,}", (share, change.percent), (5, 5), textcoords="offset points", fontsize=8)
         ax.set(title=f"{data}, patch {patch}", xlabel="operations of training (plain, 600 steps: 1)")

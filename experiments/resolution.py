@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from denoiser import LogitNormal
-from experiments.results import Difference, cell, load, numbers, paired
-from experiments.run import read_lines, results_file
+from experiments.results import Key, cell, differences, load
+from experiments.run import append, read_lines, results_file
 from experiments.train import CPU, Run, train
 from model_jit import JiT_models
 from spectral_ops.resolution import LevelTimes, ResolutionSchedule
@@ -48,7 +48,6 @@ ARMS = {  # data, patch -> what is compared
 }
 TURNS = 7
 PLAIN = ("plain", 600)
-Key = tuple[str, int]  # arm, steps
 
 
 def step_time(run: Run, short: int = 2, long: int = 8) -> float:
@@ -83,8 +82,7 @@ def measure_times() -> None:
             **provenance(CPU),
             "command": ["python", "-m", "experiments.resolution", "--time"],
         }
-        with open(results_file("resolution_step"), "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(results_file("resolution_step"), line)
 
 
 def step_ratios(data: str, patch: int) -> dict[str, float]:
@@ -132,54 +130,26 @@ def lines_of(data: str, patch: int) -> list[Mapping[str, Any]]:
 
 def by_cost(lines: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, Any]]:
     """Return, for each arm and number of steps, the share of operations, and the losses beside those of PLAIN."""
-    runs = by_arm_and_steps(lines)
-
-    def operations(key: Key) -> float:
-        return statistics.mean(line["tflop"] for line in runs[key].values())
-
-    return {
-        key: {
-            "operations": operations(key) / operations(PLAIN),
-            "density": difference(runs, key, PLAIN, "density"),
-            "uniform": difference(runs, key, PLAIN, "uniform"),
-        }
-        for key in runs
-    }
-
-
-def by_arm_and_steps(lines: Sequence[Mapping[str, Any]]) -> dict[Key, dict[int, Mapping[str, Any]]]:
-    """Return (arm, steps) -> seed -> line, the shortest runs first."""
-    runs: dict[Key, dict[int, Mapping[str, Any]]] = {}
-    for line in sorted(lines, key=lambda line: line["run"]["steps"]):
-        runs.setdefault((line["run"]["arm"], line["run"]["steps"]), {})[line["run"]["seed"]] = line
-    return runs
-
-
-def difference(
-    runs: Mapping[Key, Mapping[int, Mapping[str, Any]]],
-    key: Key,
-    against: Key,
-    name: str,
-    sampling_steps: int | None = None,
-) -> Difference:
-    of, reference = ({s: numbers(line, sampling_steps)[name] for s, line in runs[k].items()} for k in (key, against))
-    return paired(of, reference)
+    cost = {(line["run"]["arm"], line["run"]["steps"]): line["tflop"] for line in lines}  # the same for all seeds
+    found = differences(lines, PLAIN)
+    return {key: {"operations": cost[key] / cost[PLAIN], **found[key]} for key in found}
 
 
 def samples(patch: int) -> str:
     """Return the table of samples at a patch size, beside those of plain JiT after 600 steps. Raises UserError."""
     studies, sampling_steps = SAMPLES[patch]
-    runs = by_arm_and_steps([line for study in studies for line in load(study)[0]])
-    names, against = ("fd_effnet_lite0", "precision", "recall", "spectrum_gap"), ("half", 600)
+    lines, against = [line for study in studies for line in load(study)[0]], ("half", 600)
+    found = {count: differences(lines, against, count) for count in sampling_steps}
+    names = ("fd_effnet_lite0", "precision", "recall", "spectrum_gap")
     out = [
         f"CIFAR-10, patch {patch}, samples:\n",
         f"| arm | steps | sampling steps | FD-EffNet-Lite0 | against half | {' | '.join(names[1:])} |",
     ]
     out.append("|---" * 8 + "|")
-    for key, count in product(runs, sampling_steps):
-        found = {name: difference(runs, key, against, name, count) for name in names}
-        distance = found[names[0]]
-        cells = " | ".join(cell(name, found[name], key == against) for name in names)
+    for key, count in product(found[sampling_steps[0]], sampling_steps):
+        numbers = found[count][key]
+        distance = numbers[names[0]]
+        cells = " | ".join(cell(name, numbers[name], key == against) for name in names)
         out.append(f"| {key[0]} | {key[1]} | {count} | {distance.reference + distance.mean:.0f} | {cells} |")
     return "\n".join(out)
 

@@ -43,6 +43,7 @@ COLUMNS = {  # number -> its column
     "spectrum_gap": "spectrum gap",
 }
 VARIES = ("arm", "seed")  # within a group of runs that are compared
+Key = tuple[str, int]  # arm, steps
 
 
 def table_of(line: Mapping[str, Any]) -> np.ndarray:
@@ -116,10 +117,13 @@ class Difference:
     def percent(self) -> float:
         return 100 * self.mean / self.reference
 
+    @property
+    def percent_half(self) -> float:
+        """Half of the interval in percent, for error bars: 0 where it is not known."""
+        return 0 if self.pairs == 1 else 100 * self.half / self.reference
+
     def __str__(self) -> str:
-        if self.pairs == 1:
-            return f"{self.percent:+.1f}%"
-        return f"{self.percent:+.1f}% ± {100 * self.half / self.reference:.1f}"
+        return f"{self.percent:+.1f}%" + (f" ± {self.percent_half:.1f}" if self.pairs > 1 else "")
 
 
 def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference:
@@ -145,17 +149,27 @@ def compare(lines: Sequence[Mapping[str, Any]], against: str) -> dict[str, dict[
         settings = [dict(key) for key in kinds]
         names = [name for name in settings[0] if len({s[name] for s in settings}) > 1]
         raise UserError(f"Runs of different {', '.join(names)} are not to be compared in one table.")
-    values: dict[str, dict[int, dict[str, float]]] = {}
-    for line in lines:
-        values.setdefault(line["run"]["arm"], {})[line["run"]["seed"]] = numbers(line)
-    if against not in values:
-        raise UserError(f"There is no run of the arm {against}, only of {', '.join(values)}.")
-    names = list(numbers(lines[0]))
+    arms = list(dict.fromkeys(line["run"]["arm"] for line in lines))
+    if against not in arms:
+        raise UserError(f"There is no run of the arm {against}, only of {', '.join(arms)}.")
+    steps = lines[0]["run"]["steps"]
+    return {arm: found for (arm, _), found in differences(lines, (against, steps)).items()}
 
-    def of(arm: str, name: str) -> dict[int, float]:
-        return {seed: found[name] for seed, found in values[arm].items()}
 
-    return {arm: {name: paired(of(arm, name), of(against, name)) for name in names} for arm in values}
+def differences(
+    lines: Iterable[Mapping[str, Any]], against: Key, sampling_steps: int | None = None
+) -> dict[Key, dict[str, Difference]]:
+    """Return {(arm, steps): {number: difference from the runs `against`}}, the shortest runs first."""
+    runs: dict[Key, dict[int, dict[str, float]]] = {}  # of each seed
+    for line in sorted(lines, key=lambda line: line["run"]["steps"]):
+        run = line["run"]
+        runs.setdefault((run["arm"], run["steps"]), {})[run["seed"]] = numbers(line, sampling_steps)
+
+    def column(key: Key, name: str) -> dict[int, float]:
+        return {seed: found[name] for seed, found in runs[key].items()}
+
+    names = next(iter(runs[against].values()))
+    return {key: {name: paired(column(key, name), column(against, name)) for name in names} for key in runs}
 
 
 def markdown(lines: Sequence[Mapping[str, Any]], against: str) -> str:

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +50,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def start_process(parent: int) -> None:
     """Use one thread, leave Ctrl-C to the parent, and end with it."""
     die_with_parent()
@@ -65,13 +71,13 @@ def do(run: Run, device: torch.device = CPU) -> dict[str, Any]:
     denoiser, ema, train_loss = train(run, device)
     trained = time.perf_counter()
     measured = {"samples": list(sweep(denoiser, ema, run))} if run.samples else measure(denoiser, run, device)
-    seconds = {"train_s": round(trained - start, 1), "measure_s": round(time.perf_counter() - trained, 1)}
     return {
         "run": asdict(run),
         "train_loss": round(train_loss, 6),
         "tflop": operations(run) / 1e12,
         **measured,
-        **seconds,
+        "train_s": round(trained - start, 1),
+        "measure_s": round(time.perf_counter() - trained, 1),
     }
 
 
@@ -117,7 +123,6 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device or STUDIES[args.study].device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"{args.study} runs on a GPU, and torch finds no CUDA device here; --device cpu is slower")
-    path.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     spawn = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
     pool = ProcessPoolExecutor(args.processes, spawn, start_process, (os.getpid(),))
@@ -125,8 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         tasks = [pool.submit(line_of, run, device) for run in missing]
         for task in tqdm(as_completed(tasks), args.study, len(tasks), unit="run"):
             line = task.result()
-            with open(path, "a") as file:
-                file.write(json.dumps(line | {"command": command}) + "\n")
+            append(path, line | {"command": command})
             if "failed" in line:
                 failed += 1
                 tqdm.write(f"{line['run']}: {line['failed']}", file=sys.stderr)

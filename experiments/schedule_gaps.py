@@ -26,7 +26,7 @@ from spectral_ops.spectrum import spectrum_gap
 COLUMNS = [("euler", steps) for steps in (10, 20, 32, 50, 100)] + [("heun", steps) for steps in (8, 16, 32)]
 
 
-def predicted_gap(power: Tensor, grid: Tensor, solver: str, t_eps: float) -> float:
+def predicted_gap(power: Tensor, grid: Tensor, solver: str, t_eps: float = 0.0) -> float:
     """Return the gap after exact sampling of power (K,) along grid (S + 1,), with 1 - t clamped at `t_eps`.
 
     The velocity of z is (E[x | z] - z) / (1 - t) with E[x | z] = t P / (t^2 P + (1 - t)^2) z.
@@ -41,20 +41,25 @@ def predicted_gap(power: Tensor, grid: Tensor, solver: str, t_eps: float) -> flo
     return spectrum_gap(power, amplitude.flatten().square())
 
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--spectrum", type=Path, required=True)
-parser.add_argument("--delta", type=float, default=0.1)
-parser.add_argument("--t_eps", type=float, default=0.0, help="clamp of 1 - t (default: none)")
-args = parser.parse_args()
-json_file = args.spectrum.suffix == ".json"
-content = json.loads(args.spectrum.read_text()) if json_file else np.load(args.spectrum, allow_pickle=False)
-names = ("P", "P_centred") if json_file else ("power", "centred")
-power, centred = (torch.as_tensor(content[name], dtype=torch.float64) for name in names)  # (K,) each
-img_size = next(n for n in range(2, 2049, 2) if num_rings(n) == len(power))
-schedules = {v: TightSchedule.of_spectrum(power, centred, img_size, variant=v, delta=args.delta) for v in VARIANTS}
-grids = {"uniform": uniform_grid, **{name: schedule.sampling_grid for name, schedule in schedules.items()}}
-print("| grid | " + " | ".join(f"{solver.title()} {steps}" for solver, steps in COLUMNS) + " |")
-print("|---" * (len(COLUMNS) + 1) + "|")
-for name, grid in grids.items():
-    gaps = [predicted_gap(power, grid(steps), solver, args.t_eps) for solver, steps in COLUMNS]
-    print(f"| {name} | " + " | ".join(f"{gap:.3f}" for gap in gaps) + " |")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--spectrum", type=Path, required=True)
+    parser.add_argument("--delta", type=float, default=0.1)
+    parser.add_argument("--t_eps", type=float, default=0.0, help="clamp of 1 - t (default: none)")
+    args = parser.parse_args(argv)
+    json_file = args.spectrum.suffix == ".json"
+    content = json.loads(args.spectrum.read_text()) if json_file else np.load(args.spectrum, allow_pickle=False)
+    names = ("P", "P_centred") if json_file else ("power", "centred")
+    power, centred = (torch.as_tensor(content[name], dtype=torch.float64) for name in names)  # (K,) each
+    img_size = next(n for n in range(2, 2049, 2) if num_rings(n) == len(power))
+    schedules = {v: TightSchedule.of_spectrum(power, centred, img_size, variant=v, delta=args.delta) for v in VARIANTS}
+    grids = {"uniform": uniform_grid, **{name: schedule.sampling_grid for name, schedule in schedules.items()}}
+    print("| grid | " + " | ".join(f"{solver.title()} {steps}" for solver, steps in COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for name, grid in grids.items():
+        gaps = [predicted_gap(power, grid(steps), solver, args.t_eps) for solver, steps in COLUMNS]
+        print(f"| {name} | " + " | ".join(f"{gap:.3f}" for gap in gaps) + " |")
+
+
+if __name__ == "__main__":
+    main()
