@@ -6,7 +6,6 @@ distribution of training times (`times`). Everything else is the same in all arm
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from model_jit import JiT
 from spectral_forcing import SpectralForcing, dct_matrix, separable_transform
 from spectral_ops.residual import SpectralResidual
 from spectral_ops.resolution import LevelTimes, ResolutionSchedule
-from spectral_ops.schedule import GlobalTimeSampler, TightSchedule, repeat_to
+from spectral_ops.schedule import GlobalTimeSampler, TightSchedule
 from spectral_ops.spectrum import fit_power_law
 
 FLOORS = (1.0, 0.3, 0.1, 0.03)
@@ -55,35 +54,14 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class HalfUniform:
-    """The default density of t for half of the draws, uniform t for the others."""
+class DefaultTimes:
+    """The default density of training times, in the place of a noise schedule of GlobalTimeSampler."""
 
-    ends: tuple[Tensor, ...] | None = None
-
-    def within(self, low: Tensor, high: Tensor) -> "HalfUniform":
-        return HalfUniform((low, high, LogitNormal().cdf(low), LogitNormal().cdf(high)))
-
-    @property
-    def mass(self) -> Tensor:
-        low, high, p_low, p_high = self.ends
-        return (high - low + p_high - p_low) / 2
-
-    def for_images(self, x: Tensor) -> "HalfUniform":
-        return self
-
-    def sample(self, rng: Any) -> Tensor:
-        u, v = rng.uniform("time", 2).unbind(1)
-        share, p = 0.5, u
-        if self.ends is not None:
-            low, high, p_low, p_high = (repeat_to(len(u), end.to(u.device)) for end in self.ends)
-            share = (high - low) / (high - low + p_high - p_low)
-            u, p = torch.lerp(low, high, u.double()).float(), torch.lerp(p_low, p_high, u.double())
-        normal = torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * torch.special.ndtri(p)).float()
-        return torch.where(v < share, u, normal)
+    def time(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(LogitNormal.P_mean + LogitNormal.P_std * torch.special.ndtri(u)).float()
 
     def cdf(self, t: Tensor) -> Tensor:
-        return (LogitNormal().cdf(t) + t.double()) / 2
+        return LogitNormal().cdf(t)
 
 
 class WienerGain(nn.Module):
@@ -101,42 +79,31 @@ class WienerGain(nn.Module):
         return separable_transform(self.dct.T, separable_transform(self.dct, z) * gain)
 
 
-class Loudness(nn.Module):
-    """Root mean square of z, or of what is seen of it, at t (B,), for data with the second moment (n, n) of modes."""
-
-    def __init__(self, second_moment: Tensor):
-        super().__init__()
-        self.register_buffer("second_moment", second_moment, persistent=False)
-
-    def forward(self, t: Tensor, forcing: SpectralForcing | None = None) -> Tensor:
-        """Return (B,), of z or of forcing(z, t)."""
-        t = t.double()[:, None, None]
-        power = t.square() * self.second_moment + (1 - t).square()  # of z, in DCT modes
-        mask = 1.0 if forcing is None else forcing.mask(t.flatten())
-        return (mask * mask * power).mean((1, 2)).sqrt()
-
-
-class ScaleControl(nn.Module):
-    """Multiplies z by rms(SF_t(z)) / rms(z), the mean effect of Spectral Forcing on its loudness at time t."""
-
-    def __init__(self, size: int, second_moment: Tensor):
-        super().__init__()
-        self.forcing, self.loudness = SpectralForcing(size), Loudness(second_moment)
-
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        return z * (self.loudness(t, self.forcing) / self.loudness(t)).to(z.dtype)[:, None, None, None]
-
-
 class UnitVariance(nn.Module):
-    """Divides what is seen of z by its root mean square, which depends on t alone."""
+    """Divides what is seen of z by its root mean square, for data with the second moment (n, n) of modes."""
 
     def __init__(self, forcing: SpectralForcing | None, second_moment: Tensor):
         super().__init__()
-        self.forcing, self.loudness = forcing, Loudness(second_moment)
+        self.forcing = forcing
+        self.register_buffer("second_moment", second_moment, persistent=False)
+
+    def rms(self, t: Tensor, mask: Tensor | float) -> Tensor:
+        """Return the root mean square (B,) of z times a mask (B, n, n) at t (B,)."""
+        t = t.double()[:, None, None]
+        power = t.square() * self.second_moment + (1 - t).square()  # of z, in DCT modes
+        return (mask * mask * power).mean((1, 2)).sqrt()
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        seen = z if self.forcing is None else self.forcing(z, t)
-        return seen / self.loudness(t, self.forcing).to(z.dtype)[:, None, None, None]
+        seen, mask = (z, 1.0) if self.forcing is None else (self.forcing(z, t), self.forcing.mask(t.double()))
+        return seen / self.rms(t, mask).to(z.dtype)[:, None, None, None]
+
+
+class ScaleControl(UnitVariance):
+    """Multiplies z by rms(SF_t(z)) / rms(z), the mean effect of Spectral Forcing on its loudness at time t."""
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        scale = self.rms(t, self.forcing.mask(t.double())) / self.rms(t, 1.0)
+        return z * scale.to(z.dtype)[:, None, None, None]
 
 
 def input_operator(arm: Mapping[str, Any], data: str) -> nn.Module | None:
@@ -161,7 +128,7 @@ def input_operator(arm: Mapping[str, Any], data: str) -> nn.Module | None:
     if kind == "wiener":
         return WienerGain(variance.mean(0))
     if kind == "scale":
-        return ScaleControl(size, second_moment.mean(0))
+        return ScaleControl(SpectralForcing(size), second_moment.mean(0))
     raise ValueError(f"The input {kind!r} of an arm is unknown.")
 
 
@@ -196,15 +163,11 @@ def resolution(arm: Mapping[str, Any], data: str) -> ResolutionSchedule | None:
 
 def time_sampler(arm: Mapping[str, Any], data: str, device: torch.device) -> TimeSampler:
     """Return the distribution of training times of an arm, with its tables on the device."""
-    sampler, schedule = _times(arm, data, device), resolution(arm, data)
+    times, sampler, schedule = arm.get("times"), LogitNormal(), resolution(arm, data)
+    if times == "half":  # uniform for half of the draws
+        sampler = GlobalTimeSampler(DefaultTimes(), 0.5)
+    elif times is not None:
+        power, centred = (values.to(device) for values in fft_ring_power(data))
+        tight = TightSchedule.of_spectrum(power, centred, open_data(data).size, variant=times)
+        sampler = GlobalTimeSampler(tight, 0.1)
     return sampler if schedule is None else LevelTimes(sampler, schedule)
-
-
-def _times(arm: Mapping[str, Any], data: str, device: torch.device) -> TimeSampler:
-    times = arm.get("times", "logit_normal")
-    if times == "logit_normal":
-        return LogitNormal()
-    if times == "half":
-        return HalfUniform()
-    power, centred = (values.to(device) for values in fft_ring_power(data))
-    return GlobalTimeSampler(TightSchedule.of_spectrum(power, centred, open_data(data).size, variant=times), 0.1)

@@ -41,14 +41,15 @@ class Cifar10:
         images, labels = cifar10.load(cifar10.FOLDER, split)
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), torch.from_numpy(labels)
 
-    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
-        index = self._index(seed, step, size)
-        return to_float(self.images[index]), self.labels[index]
+    def _floats(self, stored: Tensor, seed: int, step: int) -> Tensor:
+        """Return images in [-1, 1] of what `_load` returns; what is random about them depends on (seed, step)."""
+        return to_float(stored)
 
-    def _index(self, seed: int, step: int, size: int) -> Tensor:
+    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
         sampler = GlobalBatchSampler(len(self.images), size, 0, 1, 1, seed)
         epoch, within = divmod(step, sampler.steps_per_epoch)
-        return self._order(seed, epoch, size)[within * size : (within + 1) * size]
+        index = self._order(seed, epoch, size)[within * size : (within + 1) * size]
+        return self._floats(self.images[index], seed, step), self.labels[index]
 
     @cache  # noqa: B019 (one object for each process)
     def _order(self, seed: int, epoch: int, size: int) -> Tensor:
@@ -57,14 +58,14 @@ class Cifar10:
         return torch.from_numpy(sampler.permutation())
 
     def held_out(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return test images (M, 3, 32, 32) and their classes (M,), the same for each run."""
+        """Return test images (M, C, n, n) and their classes (M,), the same for each run."""
         images, labels = self._load("test")
         index = torch.from_numpy(random_order(len(images), seed=0)[:count].copy())
-        return to_float(images[index]), labels[index]
+        return self._floats(images[index], HELD_OUT_SEED, 0), labels[index]
 
     @cache  # noqa: B019
     def mode_power(self) -> tuple[Tensor, Tensor]:
-        return power_along_axes(torch.cat([to_float(part) for part in self.images.split(5000)]))
+        return power_along_axes(self._floats(self.images, HELD_OUT_SEED, 1))
 
 
 def power_along_axes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,23 +97,10 @@ class Cifar10Latents(Cifar10):
         images = build_dataset("latents", LATENTS, Cifar10Latents.size, {"test": "val"}.get(split, split))
         return torch.stack([images[i][0] for i in range(len(images))]), torch.from_numpy(images.labels)
 
-    def _draw(self, moments: Tensor, seed: int, step: int) -> Tensor:
-        mean, std = moments[:, 0].float().unbind(1)  # of the images as they are; (B, C, n, n) each
+    def _floats(self, stored: Tensor, seed: int, step: int) -> Tensor:
+        mean, std = stored[:, 0].float().unbind(1)  # of the images as they are; (B, C, n, n) each
         rng = CounterRNG(seed, step, torch.arange(len(mean)))
         return mean + std * rng.normal("latent", mean[0].numel()).view_as(mean)
-
-    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
-        index = self._index(seed, step, size)
-        return self._draw(self.images[index], seed, step), self.labels[index]
-
-    def held_out(self, count: int) -> tuple[Tensor, Tensor]:
-        images, labels = self._load("test")
-        index = torch.from_numpy(random_order(len(images), seed=0)[:count].copy())
-        return self._draw(images[index], HELD_OUT_SEED, 0), labels[index]
-
-    @cache  # noqa: B019
-    def mode_power(self) -> tuple[Tensor, Tensor]:
-        return power_along_axes(self._draw(self.images, HELD_OUT_SEED, 1))
 
 
 class Photographs(Cifar10):

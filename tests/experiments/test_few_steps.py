@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("cifar10_of_noise")
 
 
 def test_density_of_half_of_the_draws():
-    sampler, rng = arms.HalfUniform(), train.CounterRNG(0, 0, torch.arange(50_000))
+    sampler = arms.time_sampler({"times": "half"}, "cifar10", train.CPU)
+    rng = train.CounterRNG(0, 0, torch.arange(50_000))
     t, edges = sampler.sample(rng), torch.linspace(0, 1, 11, dtype=torch.float64)
     counted = torch.histc(t, 10, 0, 1).double() / len(t)
     torch.testing.assert_close(sampler.cdf(edges).diff(), counted, atol=6e-3, rtol=0)
