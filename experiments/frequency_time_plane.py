@@ -23,13 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sampler import uniform_grid
 from spectral_forcing import SpectralForcing, ring_radii
 from spectral_ops.schedule import VARIANTS, TightSchedule
+from tools.explorer.plane import RANGE, TICKS, rows
 from util.data.crop import center_crop
 from util.data.images import to_float
-from util.rng import CounterRNG
 
-TICKS = torch.tensor([0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 0.99, 0.997])  # of t
-TIMES = torch.tensor([0.1, 0.25, 0.4, 0.6, 0.8, 0.95])  # of the photograph
-RANGE = (-10.0, 12.5)  # of lambda
+TIMES = (0.1, 0.25, 0.4, 0.6, 0.8, 0.95)  # of the photograph
 STYLES = {"linear": ("#0b7a3b", "-"), "power": ("#0b7a3b", "--"), "snr": ("#ffd400", "-")}
 
 
@@ -59,7 +57,7 @@ def draw_steps(axes, grids: dict[str, Tensor]) -> None:
         axes.plot(inner, np.full(len(inner), row), "|", color=colour, markersize=11, markeredgewidth=1.6)
     axes.set(xlim=RANGE, ylim=(len(grids) - 0.4, -0.6), xlabel="time t (0 noise, 1 data), on the scale of $\\lambda$")
     axes.set_yticks(range(len(grids)), list(grids))
-    axes.set_xticks(2 * TICKS.double().logit(), [f"{t:g}" for t in TICKS])
+    axes.set_xticks(2 * torch.tensor(TICKS).double().logit(), [f"{t:g}" for t in TICKS])
     axes.set_ylabel(f"sampling grids,\n{len(grid) - 1} steps")
     axes.grid(axis="x", alpha=0.3)
 
@@ -67,15 +65,14 @@ def draw_steps(axes, grids: dict[str, Tensor]) -> None:
 def draw_photograph(figure, operators: dict[str, SpectralForcing]) -> None:
     """Draw z at each of TIMES, and for two schedules the mask and what the network sees of z."""
     photograph = center_crop(Image.fromarray(load_sample_image("flower.jpg")), operators["snr"].img_size)
-    x, t = to_float(torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None]), TIMES[:, None, None, None]
-    z = t * x + (1 - t) * CounterRNG(0, 0, torch.tensor([0])).normal("start_noise", x.numel()).view_as(x)
-    rows = {"z": z}
-    for name in ("linear", "snr"):
-        rows |= {f"mask, {name}": operators[name].mask(TIMES), f"SF(z), {name}": operators[name](z, TIMES)}
-    for (name, pictures), line in zip(rows.items(), figure.subplots(len(rows), len(TIMES)), strict=True):
+    x, shown = to_float(torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None]), {}
+    for schedule in ("linear", "snr"):
+        found = rows(x, operators[schedule], TIMES)
+        shown |= {"z": found["z"], f"mask, {schedule}": found["mask"], f"SF(z), {schedule}": found["SF(z)"]}
+    for (name, pictures), line in zip(shown.items(), figure.subplots(len(shown), len(TIMES)), strict=True):
         for time, picture, axes in zip(TIMES, pictures, line, strict=True):
-            shown = (picture.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) if picture.ndim == 3 else picture
-            axes.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            values = (picture.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) if picture.ndim == 3 else picture
+            axes.imshow(values.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.set_title(f"t = {time:g}" if name == "z" else "", fontsize=10)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
