@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments import photographs, synthetic
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
-from spectral_ops.spectrum import rapsd
+from spectral_ops.spectrum import rapsd, ring_means
 from util.data import cifar10
 from util.data.datasets import build_dataset
 from util.data.images import DataError, to_float
@@ -133,9 +133,7 @@ def open_data(name: str) -> Cifar10 | Synthetic:
 def dct_ring_power(name: str) -> Tensor:
     """Return the variance of DCT modes in each ring, float64 (A, K), along A colour axes."""
     data = open_data(name)
-    ring, modes = dct_rings(data.size)
-    variance = data.mode_power()[0].flatten(1)
-    return variance.new_zeros(len(variance), len(modes)).index_add_(1, ring.flatten(), variance) / modes
+    return ring_means(data.mode_power()[0], *dct_rings(data.size))
 
 
 @cache

@@ -20,6 +20,7 @@ from experiments.arms import ARMS, block_operators, input_operator, resolution, 
 from experiments.data import open_data
 from model_jit import JiT
 from spectral_forcing import dct_matrix, dct_rings, separable_transform
+from spectral_ops.spectrum import ring_means
 from util.cpu_layers import speed_up_on_cpu
 from util.optim import EMA, build_optimizer
 from util.profile import forward_flops, levels_of
@@ -113,9 +114,7 @@ def train(run: Run, device: torch.device = CPU) -> tuple[Denoiser, EMA, float]:
 def by_ring(residual: Tensor) -> Tensor:
     """Return the mean power of each ring of DCT modes over images and channels: (B, C, n, n) -> (K,) float64."""
     n = residual.shape[-1]
-    ring, modes = dct_rings(n)
-    power = separable_transform(dct_matrix(n), residual.double()).square().mean((0, 1)).flatten()  # (n*n,)
-    return power.new_zeros(len(modes)).index_add_(0, ring.flatten(), power) / modes
+    return ring_means(separable_transform(dct_matrix(n), residual.double()).square().mean((0, 1)), *dct_rings(n))
 
 
 @torch.no_grad()

@@ -21,16 +21,19 @@ NO_POWER = 1e-12  # rounding leaves less than this in a ring without power; 8-bi
 QUANTISATION = (2 / 255) ** 2 / 12  # power of rounding to 8 bits, in x of [-1, 1]
 
 
+def ring_means(values: Tensor, ring: Tensor, count: Tensor) -> Tensor:
+    """Return the mean over the modes of each ring, (..., K), of values (..., n, n); `ring` (n, n), `count` (K,)."""
+    total = values.new_zeros(*values.shape[:-2], len(count))
+    return total.index_add_(-1, ring.flatten(), values.flatten(-2)) / count
+
+
 def ring_power(x: Tensor) -> Tensor:
     """Return the mean of |F x|^2 over the modes of each ring: real (..., n, n) -> float64 (..., K)."""
     n = x.shape[-1]
     if x.ndim < 2 or x.shape[-2] != n:
         raise ValueError(f"Rings of frequency need square images, not {tuple(x.shape)}.")
-    ring, count = rings(n, x.device)
     modes = torch.fft.fft2(x.double(), norm="ortho")  # (..., n, n)
-    power = (modes.real.square() + modes.imag.square()).flatten(-2)  # (..., n*n)
-    total = power.new_zeros(*power.shape[:-1], len(count)).index_add_(-1, ring.flatten(), power)
-    return total / count
+    return ring_means(modes.real.square() + modes.imag.square(), *rings(n, x.device))
 
 
 def grey_spectrum(images: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class DCTSums:
     """
 
     def __init__(self, n: int, channels: int = 3):
-        self.dct, (self.ring, self.modes), self.count = dct_matrix(n), dct_rings(n), 0
+        self.dct, self.rings, self.count = dct_matrix(n), dct_rings(n), 0
         self.products = torch.zeros(channels, channels, n, n, dtype=torch.float64)  # of the modes of two channels
         self.total = torch.zeros(channels, n, n, dtype=torch.float64)
 
@@ -150,6 +153,5 @@ class DCTSums:
         mean = self.total / self.count
         covariance = self.products / self.count - mean[:, None] * mean[None, :]  # (C, C, n, n)
         axes = torch.linalg.eigh(covariance.sum((2, 3)))[1].flip(1)  # (C, C), in columns
-        variance = torch.einsum("ca,cduv,da->auv", axes, covariance, axes).flatten(1)  # (C, n*n)
-        rings = variance.new_zeros(len(mean), len(self.modes)).index_add_(1, self.ring.flatten(), variance)
-        return (rings / self.modes).clamp_min(0)  # grey images have one axis; the others are 0 up to rounding
+        variance = torch.einsum("ca,cduv,da->auv", axes, covariance, axes)  # (C, n, n)
+        return ring_means(variance, *self.rings).clamp_min(0)  # grey images have one axis; the others are nearly 0
