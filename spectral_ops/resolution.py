@@ -154,10 +154,7 @@ class LevelTimes:
         self.levels = tuple((schedule.levels - place).tolist())
         self.low, self.high, self.share = ends[place], ends[place + 1], counts[place] / GROUP
         if not isinstance(sampler, InstanceTimeSampler):
-            self._restrict(sampler, self.low, self.high)
-
-    def _restrict(self, sampler, low: Tensor, high: Tensor) -> None:
-        self.within = sampler.within(low, high)
+            self.within = sampler.within(self.low, self.high)
 
     def for_images(self, x: Tensor) -> "LevelTimes":
         """Return the times for a batch x (B, C, H, W)."""
@@ -165,7 +162,7 @@ class LevelTimes:
         if sampler is self.sampler:
             return self
         times = copy(self)
-        times._restrict(sampler, *(repeat_to(len(x), end).to(x.device) for end in (self.low, self.high)))
+        times.within = sampler.within(*(repeat_to(len(x), end).to(x.device) for end in (self.low, self.high)))
         return times
 
     def weight(self, count: int) -> Tensor:
