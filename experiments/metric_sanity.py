@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.run import RESULTS
+from experiments.samples import extractor, features_of
 from spectral_ops.spectrum import grey_spectrum, spectrum_gap
 from util.data.datasets import build_dataset
-from util.evaluation.features import EffNetLite0
 from util.evaluation.formulas import DENSITY, PRC, density_coverage, frechet_distance, precision_recall
 from util.io import provenance, write_json
 
@@ -60,9 +60,9 @@ def distance(real: Tensor, fake: Tensor) -> float:
     return frechet_distance(fake, real.numpy().mean(0), np.cov(real.numpy(), rowvar=False))
 
 
-def compare(real: Tensor, fake: Tensor, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def compare(real: Tensor, fake: Tensor) -> dict[str, float]:
     """Return every metric of images `fake` against images `real`."""
-    a, b = features(real), features(fake)
+    a, b = features_of(real), features_of(fake)
     precision, recall = precision_recall(b, a)
     density, coverage = density_coverage(b, a)
     gap = spectrum_gap(*(grey_spectrum(images).double().mean(0) for images in (real, fake)))
@@ -77,21 +77,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 16 <= (n := args.num_images) <= 5000:
         parser.error(f"--num_images {n}: the 10,000 test images make two halves of 16 to 5000")
-    extractor, dataset = EffNetLite0(), build_dataset("cifar10", None, 32, "test")
+    dataset = build_dataset("cifar10", None, 32, "test")
     images = torch.stack([dataset[i][0] for i in range(2 * n)])
     real, others = images.split(n)
 
-    def features(images: Tensor) -> Tensor:
-        return torch.cat([extractor(batch)["effnet_lite0"] for batch in images.split(100)])
-
-    table = {name: compare(real, damage(others), features) for name, damage in DAMAGE.items()}
-    a, b = features(real), features(others)  # the fewer images, the larger the distance of real ones
+    table = {name: compare(real, damage(others)) for name, damage in DAMAGE.items()}
+    a, b = features_of(real), features_of(others)  # the fewer images, the larger the distance of real ones
     bias = {m: distance(a[:m], b[:m]) for m in (n // 8, n // 4, n // 2, n)}
     content = {
         "num_images": n,
         "reference": f"CIFAR-10 test images 0 to {n - 1}; the others are {n} to {2 * n - 1}",
         "neighbours": {**PRC, **DENSITY},
-        "extractor": extractor.describe(),
+        "extractor": extractor().describe(),
         "metrics": table,
         "real_by_num_images": {"fd_effnet_lite0": bias},
     }

@@ -84,7 +84,6 @@ def do(run: Run, device: torch.device = CPU) -> dict[str, Any]:
 def line_of(run: Run, device: torch.device) -> dict[str, Any]:
     """Do a run; an error becomes part of its line. A data set that is missing is not the run's failure."""
     about = provenance(device)
-    about.pop("command")
     try:
         return {**do(run, device), **about}
     except DataError:

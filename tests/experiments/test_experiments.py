@@ -65,7 +65,6 @@ def test_damage_to_images_moves_the_metrics(cifar10_of_noise, monkeypatch, tmp_p
         def __getitem__(self, i):
             return smooth_images()[0][i], 0
 
-    monkeypatch.setattr(metric_sanity, "EffNetLite0", Pixels)
     monkeypatch.setattr(Pixels, "describe", lambda self: {}, raising=False)
     monkeypatch.setattr(metric_sanity, "build_dataset", lambda *args: Few(32, ["0"], np.zeros(200, int)))
     metric_sanity.main(["--num_images", "100", "--out", str(tmp_path / "out.json")])
