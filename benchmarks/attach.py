@@ -7,7 +7,6 @@ One JSON line for each network; weights and images are random.
 
 import argparse
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -60,6 +59,33 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], Callabl
 }
 
 
+def measure(name: str, batch_size: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Return what the benchmark says of a network."""
+    build, shape, others = NETWORKS[name]
+    network, operator = build().to(device), SpectralForcing().to(device)
+    with device:
+        z, t, kwargs = torch.randn(batch_size, *shape), torch.full((batch_size,), 0.5), others(batch_size)
+
+    def step() -> None:
+        out = network(z, t, **kwargs)
+        (out[0] if isinstance(out, tuple) else out).square().mean().backward()
+
+    def attached_step() -> None:
+        with attach(network, operator, image=0, time=1):
+            step()
+
+    seconds = in_turns({"plain": step, "attached": attached_step}, repeats, device)
+    alone = in_turns({"operator": lambda: operator(z, t)}, repeats, device)["operator"]
+    ratio = [b / a for a, b in zip(seconds["plain"], seconds["attached"], strict=True)]
+    return {
+        "network": name,
+        "batch_size": batch_size,
+        "attached_over_plain": median_and_range(ratio, 3),
+        "step_ms": median_and_range([1e3 * s for s in seconds["plain"]], 1),
+        "operator_ms": median_and_range([1e3 * s for s in alone], 2),
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="*", default=list(NETWORKS), choices=NETWORKS)
@@ -69,31 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     for name in options.network:
-        build, shape, others = NETWORKS[name]
-        network, z = build().to(device), torch.randn(options.batch_size, *shape, device=device)
-        t, kwargs = torch.full((len(z),), 0.5, device=device), others(len(z))
-        kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-
-        operator = SpectralForcing().to(device)
-
-        def step(on: bool, network=network, operator=operator, z=z, t=t, kwargs=kwargs) -> None:
-            with attach(network, operator, image=0, time=1) if on else nullcontext():
-                out = network(z, t, **kwargs)
-            (out[0] if isinstance(out, tuple) else out).square().mean().backward()
-
-        seconds = in_turns({"plain": lambda: step(False), "attached": lambda: step(True)}, options.repeats, device)
-        ratio = [b / a for a, b in zip(seconds["plain"], seconds["attached"], strict=True)]
-        alone = in_turns({"operator": lambda z=z, t=t, operator=operator: operator(z, t)}, options.repeats, device)[
-            "operator"
-        ]
-        content = {
-            "network": name,
-            "batch_size": len(z),
-            "attached_over_plain": median_and_range(ratio, 3),
-            "step_ms": median_and_range([1e3 * s for s in seconds["plain"]], 1),
-            "operator_ms": median_and_range([1e3 * s for s in alone], 2),
-        }
-        emit("attach", device, content)
+        emit("attach", device, measure(name, options.batch_size, options.repeats, device))
 
 
 if __name__ == "__main__":
