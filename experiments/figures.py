@@ -8,7 +8,6 @@ Shapes: T times, K rings.
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +62,7 @@ def excess_maps(path: Path) -> None:
 
 def where_it_helps(path: Path) -> None:
     """Change of the excess by linear SF for each data and patch, relative and absolute, with intervals."""
-    lines = load("synthetic")[0]
-    try:
-        lines += load("synthetic_patch4")[0]
-    except UserError as error:
-        print(error, file=sys.stderr)
+    lines = load("synthetic")[0] + load("synthetic_patch4")[0]
     kinds = list(dict.fromkeys(line["run"]["data"] for line in lines))
     patches = sorted({line["run"]["patch"] for line in lines}, reverse=True)
     percent = np.full((len(kinds), len(patches)), np.nan)
@@ -155,12 +150,7 @@ def gain_and_steps(path: Path) -> None:
 
 def loss_and_operations(path: Path) -> None:
     """Held-out loss against the operations of training, with levels of resolution and without."""
-    run = {}  # (data, patch) -> what it cost and gave
-    for setting in resolution.ARMS:
-        with suppress(UserError):  # it has not been run
-            run[setting] = resolution.by_cost(resolution.lines_of(*setting))
-    if not run:
-        raise UserError("no study of resolution has been run")
+    run = {setting: resolution.by_cost(resolution.lines_of(*setting)) for setting in resolution.ARMS}
     figure = Figure(figsize=(4.2 * len(run), 3.6), layout="constrained")
     styles = {"plain": "ko", "linear": "C7o", "levels": "C0s-", "linear_levels": "C3s-"}
     styles |= {"two_levels": "C2^-", "linear_two_levels": "C1^-"}
