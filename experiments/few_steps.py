@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from denoiser import Denoiser
 from experiments.data import fft_ring_power
+from experiments.results import table
 from experiments.run import append, read_lines, results_file
 from experiments.samples import GRIDS, REAL, generate, grid_of, quality
 from experiments.schedule_gaps import predicted_gap
@@ -103,25 +104,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    print(table(path))
+    print(summary(path))
     return 0
 
 
-def table(path: Path) -> str:
+def summary(path: Path) -> str:
     """Return one Markdown table: distance and spectrum gap, a row for each solver and grid."""
-    lines = list(read_lines(path))
-    counts = sorted({line["setting"]["evaluations"] for line in lines})
-    out = ["| network | solver | grid | " + " | ".join(f"{n} evaluations" for n in counts) + " |"]
-    out.append("|---" * (3 + len(counts)) + "|")
-    for arm, solver, grid in product(ARMS, SOLVERS, GRIDS):
-        cells = {}
-        for line in lines:
-            setting = line["setting"]
-            if (setting["arm"], setting["solver"], setting["grid"]) == (arm, solver, grid):
-                cells[setting["evaluations"]] = f"{line['fd_effnet_lite0']:.0f} / {line['spectrum_gap']:.2f}"
-        if cells:
-            out.append(f"| {arm} | {solver} | {grid} | " + " | ".join(cells.get(n, "-") for n in counts) + " |")
-    return "\n".join(out)
+    cells: dict[tuple[str, str, str], dict[int, str]] = {}  # of each row, by evaluations
+    for line in read_lines(path):
+        setting = line["setting"]
+        row = cells.setdefault((setting["arm"], setting["solver"], setting["grid"]), {})
+        row[setting["evaluations"]] = f"{line['fd_effnet_lite0']:.0f} / {line['spectrum_gap']:.2f}"
+    counts = sorted({count for row in cells.values() for count in row})
+    keys = [key for key in product(ARMS, SOLVERS, GRIDS) if key in cells]
+    rows = [[*key, *(cells[key].get(count, "-") for count in counts)] for key in keys]
+    return table(["network", "solver", "grid", *(f"{count} evaluations" for count in counts)], rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from experiments.results import table
 from experiments.run import RESULTS
 from experiments.samples import extractor, features_of
 from spectral_ops.spectrum import grey_spectrum, spectrum_gap
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     images = torch.stack([dataset[i][0] for i in range(2 * n)])
     real, others = images.split(n)
 
-    table = {name: compare(real, damage(others)) for name, damage in DAMAGE.items()}
+    metrics = {name: compare(real, damage(others)) for name, damage in DAMAGE.items()}
     a, b = features_of(real), features_of(others)  # the fewer images, the larger the distance of real ones
     bias = {m: distance(a[:m], b[:m]) for m in (n // 8, n // 4, n // 2, n)}
     content = {
@@ -89,13 +90,12 @@ def main(argv: list[str] | None = None) -> None:
         "reference": f"CIFAR-10 test images 0 to {n - 1}; the others are {n} to {2 * n - 1}",
         "neighbours": {**PRC, **DENSITY},
         "extractor": extractor().describe(),
-        "metrics": table,
+        "metrics": metrics,
         "real_by_num_images": {"fd_effnet_lite0": bias},
     }
     write_json(args.out, {**content, **provenance(torch.device("cpu"))})
-    print(f"| images | {' | '.join(table['real'])} |\n" + "|---" * (len(table["real"]) + 1) + "|")
-    for name, row in table.items():
-        print(f"| {name} | {' | '.join(f'{value:.4g}' for value in row.values())} |")
+    rows = [[name, *(f"{value:.4g}" for value in row.values())] for name, row in metrics.items()]
+    print(table(["images", *metrics["real"]], rows))
     print(f"real against real by number of images: {bias}\n{args.out}")
 
 

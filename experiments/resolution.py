@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from denoiser import LogitNormal
-from experiments.results import Key, cell, differences, load
+from experiments.results import Key, cell, differences, load, table
 from experiments.run import append, read_lines, results_file
 from experiments.train import CPU, Run, train
 from model_jit import JiT_models
@@ -101,9 +101,10 @@ def savings(file: Path) -> str:
         raise UserError(f"{file} is no spectrum file of tools.measure_spectrum ({error!r}).") from error
     size = meta["img_size"]
     power = load_spectrum(file, size, meta["class_num"]).dct_power
-    out = [f"| {size} px: levels | t_1, t_2, ... | " + " | ".join(MODELS) + " |", "|---" * (2 + len(MODELS)) + "|"]
+    rows = []
     for count in (1, 2):
-        schedule, ratios = ResolutionSchedule(size, power, count), []
+        schedule = ResolutionSchedule(size, power, count)
+        ratios = [", ".join(f"{t:.2f}" for t in schedule.times)]
         for model in MODELS:
             if size % (JiT_models[model].keywords["patch_size"] << count):
                 ratios.append("-")
@@ -111,8 +112,8 @@ def savings(file: Path) -> str:
             levels = LevelTimes(LogitNormal(), schedule).levels
             with_levels = statistics.mean(count_flops(model, size, level) for level in levels)
             ratios.append(f"{count_flops(model, size) / with_levels:.1f}")
-        out.append(f"| {count} | {', '.join(f'{t:.2f}' for t in schedule.times)} | {' | '.join(ratios)} |")
-    return "\n".join(out)
+        rows.append([count, *ratios])
+    return table([f"{size} px: levels", "t_1, t_2, ...", *MODELS], rows)
 
 
 def lines_of(data: str, patch: int) -> list[Mapping[str, Any]]:
@@ -140,28 +141,23 @@ def samples(patch: int) -> str:
     studies, sampling_steps = SAMPLES[patch]
     lines, against = [line for study in studies for line in load(study)[0]], ("half", 600)
     found = {count: differences(lines, against, count) for count in sampling_steps}
-    names = ("fd_effnet_lite0", "precision", "recall", "spectrum_gap")
-    out = [
-        f"CIFAR-10, patch {patch}, samples:\n",
-        f"| arm | steps | sampling steps | FD-EffNet-Lite0 | against half | {' | '.join(names[1:])} |",
-    ]
-    out.append("|---" * 8 + "|")
+    names, rows = ("fd_effnet_lite0", "precision", "recall", "spectrum_gap"), []
     for key, count in product(found[sampling_steps[0]], sampling_steps):
         numbers = found[count][key]
-        distance = numbers[names[0]]
-        cells = " | ".join(cell(name, numbers[name], key == against) for name in names)
-        out.append(f"| {key[0]} | {key[1]} | {count} | {distance.reference + distance.mean:.0f} | {cells} |")
-    return "\n".join(out)
+        distance, cells = numbers[names[0]], [cell(name, numbers[name], key == against) for name in names]
+        rows.append([*key, count, f"{distance.reference + distance.mean:.0f}", *cells])
+    columns = ["arm", "steps", "sampling steps", "FD-EffNet-Lite0", "against half", *names[1:]]
+    return f"CIFAR-10, patch {patch}, samples:\n\n{table(columns, rows)}"
 
 
 def markdown(data: str, patch: int) -> str:
-    out, ratios = [f"{data}, patch {patch}; plain JiT after 600 steps is 1 and 0%:\n"], step_ratios(data, patch)
-    out += ["| arm | steps | operations | time | loss | equal weight for all t | seeds |", "|---" * 7 + "|"]
+    rows, ratios = [], step_ratios(data, patch)
     for (arm, steps), found in by_cost(lines_of(data, patch)).items():
         seconds = f"{ratios[arm] * steps / PLAIN[1]:.2f}" if arm in ratios else "-"
-        losses = f"{found['density']} | {found['uniform']} | {found['density'].pairs}"
-        out.append(f"| {arm} | {steps} | {found['operations']:.2f} | {seconds} | {losses} |")
-    return "\n".join(out)
+        loss, operations = found["density"], f"{found['operations']:.2f}"
+        rows.append([arm, steps, operations, seconds, loss, found["uniform"], loss.pairs])
+    columns = ["arm", "steps", "operations", "time", "loss", "equal weight for all t", "seeds"]
+    return f"{data}, patch {patch}; plain JiT after 600 steps is 1 and 0%:\n\n{table(columns, rows)}"
 
 
 def tables() -> list[str]:

@@ -177,17 +177,21 @@ def markdown(lines: Sequence[Mapping[str, Any]], against: str) -> str:
     out = []
     for key, group in groups(lines).items():
         run, what = dict(key), next(name for name in ("excess", "loss", "samples") if name in group[0])
-        names = list(numbers(group[0]))
-        columns = " | ".join(COLUMNS[name].format(against) for name in names)
+        names, rows = list(numbers(group[0])), []
+        for arm, found in compare(group, against).items():
+            decides = found[names[0]]
+            cells = [cell(name, found[name], arm == against) for name in names]
+            rows.append([arm, f"{decides.reference + decides.mean:.4g}", *cells, decides.pairs])
+        columns = [COLUMNS[name].format(against) for name in names]
         out.append(f"{run['data']}, patch {run['patch']}, {run['steps']} steps, learning rate {run['lr']:g}:\n")
-        out.append(f"| arm | {'FD-EffNet-Lite0' if what == 'samples' else what} | {columns} | seeds |")
-        out.append("|---" * (len(names) + 3) + "|")
-        for arm, differences in compare(group, against).items():
-            decides = differences[names[0]]
-            cells = [cell(name, differences[name], arm == against) for name in names]
-            out.append(f"| {arm} | {decides.reference + decides.mean:.4g} | {' | '.join(cells)} | {decides.pairs} |")
-        out.append("")
+        out.append(table(["arm", "FD-EffNet-Lite0" if what == "samples" else what, *columns, "seeds"], rows) + "\n")
     return "\n".join(out)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
+    head, *body = (f"| {' | '.join(map(str, line))} |" for line in [columns, *rows])
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
 def cell(name: str, found: Difference, is_reference: bool) -> str:
