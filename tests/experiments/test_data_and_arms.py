@@ -100,7 +100,8 @@ def test_batches_and_the_least_loss(kind):
     images = data.open_data(kind)
     x, y = images.batch(3, 7, 512)
     again, _ = images.batch(3, 7, 300)
-    assert torch.equal(x[:300], again) and set(y.tolist()) == {0, 1, 2, 3}
+    torch.testing.assert_close(x[:300], again, rtol=0, atol=1e-5)  # several threads sum in another order
+    assert set(y.tolist()) == {0, 1, 2, 3}
     assert not torch.equal(x, images.batch(3, 8, 512)[0]) and not torch.equal(x, images.batch(4, 7, 512)[0])
     centred = x.double().flatten(1) - images.mean[y]
     assert centred.square().mean().item() == pytest.approx(images.variance.mean().item(), rel=0.1)  # mostly few modes
