@@ -222,7 +222,7 @@ def test_latents_of_some_classes_are_compared_with_these(tmp_path, latents, caps
     words += ["--labels_file", str(tmp_path / "some.txt")]
     assert prepare_data.main([*words, "--data_path", str(tmp_path / "a")]) == 0
     assert prepare_data.main([*words, "--data_path", str(tmp_path / "b")]) == 2
-    assert "has other latents" in capsys.readouterr().err
+    assert "was made from other images or settings" in capsys.readouterr().err
     config = resolve({"dataset": "latents", "data_path": str(tmp_path / "out")})
     assert config.class_num == 2
     assert config.real_images == f"imagefolder-{part_name(tmp_path / 'some.txt', ['one', 'three'])}"

@@ -30,9 +30,12 @@ import torch
 import torch.distributed as dist
 
 from tools.measure_spectrum import measure as measure_spectrum
-from util.data import cache, encode, latents
+from util.data import encode, latents
+from util.data.blocks import StoredImages, blocks
+from util.data.cache import CACHE, write_cache
 from util.data.datasets import DATASETS, build_dataset
 from util.data.images import DataError, Images, NoSplitError, data_folder
+from util.data.latents import LATENTS, LatentImages
 from util.data.loader import GlobalBatchSampler, ImageLoader
 from util.data.spectrum_file import save_spectrum
 from util.data.vae import load_vae
@@ -86,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def write(args: argparse.Namespace) -> None:
     """Cache the training images, and the validation images where there are any."""
-    if cache.find(args.data_path):
+    if CACHE.find(args.data_path):
         raise DataError(f"--data_path {args.data_path} is an image cache already: name the folder it was made from.")
     what = (args.dataset, args.data_path, args.img_size)
     splits = {"train": build_dataset(*what)}
@@ -94,7 +97,7 @@ def write(args: argparse.Namespace) -> None:
         splits["val"] = build_dataset(*what, "val")
     for split, images in splits.items():
         folder = args.out.expanduser() / split
-        index = cache.write_cache(images, folder, args.num_workers, args.on_bad_image == "skip")
+        index = write_cache(images, folder, args.num_workers, args.on_bad_image == "skip")
         bad = f", {len(index['bad'])} of them bad: training needs --on_bad_image skip" if index["bad"] else ""
         print(f"{folder}: {len(images)} images of {args.img_size} pixels{bad}", flush=True)
 
@@ -140,12 +143,12 @@ def write_latents(args: argparse.Namespace) -> None:
 def measure_latents(folder: Path, num_workers: int | None) -> None:
     """Measure the spectrum of SPECTRUM_IMAGES training latents, where there is none of them yet."""
     path = folder / "spectrum.npz"
-    blocks = json_hash(latents.read_index(folder / "train")["sha256"])
+    digests = json_hash(LATENTS.read_index(folder / "train")["sha256"])
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
-            if json.loads(str(file["meta"])).get("latents") == blocks:
+            if json.loads(str(file["meta"])).get("latents") == digests:
                 return
-    images = latents.LatentImages(folder / "train")
+    images = LatentImages(folder / "train")
     images.name = "latents"
     good = np.setdiff1d(np.arange(len(images)), list(images.bad))
     index = np.sort(np.random.RandomState(0).permutation(good)[:SPECTRUM_IMAGES])
@@ -154,27 +157,26 @@ def measure_latents(folder: Path, num_workers: int | None) -> None:
     except UserError as error:
         print(f"{path} was not written: {error}", file=sys.stderr, flush=True)
         return
-    spectrum.meta.update(split="train", data_path=str(folder), latents=blocks, **provenance(torch.device("cpu")))
+    spectrum.meta.update(split="train", data_path=str(folder), latents=digests, **provenance(torch.device("cpu")))
     save_spectrum(spectrum, path)
     print(f"{path}: spectrum of {len(index)} latents", flush=True)
 
 
 def verify(args: argparse.Namespace) -> None:
     """Compare all pixels of a cache, or all latents, with their checksums."""
-    kind = latents if latents.find(args.folder) else cache
-    if not (train := kind.find(args.folder)):
+    layout = LATENTS if LATENTS.find(args.folder) else CACHE
+    if not (train := layout.find(args.folder)):
         raise DataError(
             f"{args.folder} holds no image cache and no latents: name the folder that was --out of `prepare_data`."
         )
     for folder in (train, train.parent / "val"):
-        if (folder / kind.INDEX).exists():
-            index = kind.read_index(folder)
-            # checks everything except the content
-            latents.LatentImages(folder) if kind is latents else cache.CachedImages(folder, index["img_size"])
-            if damaged := kind.damaged_blocks(folder, index):
+        if (folder / layout.index).exists():
+            index = layout.read_index(folder)
+            StoredImages(layout, folder)  # checks everything except the content
+            if damaged := layout.damaged_blocks(folder, index):
                 raise DataError(
-                    f"{folder}: {len(damaged)} of {len(cache.blocks(index))} blocks do not have their checksums. Copy "
-                    f"the folder again, or {kind.AGAIN}: it writes those blocks."
+                    f"{folder}: {len(damaged)} of {len(blocks(index))} blocks do not have their checksums. Copy "
+                    f"the folder again, or {layout.again}: it writes those blocks."
                 )
             print(f"{folder}: all {index['num_images']} images have their checksums", flush=True)
 

@@ -63,7 +63,7 @@ def test_verify_finds_damage_and_its_advice_helps(folder, capsys):
     content[-1] ^= 1
     (train / "images.npy").write_bytes(content)
     sentence = refused(capsys, "verify", "cache")
-    assert f"{train}: 1 of 1 blocks" in sentence and cache.AGAIN in sentence
+    assert f"{train}: 1 of 1 blocks" in sentence and cache.CACHE.again in sentence
     assert prepare_data.main([*CACHE, "--out", "cache"]) == prepare_data.main(["verify", "cache"]) == 0
 
 

@@ -8,12 +8,11 @@ the number of workers or ranks, nor on the step at which a run started. A replac
 from contextlib import suppress
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from util.data.images import BadImage, DataError, Images
-from util.dist.context import DistContext
+from util.dist.context import DistContext, all_gather
 from util.log import RunLog
 
 MAX_FRACTION = 0.01  # of the images of a data set may be bad: with more, the copy of the data set is broken ...
@@ -77,11 +76,7 @@ class BadImageLog:
         All ranks call it after the same step: before each checkpoint and at the end, so that the log misses no image
         however often the run is interrupted. DataError on all ranks when too many images are bad (`check_bad_count`).
         """
-        parts = [self.new]
-        if ctx.world_size > 1:
-            parts = [None] * ctx.world_size
-            dist.all_gather_object(parts, self.new)
-        new = {file: replacement for part in parts for file, replacement in part.items()}
+        new = {file: replacement for part in all_gather(self.new, ctx) for file, replacement in part.items()}
         for file in sorted(new):
             log.log("bad_image", step, new[file])
         self.reported |= new.keys()

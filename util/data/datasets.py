@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util.data import cache, cifar10, latents
+from util.data import cifar10
+from util.data.cache import CACHE, CachedImages
 from util.data.crop import center_crop, read_crop
 from util.data.fashion_mnist import CLASSES, FashionMnist
 from util.data.huggingface import HuggingFaceImages
@@ -32,6 +33,7 @@ from util.data.images import (
     read_class_names,
     to_tensor,
 )
+from util.data.latents import LATENTS, LatentImages
 from util.data.webdataset import ShardImages
 from util.io import json_hash
 
@@ -188,18 +190,18 @@ class DatasetInfo:
 
 def _image_folder(data_path: str | os.PathLike | None, img_size: int, split: str) -> Images:
     """Open an image folder, or a cache of one (util/data/cache.py)."""
-    folder = cache.find(data_path, split)
-    return cache.CachedImages(folder, img_size) if folder else ImageFolderImages(data_path, img_size, split)
+    folder = CACHE.find(data_path, split)
+    return CachedImages(folder, img_size) if folder else ImageFolderImages(data_path, img_size, split)
 
 
 def _latents(data_path: str | os.PathLike | None, img_size: int, split: str) -> Images:
-    folder = latents.find(data_path, split)
+    folder = LATENTS.find(data_path, split)
     if folder is None:
         raise DataError(
             f"{data_path or 'no data path'} holds no latents: set --data_path (DATA_PATH) to what was --out of "
             "`python -m tools.prepare_data latents`."
         )
-    images = latents.LatentImages(folder)
+    images = LatentImages(folder)
     if images.img_size != img_size:
         raise DataError(f"the latents {folder} are {images.img_size} wide, and --img_size is {img_size}.")
     return images
@@ -207,10 +209,10 @@ def _latents(data_path: str | os.PathLike | None, img_size: int, split: str) -> 
 
 def _describe_latents(data_path: str | os.PathLike | None) -> dict:
     """Return what the index of latents says. Raises DataError if there is none."""
-    folder = latents.find(data_path)
+    folder = LATENTS.find(data_path)
     if folder is None:
         _latents(data_path, 0, "train")
-    index = latents.read_index(folder)
+    index = LATENTS.read_index(folder)
     known = {"vae": index["vae"], "pixels": index["img_size"], "dataset": index["dataset"]}
     sizes = {"img_size": index["size"], "channels": index["channels"], "class_num": index["class_num"]}
     return {**sizes, "flip": index["views"] == 2, "latents": known}

@@ -15,7 +15,7 @@ import torch
 
 from spectral_forcing import num_rings
 from spectral_ops.schedule import FitDistribution, TightSchedule
-from util.data import latents
+from util.data.latents import LATENTS
 from util.errors import UserError
 from util.io import FID_STATS, check_zip, replacing, sha256_file
 
@@ -57,7 +57,7 @@ ARRAYS = tuple(field.name for field in fields(DataSpectrum) if field.type is np.
 
 def default_spectrum_file(dataset: str, img_size: int, data_path: str | Path | None = None) -> Path:
     """Return the default place of a data set's spectrum: the repository's fid_stats/, or beside latents."""
-    if dataset == "latents" and (train := latents.find(data_path)):
+    if dataset == "latents" and (train := LATENTS.find(data_path)):
         return train.parent / "spectrum.npz"
     return FID_STATS / f"{dataset}_{img_size}_spectrum.npz"
 

@@ -108,7 +108,10 @@ def error_on_all_ranks(message: str) -> UserError:
     return error
 
 
-def _gather(value: object, ctx: DistContext) -> list:
+def all_gather(value: T, ctx: DistContext) -> list[T]:
+    """Return a picklable value of each rank, by rank."""
+    if ctx.world_size == 1:
+        return [value]
     values = [None] * ctx.world_size
     dist.all_gather_object(values, value)
     return values
@@ -124,7 +127,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
 
 def assert_same_across_ranks(what: str, value: object, ctx: DistContext) -> None:
     """Raise a UserError on all ranks if a picklable value differs between them."""
-    values = _gather(value, ctx) if ctx.world_size > 1 else [value]
+    values = all_gather(value, ctx)
     if different := [f"rank {rank} {other}" for rank, other in enumerate(values) if other != values[0]]:
         raise error_on_all_ranks(f"The ranks do not have the same {what}: rank 0 {values[0]}; {'; '.join(different)}.")
 
@@ -146,7 +149,7 @@ def raise_on_all_ranks(ctx: DistContext, function: Callable[[], T]) -> T:
     if ctx.world_size == 1:
         return function()
     value, message = _attempt(function)
-    if messages := [m for m in _gather(message, ctx) if m is not None]:
+    if messages := [m for m in all_gather(message, ctx) if m is not None]:
         raise error_on_all_ranks(messages[0])
     return value
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from tests.util.data.image_files import SIZE, damage, interrupted_at_rename, make_folder, noise_image, save_modes
+from util.data import blocks, datasets
 from util.data import cache as cache_file
-from util.data import datasets
 from util.data.bad_images import MAX_COUNT
-from util.data.cache import CachedImages, damaged_blocks, read_index, write_cache
+from util.data.cache import CACHE, CachedImages, write_cache
 from util.data.crop import read_crop
 from util.data.datasets import DataError, ImageFolderImages, build_dataset
 from util.data.images import BadImage
@@ -107,7 +107,7 @@ def test_caches_of_this_format_are_opened_in_later_versions(tmp_path):
     (tmp_path / "train" / "files.json").write_text(json.dumps(files))
     (tmp_path / "train" / "cache.json").write_text(json.dumps(index))
     cached = open_cache(tmp_path)
-    assert damaged_blocks(tmp_path / "train", index) == [] and cached.bad == {1: "truncated"}
+    assert CACHE.damaged_blocks(tmp_path / "train", index) == [] and cached.bad == {1: "truncated"}
     assert cached.class_names == ["a", "b"] and cached.path(2) == "/data/train/b/more/x.png"
     assert [(x.numpy().tolist(), y) for x, y in (cached[0], cached[2])] == [
         (pixels[0].tolist(), 0),
@@ -147,7 +147,7 @@ def test_it_continues_wherever_it_was_interrupted(cache, folder, monkeypatch, de
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ("size", "'img_size': 16.*expected.*'img_size': 8"),
+        ("size", "img_size 16, expected 8"),
         ("files", "files_hash"),
         ("decoder", "decoder"),
         ("foreign", "version 9, expected 2"),
@@ -175,7 +175,7 @@ def test_an_image_folder_is_not_written_to(folder):
 
 
 def test_too_small_a_disk_is_refused_before_the_work(folder, tmp_path, monkeypatch, decoded):
-    monkeypatch.setattr(cache_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 5 * IMAGE))
+    monkeypatch.setattr(blocks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 5 * IMAGE))
     with pytest.raises(DataError, match=r"too small: it needs \S+ GB more"):
         write(folder, tmp_path / "cache")
     assert decoded == []
@@ -209,7 +209,7 @@ def test_damage_is_found_when_a_cache_is_opened(cache, folder, kind):
     with pytest.raises(DataError, match=match) as error:
         open_cache(cache)
     assert str(cache / "train") in str(error.value)
-    if cache_file.AGAIN in str(error.value):  # then that helps
+    if CACHE.again in str(error.value):  # then that helps
         write(folder, cache)
         assert_same_items(open_cache(cache), ImageFolderImages(folder, SIZE))
 
@@ -223,11 +223,11 @@ def test_a_cache_refuses_another_size_and_a_split_that_it_lacks(cache):
 
 def test_a_flipped_bit_is_found_and_its_block_made_again(cache, folder, decoded):
     path = cache / "train" / "images.npy"
-    whole, index = path.read_bytes(), read_index(cache / "train")
-    assert damaged_blocks(cache / "train", index) == []
+    whole, index = path.read_bytes(), CACHE.read_index(cache / "train")
+    assert CACHE.damaged_blocks(cache / "train", index) == []
     flip_a_bit(path, len(whole) - 8 * IMAGE)  # in image 10, the first of block 2
     assert len(open_cache(cache)) == 18  # opening reads no pixels
-    assert damaged_blocks(cache / "train", index) == ["2"]
+    assert CACHE.damaged_blocks(cache / "train", index) == ["2"]
     decoded.clear()
     write(folder, cache)
     assert path.read_bytes() == whole and len(decoded) == 5

@@ -12,11 +12,11 @@ from tests.util.data.conftest import CPU, ITEM, SHAPE, command, pixels, random_v
 from tests.util.data.image_files import SIZE, damage, interrupted_at_rename
 from tests.util.evaluation.toy import fork_ranks
 from tools import prepare_data
-from util.data import encode
+from util.data import blocks, encode
 from util.data.datasets import ImageFolderImages, build_dataset
 from util.data.encode import write_latents
 from util.data.images import BadImage, DataError
-from util.data.latents import LatentImages, read_index
+from util.data.latents import LATENTS, LatentImages
 from util.data.loader import ImageLoader
 from util.data.vae import load_vae
 from util.rng import CounterRNG
@@ -35,7 +35,7 @@ def test_the_command_writes_what_the_vae_says(folder, tmp_path, vae, vae_folder,
         assert np.array_equal(found.labels, images.labels)
         assert (found.img_size, found.channels, found.pixels, found.views) == (8, 4, SIZE, 2)
         assert found.vae == vae.describe() and found.content == "moments"
-        index = read_index(tmp_path / "latents" / split)
+        index = LATENTS.read_index(tmp_path / "latents" / split)
         assert (index["dataset"], index["class_num"]) == ("imagefolder", 3)
         raw = np.load(tmp_path / "latents" / split / "latents.npy")  # any program can read it
         assert raw.shape == (len(images), *SHAPE) and raw.dtype == np.float16
@@ -101,7 +101,7 @@ def test_data_without_files_keep_their_order(tmp_path, vae_folder, monkeypatch, 
 
 def test_it_continues_wherever_it_was_interrupted(out, folder, tmp_path, vae, monkeypatch):
     """Interrupted before each rename of a JSON file: the list of files, the index, and the index after each block."""
-    whole, index = (out / "latents.npy").read_bytes(), read_index(out)
+    whole, index = (out / "latents.npy").read_bytes(), LATENTS.read_index(out)
     encoded, encode_views = [], encode.encode_views
     monkeypatch.setattr(encode, "encode_views", lambda *a: encoded.extend(a[2]) or encode_views(*a))
     for n in range(6):
@@ -114,7 +114,8 @@ def test_it_continues_wherever_it_was_interrupted(out, folder, tmp_path, vae, mo
         encoded.clear()
         again = write(folder, out.parent, vae)
         assert len(encoded) == 18 - 5 * max(0, n - 2) and (out / "latents.npy").read_bytes() == whole
-        assert {**read_index(out), "made": 0} == {**index, "made": 0} == {**json.loads(json.dumps(again)), "made": 0}
+        found = LATENTS.read_index(out)
+        assert {**found, "made": 0} == {**index, "made": 0} == {**json.loads(json.dumps(again)), "made": 0}
     encoded.clear()
     write(folder, out.parent, vae)
     assert encoded == []  # nothing of finished latents is encoded again
@@ -129,7 +130,7 @@ def test_several_ranks_write_what_one_writes(out, folder, tmp_path, vae_folder, 
     assert "18 images" in done[0][1] and all(text == "" for _, text in done[1:])
     many = tmp_path / "many" / "train"
     assert (many / "latents.npy").read_bytes() == (out / "latents.npy").read_bytes()
-    assert {**read_index(many), "made": 0} == {**read_index(out), "made": 0}
+    assert {**LATENTS.read_index(many), "made": 0} == {**LATENTS.read_index(out), "made": 0}
     assert len(LatentImages(tmp_path / "many" / "val")) == 4
 
 
@@ -142,7 +143,7 @@ def test_an_error_on_a_rank_ends_all_with_one_sentence(folder, tmp_path, vae, va
     assert [code for code, _ in done] == [2, 2]
     (sentence,) = (done[0][1] + done[1][1]).splitlines()
     assert sentence.startswith("prepare_data: error: cannot read image") and "b/6.png" in sentence
-    assert list(read_index(tmp_path / "latents" / "train")["sha256"]) == ["0", "1"]
+    assert list(LATENTS.read_index(tmp_path / "latents" / "train")["sha256"]) == ["0", "1"]
     (folder / "train" / "b" / "6.png").write_bytes(whole)
     write(folder, tmp_path / "latents", vae)  # one rank continues
     assert len(LatentImages(tmp_path / "latents" / "train")) == 18
@@ -199,13 +200,13 @@ def test_latents_that_are_not_finite_are_not_listed(folder, tmp_path):
     large = load_vae(tmp_path / "vae", CPU)
     with pytest.raises(DataError, match=r"train/a/0\.png are not finite in float16"):
         write(folder, tmp_path / "latents", large)
-    assert read_index(tmp_path / "latents" / "train")["sha256"] == {}
+    assert LATENTS.read_index(tmp_path / "latents" / "train")["sha256"] == {}
     write(folder, tmp_path / "bfloat16", large, dtype="bfloat16")
     assert LatentImages(tmp_path / "bfloat16" / "train").statistics["std"][0] > 1e4
 
 
 def test_too_small_a_disk_is_refused_before_the_work(folder, tmp_path, vae, monkeypatch):
-    monkeypatch.setattr(encode.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 5 * ITEM))
+    monkeypatch.setattr(blocks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 5 * ITEM))
     monkeypatch.delattr(encode, "encode_views")
     with pytest.raises(DataError, match=r"too small: it needs \S+ GB more"):
         write(folder, tmp_path / "latents", vae)

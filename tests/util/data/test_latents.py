@@ -1,5 +1,6 @@
 """Latents as a data set: their format, what the network learns from them, and what is found to be damaged."""
 
+import hashlib
 import json
 import os
 
@@ -11,10 +12,8 @@ from denoiser import random_flip
 from tests.util.data.conftest import ITEM, SHAPE, write
 from tools import prepare_data
 from util import io
-from util.data import encode
-from util.data import latents as latents_file
 from util.data.images import BadImage, DataError
-from util.data.latents import LatentImages, damaged_blocks, read_index
+from util.data.latents import LATENTS, LatentImages
 from util.rng import CounterRNG
 
 pytest.importorskip("diffusers")
@@ -32,13 +31,13 @@ def test_latents_of_this_format_are_opened_in_later_versions(tmp_path):
     index["files_hash"] = io.json_hash(files)
     index["statistics"] = {"mean": [0.0] * 5, "std": [1.0] * 5}
     parts = {"0": values[:2], "1": values[2:]}
-    index["sha256"] = {k: encode.hashlib.sha256(part.tobytes()).hexdigest() for k, part in parts.items()}
+    index["sha256"] = {k: hashlib.sha256(part.tobytes()).hexdigest() for k, part in parts.items()}
     (tmp_path / "train").mkdir()
     np.save(tmp_path / "train" / "latents.npy", values)
     (tmp_path / "train" / "files.json").write_text(json.dumps(files))
     (tmp_path / "train" / "latents.json").write_text(json.dumps(index))
-    found = LatentImages(latents_file.find(tmp_path))
-    assert damaged_blocks(tmp_path / "train", index) == [] and found.labels.tolist() == [1, 0, 1]
+    found = LatentImages(LATENTS.find(tmp_path))
+    assert LATENTS.damaged_blocks(tmp_path / "train", index) == [] and found.labels.tolist() == [1, 0, 1]
     assert np.array_equal(found[1][0], values[1]) and found[1][1] == 0
     with pytest.raises(BadImage, match="cannot read image toy/b/2: truncated"):
         found[2]
@@ -81,7 +80,7 @@ def flip_a_bit(path, where):
 
 
 def edit_index(folder, **changes):
-    io.write_json(folder / "latents.json", {**read_index(folder), **changes})
+    io.write_json(folder / "latents.json", {**LATENTS.read_index(folder), **changes})
 
 
 DAMAGE = {
@@ -89,12 +88,8 @@ DAMAGE = {
     "other values": (lambda f: np.save(f / "latents.npy", np.zeros(3)), r"not float16 \(18, 2, 2, 4, 8, 8\)"),
     "altered list": (lambda f: flip_a_bit(f / "files.json", 20), r"files\.json is missing or damaged"),
     "half an index": (lambda f: os.truncate(f / "latents.json", 90), r"another layout \(version unknown, expected 1"),
-    "later layout": (lambda f: edit_index(f, version=2), r"version 2, expected 1.*make them again"),
-    "statistics": (
-        lambda f: edit_index(f, statistics={"mean": [0.0], "std": [float("nan")]}),
-        "statistics of the latents .* are not finite",
-    ),
-    "no index": (lambda f: (f / "latents.json").unlink(), "have no train images"),
+    "later layout": (lambda f: edit_index(f, version=2), r"version 2, expected 1.*make it again"),
+    "no index": (lambda f: (f / "latents.json").unlink(), "has no train images"),
 }
 
 
@@ -114,10 +109,10 @@ def test_verify_finds_a_flipped_bit_and_its_advice_helps(out, folder, vae, vae_f
     assert capsys.readouterr().out.count("train: all 18 images have their checksums") == 2
     flip_a_bit(path, len(whole) - 8 * ITEM)  # in image 10, the first of block 2
     assert len(LatentImages(out)) == 18  # opening reads no latents
-    assert damaged_blocks(out, read_index(out)) == ["2"]
+    assert LATENTS.damaged_blocks(out, LATENTS.read_index(out)) == ["2"]
     assert prepare_data.main(["verify", str(out.parent)]) == 2
     sentence = capsys.readouterr().err
-    assert f"{out}: 1 of 4 blocks do not have" in sentence and latents_file.AGAIN in sentence
+    assert f"{out}: 1 of 4 blocks do not have" in sentence and LATENTS.again in sentence
     write(folder, out.parent, vae)
     assert path.read_bytes() == whole
 

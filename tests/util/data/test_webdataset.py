@@ -18,8 +18,10 @@ from tests.conftest import read_log, state_differences, train
 from tests.test_resume import Killed, kill_at
 from tests.util.data.image_files import BAD, SIZE, encoded, make_folder, noise_image, save_modes
 from tools import prepare_data
-from util.data import cache, webdataset
+from util.data import webdataset
 from util.data.bad_images import BadImageLog
+from util.data.blocks import list_files
+from util.data.cache import CachedImages
 from util.data.datasets import build_dataset
 from util.data.images import BadImage, DataError, NoSplitError
 from util.data.loader import ImageLoader
@@ -316,10 +318,10 @@ def test_a_cache_of_shards(folder, images, tmp_path):
     words = f"cache --dataset webdataset --data_path {tmp_path}/shards --img_size {SIZE} --out {tmp_path}/cache"
     assert prepare_data.main(words.split()) == prepare_data.main(["verify", f"{tmp_path}/cache"]) == 0
     cached = build_dataset("imagefolder", tmp_path / "cache", SIZE)
-    assert isinstance(cached, cache.CachedImages) and cached.class_names == ["0", "1", "2"]
+    assert isinstance(cached, CachedImages) and cached.class_names == ["0", "1", "2"]
     assert_same_items(cached, images, order)
     by_class = [np.flatnonzero(images.labels[order] == k).tolist() for k in range(3)]
-    assert list(cache.list_files(cached).values()) == by_class  # as latents of the cache are listed
+    assert list(list_files(cached).values()) == by_class  # as latents of the cache are listed
     assert len(build_dataset("imagefolder", tmp_path / "cache", SIZE, "val")) == 4
 
 
