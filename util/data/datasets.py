@@ -49,21 +49,10 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _list_files(folder: Path) -> list[str]:
-    """Return the paths of all files below a class folder, in torchvision's order, without hidden files and folders.
-
-    Links are followed, but not to a folder that they lie in: such a loop would count its images again and again.
-    """
-    real = Path(folder).resolve()
-    above, found = {str(folder): {real, *real.parents}}, []  # folder -> itself and what it lies in
+    """Return the paths of all files below a class folder, in torchvision's order, without hidden files and folders."""
+    found = []
     for path, folders, names in os.walk(folder, followlinks=True):
-        keep = []
-        for name in folders:
-            below = os.path.join(path, name)
-            target = Path(below).resolve()
-            if not name.startswith(".") and target not in above[path]:
-                keep.append(name)
-                above[below] = above[path] | {target}
-        folders[:] = keep
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found.append((path, sorted(name for name in names if not name.startswith("."))))
     return [os.path.join(path, name) for path, names in sorted(found) for name in names]
 
