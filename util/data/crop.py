@@ -3,8 +3,6 @@
 Shapes: an image is uint8 (H, W, C) of any size; a crop is (size, size, C), with C = 3, or 4 with alpha.
 """
 
-import os
-import stat
 from io import BytesIO
 
 import numpy as np
@@ -13,8 +11,6 @@ from PIL import Image, UnidentifiedImageError
 from util.data.images import BadImage, DataError
 
 MAX_PIXELS = 2**28  # of an image as read and as enlarged: 16384 x 16384, 1 GiB in PIL, which uses 4 bytes per pixel
-MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
-WHOLE = "Expected a whole image file: replace it or remove it"
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # PIL's own check of the header; its default warns at a third of that
 
 
@@ -58,27 +54,20 @@ def read_crop(path: str, size: int, alpha: bool = False) -> np.ndarray:
 
     DataError for an error of the file system; BadImage for one of the content, as of `decode_crop`.
     """
-    return decode_crop(read_bytes(path, path), path, size, alpha)
+    return decode_crop(read_bytes(path), path, size, alpha)
 
 
-def read_bytes(path: str, name: str, offset: int = 0, length: int | None = None) -> bytes:
-    """Return a file, or a part of it: the image called `name`.
-
-    DataError if the file system does not deliver it, BadImage for what is no regular file or has over MAX_BYTES.
-    """
+def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
+    """Return a file, or `length` bytes of it. DataError if the file system does not deliver them."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a named pipe would wait for a writer
-            status = os.fstat(file.fileno())
-            count, regular = status.st_size if length is None else length, stat.S_ISREG(status.st_mode)
-            if regular and count <= MAX_BYTES:
-                file.seek(offset)
-                return file.read(length)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
     except OSError as e:
         raise DataError(
             f"cannot read the file {path}: {e.strerror or e}. This is an error of the file system, not a bad image, so "
             "the image is not replaced: check the disk, permissions and limits, and start again."
         ) from None
-    raise BadImage.at(name, f"the file has more than {MAX_BYTES} bytes" if regular else "it is no regular file", WHOLE)
 
 
 def decode_crop(content: bytes, name: str, size: int, alpha: bool = False) -> np.ndarray:
@@ -99,4 +88,4 @@ def decode_crop(content: bytes, name: str, size: int, alpha: bool = False) -> np
         reason = str(e).rstrip(".")
     except Exception as e:  # PIL's readers raise OSError, SyntaxError, ValueError, struct.error, ... on bad files
         reason = f"{str(e).rstrip('.')} ({type(e).__name__})"
-    raise BadImage.at(name, reason, WHOLE)
+    raise BadImage.at(name, reason, "Expected a whole image file: replace it or remove it")

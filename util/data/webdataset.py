@@ -189,7 +189,7 @@ class ShardImages(Images):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         offset, count = int(self._samples["offset"][i]), int(self._samples["bytes"][i])
-        content = read_bytes(self._shard(i), self.path(i), offset, count)
+        content = read_bytes(self._shard(i), offset, count)
         if len(content) < count:
             raise DataError(f"the shard of {self.path(i)} ends within it: it was changed while in use.")
         return to_tensor(decode_crop(content, self.path(i), self.img_size, self.channels == 4)), int(self.labels[i])

@@ -4,14 +4,12 @@ Shapes: images (H, W, 3) uint8.
 """
 
 import math
-import os
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
 from tests.util.data.image_files import BAD, SIZE, claims, encoded, noise_image
-from util.data import crop
 from util.data.crop import center_crop, read_crop
 from util.data.images import BadImage
 
@@ -118,18 +116,3 @@ def test_a_bad_file_is_named_with_the_reason(file, kind, monkeypatch):
     text = str(error.value)
     assert text.startswith(f"cannot read image {path}: ") and error.value.reason in text
     assert path not in error.value.reason and "BytesIO" not in text
-
-
-def test_a_huge_file_is_not_taken_into_memory(file, monkeypatch):
-    monkeypatch.setattr(crop, "MAX_BYTES", 1000)
-    with pytest.raises(BadImage, match="more than 1000 bytes"):
-        read_crop(file(bytes(1001)), SIZE)
-    with pytest.raises(BadImage, match="no such format"):
-        read_crop(file(bytes(1000)), SIZE)
-
-
-def test_a_named_pipe_is_a_bad_image(tmp_path):
-    """Reading it would wait for whoever writes into it."""
-    os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(BadImage, match="no regular file"):
-        read_crop(str(tmp_path / "x.png"), 8)
