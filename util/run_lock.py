@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 from util.errors import UserError
 from util.io import read_json
@@ -33,45 +33,40 @@ class RunLock:
 
     def __enter__(self) -> Self:
         deadline, waited = time.monotonic() + PATIENCE, False
-        while (file := self._try()) is None:
-            if not waited:
-                print(f"{self.folder} is in use; waiting for up to {PATIENCE:.0f} s", file=sys.stderr, flush=True)
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{self.folder} is in use by {self._holder()}. Wait for it, stop it, or name another --output_dir."
-                )
-            waited = True
-            time.sleep(0.2)
-        self._file = file
+        try:
+            while not self._try():
+                self._file.close()
+                if not waited:
+                    print(f"{self.folder} is in use; waiting for up to {PATIENCE:.0f} s", file=sys.stderr, flush=True)
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.folder} is in use by {self._holder()}. Wait for it, stop it, or name another "
+                        "--output_dir."
+                    )
+                waited = True
+                time.sleep(0.2)
+        except OSError as error:
+            raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
         return self
 
-    def _try(self) -> IO[str] | None:
-        """Return the locked file, None while another process holds it."""
+    def _try(self) -> bool:
+        """Lock the file. Return False while another process holds it, or if that one has just removed it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+")  # noqa: SIM115 (open inside the block)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+")  # noqa: SIM115 (open inside the block)
-        except OSError as error:
-            raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.close()
-            return None
+            return False
         except OSError as error:  # such as Lustre mounted without flock
             print(f"warning: {self.path} cannot be locked ({error}): do not start a second run", file=sys.stderr)
-        try:
-            if not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                raise FileNotFoundError
-            since = datetime.now().isoformat(" ", "seconds")
-            file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}) + "\n")
-            file.flush()
-        except FileNotFoundError:  # the one before has removed the file meanwhile: try the new one
-            file.close()
-            return None
-        except OSError as error:
-            raise UserError(f"The output folder {self.folder} cannot be written: {error}.") from error
-        return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                since = datetime.now().isoformat(" ", "seconds")
+                self._file.truncate(0)
+                self._file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}) + "\n")
+                self._file.flush()
+                return True
+        return False
 
     def _holder(self) -> str:
         holder = read_json(self.path)
