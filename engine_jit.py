@@ -35,6 +35,7 @@ from util.dist.context import (
     all_reduce_mean,
     assert_same_across_ranks,
     barrier,
+    error_on_all_ranks,
     process_group,
     raise_on_all_ranks,
     run_on_rank0,
@@ -49,7 +50,7 @@ from util.dist.parallel import (
     wrap_ddp,
 )
 from util.dist.preemption import Preempted, StepVotes
-from util.errors import NonFiniteError, UserError
+from util.errors import UserError
 from util.evaluation import gates
 from util.evaluation.decode import decoder
 from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write, loggable, metric_line, report_exists
@@ -266,7 +267,7 @@ class Trainer:
         """Train from `self.step` to the end of the epoch.
 
         Raises:
-            NonFiniteError: on all ranks, naming step and learning rate.
+            UserError: on all ranks, for a loss that is not finite, naming step and learning rate.
             Preempted: on all ranks, once the run is saved.
         """
         config, end = self.config, (epoch + 1) * self.steps_per_epoch
@@ -344,7 +345,7 @@ class Trainer:
             self.images.bad_image_log.report(self.ctx, self.log, self.step)
 
     def _stop_if_non_finite(self) -> None:
-        """Wait for the device; raise a NonFiniteError after more consecutive non-finite steps than tolerated."""
+        """Wait for the device; raise a UserError after more consecutive non-finite steps than tolerated."""
         steps = self.metrics.non_finite_steps()
         if steps is None:
             return
@@ -356,13 +357,12 @@ class Trainer:
                 write_json(path, {"steps": [self._describe_step(s) for s in steps]})
             except (OSError, UserError) as error:
                 where = f"The images and times of the step could not be written ({error})"
-        raise NonFiniteError(
+        raise error_on_all_ranks(
             f"The loss or a gradient is not finite at step {step} (epoch {step // self.steps_per_epoch}), "
             f"learning rate {learning_rate(self.config, step, self.steps_per_epoch):.3g}"
             f"{f', and in {count} consecutive steps' if count > 1 else ''}. No weight was changed by it, and the last "
             "checkpoint is intact. Usual remedies are a lower BLR, a longer warm-up or --attn_fp32; --skip_nonfinite "
-            f"tolerates single steps. {where}.",
-            steps,
+            f"tolerates single steps. {where}."
         )
 
     def _describe_step(self, step: int) -> dict[str, Any]:

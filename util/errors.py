@@ -16,13 +16,3 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(printable(message))
-
-
-class NonFiniteError(UserError):
-    """The loss or a gradient of `steps` was not finite. The update was skipped on every rank."""
-
-    on_all_ranks = True
-
-    def __init__(self, message: str, steps: range):
-        super().__init__(message)
-        self.steps = steps
