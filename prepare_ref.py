@@ -28,8 +28,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from spectral_ops.spectrum import SpectrumSums
-from util.data.datasets import DATASETS, Images, build_dataset, part_name, read_labels_file
-from util.data.images import DataError, NoSplitError, quantise
+from util.data.datasets import DATASETS, Images, build_dataset, part_name
+from util.data.images import DataError, NoSplitError, quantise, read_class_names
 from util.data.loader import ImageLoader
 from util.data.vae import Vae, load_vae
 from util.dist.context import DistContext, find_context, gather, local_range, process_group, raise_on_all_ranks
@@ -126,7 +126,7 @@ def real_images(args: argparse.Namespace) -> str:
     """Return the name of the images, as Config.real_images does."""
     name = args.dataset
     if args.labels_file:
-        name += f"-{part_name(args.labels_file, read_labels_file(args.labels_file))}"
+        name += f"-{part_name(args.labels_file, read_class_names(args.labels_file))}"
     return f"{name}-grey" if args.channels == 1 else name
 
 

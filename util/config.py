@@ -21,7 +21,8 @@ from sampler import SOLVERS
 from spectral_ops.resolution import GROUP
 from spectral_ops.schedule import GRIDS, T_SAMPLERS, VARIANTS
 from util.compile import MODES as COMPILE_MODES
-from util.data.datasets import DATASETS, part_name, read_labels_file
+from util.data.datasets import DATASETS, part_name
+from util.data.images import read_class_names
 from util.dist.parallel import PARALLEL
 from util.errors import UserError
 from util.evaluation.metrics import METRICS
@@ -381,7 +382,7 @@ def resolve(
     if config.labels_file and info.describe is not None:
         raise UserError("--labels_file goes to `prepare_data latents`: these latents have all of their classes.")
     if config.labels_file and (training or config.classes is None):
-        names = sorted(read_labels_file(config.labels_file))
+        names = sorted(read_class_names(config.labels_file))
         if config.classes not in (None, names):
             raise UserError(f"--labels_file {config.labels_file} names other classes than this run was trained on.")
         of_data_set |= {"classes": names, "class_num": len(names)}

@@ -237,14 +237,9 @@ DATASETS = {
 }
 
 
-def read_labels_file(path: str | os.PathLike) -> list[str]:
-    """Return the classes to use: the names in a file. Raises DataError."""
-    return read_class_names(path, "--labels_file ")
-
-
 def of_classes(images: Images, labels_file: str | os.PathLike) -> Subset:
     """Return the images of the classes in a file; their labels number these classes in the order of the data set."""
-    names = read_labels_file(labels_file)
+    names = read_class_names(labels_file)
     if unknown := sorted(set(names) - set(images.class_names)):
         raise DataError(f"--labels_file {labels_file} names {unknown[0]}, which is no class of the data set.")
     chosen = [name for name in images.class_names if name in set(names)]

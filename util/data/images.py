@@ -45,15 +45,15 @@ class DataError(UserError):
         super().__init__(message.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
 
 
-def read_class_names(path: str | os.PathLike, what: str = "") -> list[str]:
+def read_class_names(path: str | os.PathLike) -> list[str]:
     """Return the names of classes in a file, one on each line; what follows a # is a comment. Raises DataError."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{what}{path} cannot be read: {error}.") from None
+        raise DataError(f"the file of classes {path} cannot be read: {error}.") from None
     names = [name for line in lines if (name := line.partition("#")[0].strip())]
     if not names or len(set(names)) < len(names):
-        raise DataError(f"{what}{path} must hold names of classes, each once, one on a line.")
+        raise DataError(f"the file of classes {path} must hold names of classes, each once, one on a line.")
     return names
 
 

@@ -6,8 +6,8 @@ import pytest
 import main_jit
 from tests.conftest import config_of, few_digits, flags, read_log, train
 from tests.util.data.image_files import make_folder
-from util.data.datasets import build_dataset, of_classes, part_name, read_labels_file
-from util.data.images import DataError
+from util.data.datasets import build_dataset, of_classes, part_name
+from util.data.images import DataError, read_class_names
 from util.io import REPOSITORY
 
 
@@ -46,7 +46,7 @@ def test_files_that_are_refused(labels_file, text, sentence):
     with pytest.raises(DataError, match=sentence):
         of_classes(few_digits(16), labels_file(text))
     with pytest.raises(DataError, match="cannot be read"):
-        read_labels_file("nothing.txt")
+        read_class_names("nothing.txt")
 
 
 @pytest.mark.usefixtures("tiny")
@@ -72,5 +72,5 @@ def test_a_run_on_some_classes(tmp_path, labels_file, capsys):
 
 
 def test_imagenet100_has_100_classes():
-    names = read_labels_file(REPOSITORY / "recipes" / "imagenet100.txt")
+    names = read_class_names(REPOSITORY / "recipes" / "imagenet100.txt")
     assert len(names) == 100 and names == sorted(names) and all(len(name) == 9 and name[0] == "n" for name in names)
