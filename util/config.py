@@ -23,7 +23,6 @@ from spectral_ops.schedule import GRIDS, T_SAMPLERS, VARIANTS
 from util.compile import MODES as COMPILE_MODES
 from util.data.datasets import DATASETS, part_name
 from util.data.images import read_class_names
-from util.dist.parallel import PARALLEL
 from util.errors import UserError
 from util.evaluation.metrics import METRICS
 from util.evaluation.protocols import PROTOCOLS, protocol_settings
@@ -296,7 +295,7 @@ class RunConfig:
     device: str | None = flag(None, PER_CALL, "cpu or cuda (default: cuda if there is one)")
     precision: str = flag("auto", OVERRIDABLE, "autocast; auto: bf16 on CUDA, else fp32", ("auto", "bf16", "fp32"))
     compile: str = flag("auto", OVERRIDABLE, "torch.compile; auto: block on CUDA, off on CPU", COMPILE_MODES)
-    parallel: str = flag("ddp", OVERRIDABLE, "replicate or shard the model over ranks", PARALLEL)
+    parallel: str = flag("ddp", OVERRIDABLE, "replicate or shard the model over ranks", ("ddp", "fsdp"))
     activation_checkpointing: bool = flag(False, OVERRIDABLE, "recompute blocks in the backward pass: less memory")
     dist_timeout: float = flag(30.0, PER_CALL, "minutes to wait for another rank", gt=0, le=1e6)
     wandb_project: str = flag("jit", PER_CALL, "Weights & Biases project")

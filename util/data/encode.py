@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from util.data.blocks import Block, Index, blocks, name_of, source_of, write_blocks
-from util.data.images import BadImage, DataError, Images
+from util.data.images import BadImage, DataError, Images, Subset
 from util.data.latents import DTYPES, LATENTS
 from util.data.loader import ImageLoader
 from util.data.vae import Vae
@@ -23,16 +23,16 @@ BLOCK_BYTES = 2**25  # 1024 images of 256 pixels, for a factor of 8 and 4 channe
 SEED = 0  # of the draws of "samples"
 
 
-class _Readable(Images):
-    """Images whose item is (image, why it is bad, or ""). With `skip_bad` zeros are in the place of a bad one."""
+class _Readable(Subset):
+    """All of `images`, whose item is (image, why it is bad, or ""). With `skip_bad` a bad one is replaced by zeros."""
 
     def __init__(self, images: Images, skip_bad: bool):
-        self.images, self.labels, self.skip_bad = images, images.labels, skip_bad
-        self.img_size, self.in_memory, self.max_workers = images.img_size, images.in_memory, images.max_workers
+        super().__init__(images, np.arange(len(images)))
+        self.skip_bad = skip_bad
 
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         try:
-            return self.images[i][0], ""
+            return self.whole[i][0], ""
         except BadImage as error:
             if not self.skip_bad:
                 raise
@@ -92,7 +92,8 @@ def write_latents(
         )
     expected = {"img_size": images.img_size, "views": 1 + flip, "content": content, "dtype": dtype}
     expected |= {"source": source_of(images), "vae": vae.sha256}
-    new = {"class_num": images.num_classes, "dataset": images.full_name, "channels": vae.channels}
+    new = {"dataset": f"{images.name}-{images.part}" if images.part else images.name}
+    new |= {"class_num": images.num_classes, "channels": vae.channels}
     new |= {"size": images.img_size // vae.factor, "vae": vae.describe(), "made": provenance(vae.model.device)}
     new |= {"sums": {}, "statistics": None}
 

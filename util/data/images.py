@@ -109,11 +109,6 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def full_name(self) -> str:
-        """The name of the images, part of the name of their statistics."""
-        return f"{self.name}-{self.part}" if self.part else self.name
-
     def prepare(self, batch: Tensor, rng: RandomNumbers | None = None, flip: bool = False) -> Tensor:
         """Return what the network learns from a batch of items, on its device: float32 (B, C, H, W).
 

@@ -22,8 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.dist.context import DistContext, error_on_all_ranks
 
-PARALLEL = ("ddp", "fsdp")
-
 
 # ---- replicas --------------------------------------------------------------------------------------------------------
 
