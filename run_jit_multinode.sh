@@ -20,33 +20,17 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     cat <<'HELP'
 usage: [VARIABLE=value ...] bash run_jit_multinode.sh [flags of main_jit.py ...]
 
-Starts main_jit.py with torchrun. Each flag in `python main_jit.py --help` is also a variable, in upper case, those
-below among them: LR=1e-4 is --lr 1e-4, and a switch is 1 or 0. A variable that is unset or empty passes nothing, so the
-defaults are main_jit.py's. Flags after the script name win over variables.
+Starts main_jit.py with torchrun. Each flag in `python main_jit.py --help` is also a variable, in upper case: LR=1e-4 is
+--lr 1e-4, and a switch is 1 or 0. A variable that is unset or empty passes nothing, so the defaults are main_jit.py's.
+Flags after the script name win over variables. Most used are MODEL, DATASET, DATA_PATH, IMG_SIZE, GLOBAL_BATCH,
+BATCH_SIZE, BLR, EPOCHS, OUTPUT_DIR, OUTPUT_ROOT, RESUME, EVALUATE_GEN, ONLINE_EVAL, NUM_IMAGES and CFG.
+
+These variables are no flags:
 
 variable                    default                 meaning
-DATA_PATH, DATA_ROOT,       needed for ImageFolder  dataset root holding train/, train/ itself, or a cache;
-  IMAGENET_ROOT             data                    the first one set wins (the last: ImageFolder only)
-MODEL, IMG_SIZE             JiT-B/16, 256
-NOISE_SCALE, PRED_PARAM     1.0, x                  PRED_PARAM: x, v or hybrid
-BATCH_SIZE, BLR             128, 5e-5               batch per GPU, base learning rate
-EPOCHS, WARMUP_EPOCHS       600, 5
-GEN_BSZ, NUM_IMAGES, CFG    128, 50000, 2.9         images per batch, images in all, guidance
-INTERVAL_MIN, INTERVAL_MAX  0.1, 1.0                times between which guidance acts
-ONLINE_EVAL, EVALUATE_GEN   1, 0                    FID and IS during training; evaluation only
-DATASET                     imagefolder             cifar10, digits, fashion_mnist need no DATA_PATH
-GLOBAL_BATCH                -                       derives gradient accumulation from BATCH_SIZE
-                                                    and the number of processes
-OUTPUT_DIR                  output/<run name>       folder; training goes on from a checkpoint in it
-OUTPUT_ROOT                 output                  folder of runs for which OUTPUT_DIR is not set
-RESUME                      OUTPUT_DIR              folder, never a .pth file. Training: only starts
-                                                    a run. Evaluation: what is evaluated
-WANDB_PROJECT, WANDB_ENTITY jit, -
-WANDB_RUN_NAME, WANDB_MODE  derived, offline
-WANDB_NUM_VIS               16
-WANDB_API_KEY               -                       stays in the environment: never on a command line, never in a log
+DATA_ROOT, IMAGENET_ROOT    -                       older names of DATA_PATH; the latter for ImageFolder only
 ENABLE_WANDB                1                       0 means --wandb_mode disabled
-TENSORBOARD                 0                       1 logs to TensorBoard as well, in OUTPUT_DIR/tensorboard
+WANDB_API_KEY               -                       stays in the environment: never on a command line, never in a log
 NUM_GPUS                    detected, else 1        processes per node, detected from
                                                     CUDA_VISIBLE_DEVICES, then nvidia-smi
 NNODES, WORLD_SIZE          SLURM's, else 1         number of NODES; WORLD_SIZE is the older name

@@ -2,9 +2,7 @@
 
 import dataclasses
 import shlex
-import subprocess
 import typing
-from pathlib import Path
 
 import pytest
 
@@ -22,13 +20,11 @@ from util.config import (
     run_name,
     split_global_batch,
 )
-from util.data.datasets import DATASETS
 from util.errors import UserError
 from util.flags import LOCKED, LOCKED_FOR_TRAINING, OVERRIDABLE, PER_CALL
 from util.io import REPOSITORY
 from util.optim import peak_lr
 
-LAUNCHER = Path(main_jit.__file__).with_name("run_jit_multinode.sh")
 DEFAULTS = {name: field.default for name, field in all_flags().items()}
 
 # What people's scripts pass, with the defaults on ImageNet. Written by hand, not taken from the code.
@@ -144,33 +140,6 @@ def test_help(capsys):
     assert end.value.code == 0 and all(f"--{name}" in out for name in all_flags())
     assert "JiT-B/16" in out and "5e-05" in out
     assert "kid_clip, fd_effnet, fid_antialias, class_agreement, is" in " ".join(out.split())  # all of the registry
-
-
-# --- the launcher and the flags agree -------------------------------------------------------------------------------
-
-
-def test_defaults_in_the_launchers_help_are_the_flags():
-    """The table of --help is three columns of text; the second holds the defaults."""
-    seen = {}
-    for line in subprocess.check_output(["bash", str(LAUNCHER), "--help"], text=True).splitlines():
-        names, defaults = line[:28].split(","), line[28:52].split(",")
-        if line.startswith("DATA_PATH") or line[27:28] != " " or not names[0].isupper():
-            continue
-        for name, default in zip(names, defaults, strict=False):
-            if name.strip().lower() in DEFAULTS:
-                seen[name.strip().lower()] = default.strip()
-    assert {"model", "epochs", "cfg", "online_eval", "evaluate_gen", "output_root", "wandb_num_vis"} <= set(seen)
-    del seen["dry_run"]  # the launcher's DRY_RUN prints its command, the flag times a few steps
-    for name, text in seen.items():
-        default = DEFAULTS[name]
-        if isinstance(default, bool):
-            assert text == str(int(default))
-        elif name == "img_size":
-            assert int(text) == DATASETS["imagefolder"].img_size
-        elif default is None:
-            assert text in ("-", "derived", "output/<run name>", "OUTPUT_DIR"), name
-        else:
-            assert type(default)(text) == default, name
 
 
 # --- a checkpoint and the flags -------------------------------------------------------------------------------------
