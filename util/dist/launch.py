@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,20 +33,15 @@ def launch(arguments: Sequence[str]) -> int:
     """Run torchrun until it ends. Return 75 if the workers were asked to stop, and otherwise why they failed."""
     block_signals()
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
 
     state = Path(tempfile.mkdtemp(prefix="jit-"))
     os.environ.update(JIT_STATE_DIR=str(state), JIT_LAUNCHER_PID=str(os.getpid()))
-    signal.signal(signal.SIGUSR2, signal.default_int_handler)  # until torchrun handles it
-    interrupted: list[int] = []  # the exit code, once everything is to end at once
     codes = [1]
-    try:  # a signal may be pending since the shell
-        threading.Thread(target=_handle_signals, args=(state, interrupted), daemon=True).start()
+    try:
+        threading.Thread(target=_handle_signals, args=(state,), daemon=True).start()
         threading.Thread(target=_say_what_is_missing, args=(arguments, state), daemon=True).start()
-        run.main(["--signals_to_handle=SIGUSR2", f"--log_dir={state}", *arguments])
+        run.main([f"--log_dir={state}", *arguments])
         codes = [0]
-    except (SignalException, KeyboardInterrupt):
-        return interrupted[0]
     except Exception as error:  # ChildFailedError is torchrun's summary
         if "EADDRINUSE" in str(error):
             _info("MASTER_PORT is in use on this node, perhaps by another run: choose another one, on all nodes")
@@ -64,16 +60,20 @@ def launch(arguments: Sequence[str]) -> int:
     return code
 
 
-def _before_start(state: Path) -> bool:
-    """Whether torchrun's main thread has not started workers yet, since it waits for other nodes."""
+def _workers() -> list[int] | None:
+    """Return the processes that torchrun's main thread has started; None on a kernel that does not tell."""
     try:
-        workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    except OSError:  # a kernel without it
-        return False
-    return not workers and not any(state.glob("exit-*"))  # with those, the workers have ended
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:
+        return None
 
 
-def _handle_signals(state: Path, interrupted: list[int]) -> None:
+def _before_start(state: Path) -> bool:
+    """Whether torchrun has not started workers yet, since it waits for other nodes."""
+    return _workers() == [] and not any(state.glob("exit-*"))  # with those, the workers have ended
+
+
+def _handle_signals(state: Path) -> None:
     """Write the stop file at the first signal; end everything at a second Ctrl-C, at a SIGQUIT, or before the start."""
     asked_at = None
     while True:
@@ -83,11 +83,11 @@ def _handle_signals(state: Path, interrupted: list[int]) -> None:
         again = number == signal.SIGQUIT or (number == signal.SIGINT and asked_at is not None)
         if again or _before_start(state):
             _info("stopping at once" if again else f"{number.name} before the start of training")
-            interrupted.append(AT_ONCE if again else EXIT_CODE)
-            os.kill(os.getpid(), signal.SIGUSR2)  # torchrun's main thread ends its workers and raises SignalException
-            time.sleep(3)
+            for worker in _workers() or []:  # where they are not known, they end with this process
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
             shutil.rmtree(state, ignore_errors=True)
-            os._exit(interrupted[0])  # it hangs in a call; the workers end with this process
+            os._exit(AT_ONCE if again else EXIT_CODE)
         if asked_at is None and state.exists():  # else the workers have ended
             (state / "stop").write_text(f"{number.name}\n")
         asked_at = now
