@@ -24,7 +24,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,14 +36,14 @@ import torch
 from torch import Tensor
 
 from util.data.bad_images import check_bad_count
-from util.data.images import BadImage, DataError, FileImages, Images, NoSplitError
+from util.data.images import BadImage, DataError, FileImages, Images, NoSplitError, Subset
 from util.dist.context import DistContext, all_gather, raise_on_all_ranks, run_on_rank0
 from util.io import json_hash, read_json, wait_for_file, write_json
 from util.log import ImageProgress
 
 FILES = "files.json"
 Index = dict[str, Any]
-Block = tuple[Tensor, dict[str, str], Index]
+Block = tuple[Tensor, Sequence[str], Index]
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,22 @@ class StoredImages(FileImages):
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
+class Readable(Subset):
+    """All of `images`, whose item is (image, why it is bad, or ""). With `skip_bad` a bad one is replaced by zeros."""
+
+    def __init__(self, images: Images, skip_bad: bool):
+        super().__init__(images, np.arange(len(images)))
+        self.skip_bad = skip_bad
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        try:
+            return self.whole[i][0], ""
+        except BadImage as error:
+            if not self.skip_bad:
+                raise
+            return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), error.reason
+
+
 def list_files(images: Images) -> dict[str, list[str | int]]:
     """Return the files of each class in the order of the images, or the numbers of images not from class folders."""
     files = {name: [] for name in images.class_names}
@@ -249,7 +265,8 @@ def write_blocks(
         new: further entries of a new index.
         block_bytes: of a block, which has at least one image.
         make: called with the blocks of this rank, the index, and a function that is to be told how many more images
-            are done. Yields for each block its items (n, ...), bad images, and further entries of the index.
+            are done. Yields for each block its items (n, ...), why each image is bad, or "", and further entries of the
+            index.
         summarise: returns entries of the index that follow from those of all finished blocks.
 
     Raises:
@@ -270,7 +287,7 @@ def write_blocks(
 
     def write_next(k: str, block: range) -> tuple[str, dict[str, str], Index]:
         """Write a block. Return its name, its bad images and its entries of the index."""
-        items, bad, entries = next(made)
+        items, reasons, entries = next(made)
         content = items.view(torch.uint8).numpy()
         try:
             with open(folder / layout.array, "r+b") as file:
@@ -282,6 +299,7 @@ def write_blocks(
             raise DataError(
                 f"cannot write {folder / layout.array}: {e.strerror}. Repair that, and {layout.again}."
             ) from None
+        bad = {str(i): reason for i, reason in zip(block, reasons, strict=True) if reason}
         return k, bad, {"sha256": hashlib.sha256(content).hexdigest(), **entries}
 
     for n in range(-(-len(todo) // ctx.world_size)):

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import features
-from torch import Tensor
 
-from util.data.blocks import Block, Index, Layout, StoredImages, source_of, write_blocks
-from util.data.images import BadImage, DataError, Images
+from util.data.blocks import Block, Index, Layout, Readable, StoredImages, source_of, write_blocks
+from util.data.images import DataError, Images
 from util.dist.context import DistContext
 from util.io import provenance
 
@@ -59,20 +58,11 @@ def write_cache(images: Images, folder: Path, num_threads: int | None = None, sk
     if images.source:
         expected["source"] = source_of(images)
 
-    def crop(i: int) -> tuple[Tensor, str]:
-        """Return an image, and why it is bad, or ""."""
-        try:
-            return images[i][0], ""
-        except BadImage as error:
-            if not skip_bad:
-                raise
-            return torch.zeros(3, images.img_size, images.img_size, dtype=torch.uint8), error.reason
-
     def crops(todo: list[range], index: Index, advance: Callable[[int], None]) -> Iterator[Block]:
         for block in todo:
-            x, reasons = zip(*pool.map(crop, block), strict=True)
+            x, reasons = zip(*pool.map(Readable(images, skip_bad).__getitem__, block), strict=True)
             advance(len(block))
-            yield torch.stack(x), {str(i): reason for i, reason in zip(block, reasons, strict=True) if reason}, {}
+            yield torch.stack(x), reasons, {}
 
     new = {"made": provenance(torch.device("cpu"))}
     with ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0))) as pool:

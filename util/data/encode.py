@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.data.blocks import Block, Index, blocks, name_of, source_of, write_blocks
-from util.data.images import BadImage, DataError, Images, Subset
+from util.data.blocks import Block, Index, Readable, blocks, name_of, source_of, write_blocks
+from util.data.images import DataError, Images
 from util.data.latents import DTYPES, LATENTS
 from util.data.loader import ImageLoader
 from util.data.vae import Vae
@@ -21,22 +21,6 @@ from util.rng import CounterRNG
 
 BLOCK_BYTES = 2**25  # 1024 images of 256 pixels, for a factor of 8 and 4 channels
 SEED = 0  # of the draws of "samples"
-
-
-class _Readable(Subset):
-    """All of `images`, whose item is (image, why it is bad, or ""). With `skip_bad` a bad one is replaced by zeros."""
-
-    def __init__(self, images: Images, skip_bad: bool):
-        super().__init__(images, np.arange(len(images)))
-        self.skip_bad = skip_bad
-
-    def __getitem__(self, i: int) -> tuple[Tensor, str]:
-        try:
-            return self.whole[i][0], ""
-        except BadImage as error:
-            if not self.skip_bad:
-                raise
-            return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), error.reason
 
 
 def encode_views(vae: Vae, x: Tensor, numbers: list[int], index: Index) -> Tensor:
@@ -99,24 +83,24 @@ def write_latents(
 
     def encoded(todo: list[range], index: Index, advance: Callable[[int], None]) -> Iterator[Block]:
         batches = [block[i : i + batch_size] for block in todo for i in range(0, len(block), batch_size)]
-        loader = ImageLoader(_Readable(images, skip_bad), batches, num_workers, pin_memory=ctx.device.type == "cuda")
+        loader = ImageLoader(Readable(images, skip_bad), batches, num_workers, pin_memory=ctx.device.type == "cuda")
         loaded = zip(batches, loader, strict=True)
         for block in todo:
-            parts, bad = [], {}
+            parts, reasons = [], []
             for _ in block[::batch_size]:
-                numbers, (x, reasons) = next(loaded)
+                numbers, (x, why_bad) = next(loaded)
                 parts.append(encode_views(vae, x, list(numbers), index))
                 if wrong := (~parts[-1].isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
                     raise DataError(
                         f"the latents of {name_of(images, numbers[wrong[0]])} are not finite in {dtype}. bfloat16 has "
                         "a larger range than float16; if that does not help, the VAE is damaged."
                     )
-                bad |= {i: reason for i, reason in zip(numbers, reasons, strict=True) if reason}
+                reasons += why_bad
                 advance(len(x))
             latents = torch.cat(parts)
-            is_bad = torch.tensor([i in bad for i in block])
+            is_bad = torch.tensor([reason != "" for reason in reasons])
             latents[is_bad] = 0
-            yield latents, {str(i): reason for i, reason in bad.items()}, {"sums": sums(latents[~is_bad])}
+            yield latents, reasons, {"sums": sums(latents[~is_bad])}
 
     def summarise(index: Index) -> Index:
         return {"statistics": statistics(index)}
