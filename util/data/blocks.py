@@ -251,7 +251,7 @@ def write_blocks(
     expected: Index,
     new: Index,
     block_bytes: int,
-    make: Callable[[list[range], Index, Callable[[int], None]], Iterator[Block]],
+    make: Callable[[list[range], Callable[[int], None]], Iterator[Block]],
     ctx: DistContext,
     summarise: Callable[[Index], Index] = lambda index: {},
 ) -> tuple[Index, float]:
@@ -264,8 +264,8 @@ def write_blocks(
         expected: entries that must be those of an index that is there; of a VAE its checksum.
         new: further entries of a new index.
         block_bytes: of a block, which has at least one image.
-        make: called with the blocks of this rank, the index, and a function that is to be told how many more images
-            are done. Yields for each block its items (n, ...), why each image is bad, or "", and further entries of the
+        make: called with the blocks of this rank, and a function that is to be told how many more images are done.
+            Yields for each block its items (n, ...), why each image is bad, or "", and further entries of the
             index.
         summarise: returns entries of the index that follow from those of all finished blocks.
 
@@ -279,11 +279,11 @@ def write_blocks(
     done = len(images) - sum(len(block) for _, block in todo)
     progress, start = ImageProgress(f"{layout.task} {folder.name}", len(images), done, ctx), time.perf_counter()
     mine = todo[ctx.rank :: ctx.world_size]
-    made = make(
-        [block for _, block in mine],
-        index,
-        lambda count: progress.update(min(len(images), progress.done + ctx.world_size * count)),
-    )
+
+    def advance(count: int) -> None:
+        progress.update(min(len(images), progress.done + ctx.world_size * count))
+
+    made = make([block for _, block in mine], advance)
 
     def write_next(k: str, block: range) -> tuple[str, dict[str, str], Index]:
         """Write a block. Return its name, its bad images and its entries of the index."""

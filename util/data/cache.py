@@ -58,7 +58,7 @@ def write_cache(images: Images, folder: Path, num_threads: int | None = None, sk
     if images.source:
         expected["source"] = source_of(images)
 
-    def crops(todo: list[range], index: Index, advance: Callable[[int], None]) -> Iterator[Block]:
+    def crops(todo: list[range], advance: Callable[[int], None]) -> Iterator[Block]:
         for block in todo:
             x, reasons = zip(*pool.map(Readable(images, skip_bad).__getitem__, block), strict=True)
             advance(len(block))

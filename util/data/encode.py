@@ -81,7 +81,7 @@ def write_latents(
     new |= {"size": images.img_size // vae.factor, "vae": vae.describe(), "made": provenance(vae.model.device)}
     new |= {"sums": {}, "statistics": None}
 
-    def encoded(todo: list[range], index: Index, advance: Callable[[int], None]) -> Iterator[Block]:
+    def encoded(todo: list[range], advance: Callable[[int], None]) -> Iterator[Block]:
         batches = [block[i : i + batch_size] for block in todo for i in range(0, len(block), batch_size)]
         loader = ImageLoader(Readable(images, skip_bad), batches, num_workers, pin_memory=ctx.device.type == "cuda")
         loaded = zip(batches, loader, strict=True)
@@ -89,7 +89,7 @@ def write_latents(
             parts, reasons = [], []
             for _ in block[::batch_size]:
                 numbers, (x, why_bad) = next(loaded)
-                parts.append(encode_views(vae, x, list(numbers), index))
+                parts.append(encode_views(vae, x, list(numbers), expected))
                 if wrong := (~parts[-1].isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
                     raise DataError(
                         f"the latents of {name_of(images, numbers[wrong[0]])} are not finite in {dtype}. bfloat16 has "
