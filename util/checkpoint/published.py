@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from util.checkpoint import files, sharded
+from util.dist.parallel import local_shard
 from util.errors import UserError
 from util.io import replacing
 from util.operators import BLOCK_OPERATORS
@@ -189,7 +190,7 @@ def _understand(path: Path, content: Any) -> Checkpoint:
         raise UserError(f"{foreign}: args must be a Namespace and epoch an integer.")
     args, source, guess = dict(vars(args)), "its settings say so", False
     if "disable_dct_patchify" not in args:
-        linear = _is_linear(content["model"])
+        linear = any(_key(key) == PROJ1 and value.dim() == 2 for key, value in content["model"].items())
         args["disable_dct_patchify"] = not linear
         guess = not linear and "model" not in args
         source = f"its settings do not say, and its patch projection is {'linear' if linear else 'a convolution'}"
@@ -232,10 +233,6 @@ def _key(key: str) -> str:
     return plain if plain.startswith("net.") else f"net.{plain}"
 
 
-def _is_linear(state: Mapping[str, Tensor]) -> bool:
-    return any(_key(key) == PROJ1 and value.dim() == 2 for key, value in state.items())
-
-
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path, keep: Collection[str] = ()) -> None:
     """Fill a module, sharded or not, with a state dict; the tensors named in `keep` stay as they are.
 
@@ -251,8 +248,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path, kee
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise a UserError that names a tensor with NaN or infinite numbers."""
     for name, value in tensors.items():
-        local = value.to_local() if isinstance(value, DTensor) else value
-        if not local.isfinite().all():
+        if not local_shard(value).isfinite().all():
             raise UserError(f"{path}: {name} holds NaN or infinite numbers. Use another checkpoint or other weights.")
 
 
