@@ -491,7 +491,7 @@ class Trainer:
         self.products: dict[str, Path] = {"checkpoint": self.newest, "log": self.folder / LOG_NAME}
         self.votes = StepVotes(ctx, ("stop", "save"))
         self.stopping = self.save_due = False
-        self.first_step = self.saved_step = self.step
+        self.saved_step = self.step
         self.saved_at = time.monotonic()
         exit_code = 1
         try:
