@@ -107,4 +107,7 @@ def load_spectrum(path: str | Path, img_size: int, class_num: int) -> DataSpectr
                 f"{name} in {path} is no spectrum; expected {rings} numbers above 0, one for each ring of frequency. "
                 "Measure the spectrum again."
             )
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} in {path} holds numbers that are not finite. Measure the spectrum again.")
     return DataSpectrum(**arrays, meta=meta, path=path, sha256=sha256)
