@@ -19,11 +19,11 @@ Shapes: N images, n of them in a block.
 """
 
 import hashlib
-import io
 import math
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -142,8 +142,11 @@ class StoredImages(FileImages):
         self._shape, self._dtype = items.shape[1:], items.dtype
 
     @cached_property
-    def _file(self) -> io.FileIO:
-        return open(self._array, "rb", buffering=0)  # as long as the data set is used
+    def _descriptor(self) -> int:
+        """Open the array for as long as the data set is used."""
+        descriptor = os.open(self._array, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def _read_files(self, folder: Path) -> tuple[list[str], np.ndarray, list[str]]:
         """Return the classes, and the labels (N,) and paths of the images, from what `list_files` returned."""
@@ -163,7 +166,7 @@ class StoredImages(FileImages):
             raise BadImage.at(self.path(i), self.bad[i], f"Replace it and {self.layout.again}")
         item = np.empty(self._shape, self._dtype)
         try:
-            size = os.preadv(self._file.fileno(), [item], self._offset + i * item.nbytes)
+            size = os.preadv(self._descriptor, [item], self._offset + i * item.nbytes)
         except OSError as e:
             raise DataError(f"cannot read {self._array}: {e.strerror}. Check the disk, and start again.") from None
         if size != item.nbytes:

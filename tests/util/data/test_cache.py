@@ -4,6 +4,7 @@ Blocks are made small enough here that a few images fill several.
 """
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -83,6 +84,17 @@ def test_items_are_those_of_the_folder(tmp_path):
     assert np.array_equal(np.load(out / "train" / "images.npy"), crops)  # any program can read it
     open_cache(out)[3][0].zero_()  # an item is no view
     assert torch.equal(open_cache(out)[3][0], images[3][0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_its_file_is_closed_with_the_data_set(cache):
+    before = os.listdir("/proc/self/fd")
+    images = open_cache(cache)
+    images[0], images[1]
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+    del images
+    gc.collect()  # of a file that nobody closed, Python warns here
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_caches_of_this_format_are_opened_in_later_versions(tmp_path):
