@@ -105,7 +105,7 @@ def written_code(graph: torch.fx.GraphModule, inputs: list[Any], backward: bool)
             try:
                 compile_fx.compile_fx_inner(graph, inputs, is_backward=backward)
             except Exception as error:  # Inductor wraps it
-                found = error if isinstance(error, Written) else error.inner_exception
+                found = getattr(error, "inner_exception", error)
                 if not isinstance(found, Written):
                     raise
                 return found.args[0]
