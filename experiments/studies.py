@@ -213,7 +213,7 @@ STUDIES = {
         "Does the same hold at fine patches, where the best denoiser is known?",
         data=("power2", "floor", "noise", "essential"),
         patches=(4,),
-        arms=("plain", "linear", "budget0.03"),
+        arms=("plain", "scale", "linear", "budget0.03"),
     ),
     "gpu": Study(  # with --processes 8; no data to fetch
         "Does the gain survive 20,000 steps, at coarse and at fine patches?",
