@@ -240,9 +240,7 @@ class Trainer:
             s = sample_step(rng, y, config.image_shape, time_sampler, config.label_drop_prob, config.null_class)
             last = micro == config.accum_iter - 1
             with nullcontext() if last else no_sync(self.model):
-                loss = self.model(x, s.y, s.t, s.noise, s.level, s.weight) / config.accum_iter
-                loss.backward()
-            total += loss.detach()
+                total += self.add_gradient(x, s.y, s.t, s.noise, s.level, s.weight)
             images += len(x) * ctx.world_size
         total = all_reduce_mean(total, ctx)
 
@@ -260,6 +258,12 @@ class Trainer:
             ema.update(found_inf if config.skip_nonfinite else None)
         self.metrics.add(step, total, found_inf, images)
         return norm
+
+    def add_gradient(self, *of_microbatch: Any) -> Tensor:
+        """Do the forward and backward pass of a microbatch (see Denoiser.forward). Return its part of the loss."""
+        loss = self.model(*of_microbatch) / self.config.accum_iter
+        loss.backward()
+        return loss.detach()
 
     # ------------------------------------------------------------------------------------------------------- an epoch
 

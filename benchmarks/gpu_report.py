@@ -27,13 +27,13 @@ from util.io import REPOSITORY, commit
 
 STEP = "-m benchmarks.step --steps 10 --repeats 5 --img_size 256"
 PLAN = (  # (limit in seconds, arguments of python)
-    (180, f"{STEP} --model JiT-B/16 --batch_size 64 --kernels"),
+    (180, f"{STEP} --model JiT-B/16 --batch_size 64 --graph --kernels"),
     (150, f"{STEP} --model JiT-B/16 --batch_size 64 --inductor triton.cudagraphs=True"),
     (150, f"{STEP} --model JiT-B/16 --batch_size 64 --inductor combo_kernels=True"),
     (180, f"{STEP} --model JiT-B/16 --batch_size 64 --inductor cpp_wrapper=True"),
     (120, f"{STEP} --model JiT-B/32 --batch_size 64"),
-    (120, "-m benchmarks.sampler --model JiT-B/16 --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
-    (150, f"{STEP} --model JiT-700M --batch_size 64 --kernels"),
+    (120, "-m benchmarks.sampler --model JiT-B/16 --img_size 256 --gen_bsz 64 --num_sampling_steps 50 --graph"),
+    (150, f"{STEP} --model JiT-700M --batch_size 64 --graph --kernels"),
     (150, f"{STEP} --model JiT-B/16 --batch_size 256"),
     (150, "-m benchmarks.sampler --model JiT-700M --img_size 256 --gen_bsz 64 --num_sampling_steps 50"),
     (150, f"{STEP} --model JiT-700M --batch_size 256"),

@@ -4,6 +4,7 @@
     python -m benchmarks.step --model JiT-B/16 --img_size 256 --batch_size 64     flags of main_jit.py
     python -m benchmarks.step ... --versus=--disable_dct_patchify                 in turns with other flags
     python -m benchmarks.step ... --inductor combo_kernels=True                   in turns with options of torch.compile
+    python -m benchmarks.step ... --graph                                         in turns with CUDA graphs (GPU)
     python -m benchmarks.step ... --reference DIR                                 in turns with a published release
     python -m benchmarks.step ... --kernels                                       also the GPU's kernels by kind
 
@@ -23,6 +24,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 from benchmarks.common import ceiling, emit, in_turns, median_and_range, with_spectrum
+from benchmarks.graph import Graphed
 from benchmarks.reference import Release
 from engine_jit import Trainer
 from util.compile import prepare_device
@@ -56,7 +58,7 @@ def kind_of(kernel: str) -> str:
 class Steps:
     """A turn of a variant: some training steps. `peak_gb` is the memory that it takes on a GPU."""
 
-    def __init__(self, flags: dict, steps: int, ctx: DistContext):
+    def __init__(self, flags: dict, steps: int, ctx: DistContext, graph: bool = False):
         on_gpu = ctx.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -67,6 +69,8 @@ class Steps:
         sampler = GlobalBatchSampler(len(images), config.batch_size, 0, 1, config.accum_iter, config.seed)
         self.trainer = Trainer(config, flags, (images, None, sampler), 0, None, None, ctx)
         self.trainer.denoiser.train()
+        if graph:
+            self.trainer.add_gradient = Graphed(self.trainer.add_gradient, self.trainer.denoiser.parameters())
         self.steps, self.done, self.batch = steps, 0, next(iter(self.trainer.loader))
         self()
         self.peak_gb = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3) if on_gpu else None
@@ -126,22 +130,24 @@ def main() -> None:
     parser.add_argument(
         "--inductor", nargs="+", type=inductor_option, metavar="NAME=VALUE", help="torch._inductor.config of the second"
     )
+    parser.add_argument("--graph", action="store_true", help="forward and backward pass of the second as a CUDA graph")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="checkout of a published release")
-    parser.add_argument("--kernels", action="store_true", help="profile the first variant's kernels (GPU)")
+    parser.add_argument("--kernels", action="store_true", help="profile the kernels of both (GPU)")
     options, words = parser.parse_known_args()
     flags = parse_args(words)
     ctx = find_context(flags.get("device"))
     prepare_device(ctx.device)
     variants = {"first": Steps(flags, options.steps, ctx)}
     first = variants["first"].trainer
-    if options.versus is not None or options.inductor:
+    if options.versus is not None or options.inductor or options.graph:
+        second = parse_args([*words, *shlex.split(options.versus or "")])
         with inductor_config.patch(dict(options.inductor or ())):  # its first turn compiles
-            variants["second"] = Steps(parse_args([*words, *shlex.split(options.versus or "")]), options.steps, ctx)
+            variants["second"] = Steps(second, options.steps, ctx, options.graph)
     if options.reference:
         bf16 = first.denoiser.autocast_dtype is not None
         variants["reference"] = Release(options.reference, first.config, bf16, options.steps, ctx.device)
     seconds = in_turns(variants, options.repeats, ctx.device)
-    asked = ("versus", "inductor", "steps", "repeats")
+    asked = ("versus", "inductor", "graph", "steps", "repeats")
     content: dict = {"flags": words, **{name: getattr(options, name) for name in asked}}
     for name, variant in variants.items():
         trainer = first if name == "reference" else variant.trainer
@@ -155,11 +161,11 @@ def main() -> None:
             "share_of_ceiling": round(flops / top, 4),
             "ceiling_tflops": round(top / 1e12, 3),
         }
+        if options.kernels and ctx.device.type == "cuda" and name != "reference":
+            content[name]["kernels"] = kernels(variant, statistics.median(seconds[name]) / options.steps)
         if name != "first":
             ratios = [slow / fast for slow, fast in zip(seconds[name], seconds["first"], strict=True)]
             content[f"first_over_{name}"] = median_and_range(ratios, 4)
-    if options.kernels and ctx.device.type == "cuda":
-        content["kernels"] = kernels(variants["first"], statistics.median(seconds["first"]) / options.steps)
     emit("step", ctx.device, content)
 
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import main_jit
+from benchmarks import sampler, step
+from benchmarks.graph import WARM_UP
 from engine_jit import Trainer
 from experiments.run import do
 from experiments.train import Run
@@ -14,6 +16,7 @@ from spectral_forcing import SpectralForcing
 from tests.conftest import flags, read_log, spectrum_of_digits, train
 from tests.golden_inputs import GOLDEN, normals, small_denoiser
 from util import rng
+from util.dist.context import find_context
 from util.rng import CounterRNG
 
 pytestmark = [
@@ -142,6 +145,24 @@ def test_compilation_recomputation_and_sharding_do_not_change_the_loss(tmp_path,
     fast = train(tmp_path / "run", **settings, **how, compile=compile)
     for a, b in zip(*map(read_log, (fast, train(tmp_path / "plain", **settings, compile="off"))), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("compile", ["off", "block"])
+def test_recorded_steps_and_velocities_agree(monkeypatch, capsys, compile):
+    settings = {"model": "JiT-Demo/8", "img_size": 16, "batch_size": 8, "device": "cuda", "compile": compile}
+    losses = []
+    for graph in (False, True):
+        torch.manual_seed(0)  # of the images
+        trainer = step.Steps(settings, WARM_UP + 5, find_context("cuda"), graph).trainer
+        losses.append(torch.stack([loss for _, (loss, _) in trainer.metrics.unread]))
+    torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
+    argv = ["x", "--graph", "--model", "JiT-Demo/8", "--img_size", "16", "--gen_bsz", "4", "--num_sampling_steps", "8"]
+    monkeypatch.setattr("sys.argv", [*argv, "--compile", compile])
+    images, generate = [], sampler.generate
+    monkeypatch.setattr(sampler, "generate", lambda *args: images.append(batch := list(generate(*args))) or batch)
+    sampler.main()
+    for ((_, x),) in images:
+        assert (x.int() - images[0][0][1].int()).abs().max() <= 1
 
 
 def test_a_run_of_a_study_agrees_with_a_cpu():

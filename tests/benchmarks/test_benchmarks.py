@@ -78,7 +78,7 @@ def test_attach_reports_each_network(monkeypatch, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_kernels_of_a_step_are_kernels(monkeypatch, capsys):
     argv = ["--repeats", "2", "--kernels", *TINY[:-2], "--batch_size", "2", "--compile", "off"]
-    found = line_of(step, argv, monkeypatch, capsys)["kernels"]
+    found = line_of(step, argv, monkeypatch, capsys)["first"]["kernels"]
     assert 0 <= found["idle_share"] < 1 and found["launches"]["matrix products"] > 10
     assert not any("Optimizer.step" in name for name in found["longest"])  # an annotation spans kernels
 
