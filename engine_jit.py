@@ -15,6 +15,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,7 @@ from util.profile import dry_run
 from util.resume import init_warnings, load_for_training, start_step
 from util.rng import CounterRNG
 from util.run_lock import RunLock
-from util.schedules import build_time_sampler
+from util.schedules import build_time_sampler, other_images_warnings
 from util.train_metrics import TrainMetrics, finite_or_none
 
 FIRST_LINE, NEXT_LINE = 15.0, 30.0  # seconds after which the terminal shows a line that the log does not have
@@ -119,6 +120,8 @@ def open_run(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, Checkpoin
     warn(checkpoint.notes if checkpoint else (), ctx)
     images = open_images(config)
     warn(images.notes, ctx)
+    if checkpoint is None:
+        warn(other_images_warnings(config, np.asarray(images.labels)), ctx)
     images, validation = hold_out(images, config, checkpoint.args if checkpoint else None)
     sampler = GlobalBatchSampler(
         len(images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed

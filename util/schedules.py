@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,16 +39,22 @@ def open_spectrum(config: Any) -> DataSpectrum:
     return spectrum
 
 
+def _kept(config: Any) -> dict[str, str]:
+    """Return what a run's configuration keeps of its spectrum file: name of the setting -> that in the file."""
+    kept = {}
+    if config.sf_schedule in ("snr", "budget") and config.input_operator == "spectral_forcing":
+        kept["sf_power"] = "power" if config.sf_schedule == "snr" else "dct_power"
+    if config.levels:
+        kept["resolution_power"] = "dct_power"
+    return kept
+
+
 def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:
     """Return the configuration of a training run with what it records; a run that resumes (`saved_args`) has that.
 
     Raises UserError if a run that resumes is given another spectrum file than it was trained with.
     """
-    kept = {}  # setting -> what it is in the file
-    if config.sf_schedule in ("snr", "budget") and config.input_operator == "spectral_forcing":
-        kept["sf_power"] = "power" if config.sf_schedule == "snr" else "dct_power"
-    if config.levels:
-        kept["resolution_power"] = "dct_power"
+    kept = _kept(config)
     trained, resumes = config.t_sampler.startswith("spectral_"), saved_args is not None
     is_new = not resumes or config.spectrum_file != saved_args.get("spectrum_file")
     if not ((kept and is_new) or trained or config.sampling_grid != "uniform"):
@@ -71,6 +78,21 @@ def record_spectrum(config: Any, saved_args: Mapping[str, Any] | None) -> Any:
     if config.t_sampler == "spectral_instance":
         config = replace(config, schedule_delta=config.spectral_delta, schedule_level=spectrum.level.tolist())
     return config
+
+
+def other_images_warnings(config: Any, labels: np.ndarray) -> list[str]:
+    """Warn if the spectrum file of a new run was measured on other images than those to train on, by their labels."""
+    if not (_kept(config) or config.t_sampler.startswith("spectral_")):
+        return []
+    spectrum = open_spectrum(config)
+    inside = spectrum.index < len(labels)
+    same = (labels[spectrum.index[inside]] == spectrum.labels[inside]).sum()
+    if same == len(spectrum.index):
+        return []
+    return [
+        f"{spectrum.path} was measured on other images: {len(spectrum.index) - same} of its {len(spectrum.index)} are "
+        "missing here or of another class. --spectrum_file names another file"
+    ]
 
 
 def spectrum_warnings(config: Any) -> list[str]:

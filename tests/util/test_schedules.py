@@ -15,7 +15,13 @@ from util.config import resolve
 from util.data.spectrum_file import load_spectrum, save_spectrum
 from util.errors import UserError
 from util.rng import CounterRNG
-from util.schedules import SampleSchedules, build_time_sampler, record_spectrum, spectrum_warnings
+from util.schedules import (
+    SampleSchedules,
+    build_time_sampler,
+    other_images_warnings,
+    record_spectrum,
+    spectrum_warnings,
+)
 
 CPU, GRIDS = torch.device("cpu"), ("uniform", "spectral_global", "spectral_instance")
 
@@ -49,6 +55,18 @@ def test_each_time_sampler_is_that_of_its_name(make, files):
         sampler = build_time_sampler(make(t_sampler=name, **settings), CPU)
         torch.testing.assert_close(sampler.for_images(x).sample(rng), times, rtol=1e-4, atol=1e-5)
         assert sampler.cdf(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0, 1])
+
+
+def test_a_spectrum_of_other_images_is_named(make):
+    """Folders of images share the default name of their spectrum file."""
+    labels = np.asarray(few_digits(16).labels)
+    changed = labels.copy()
+    changed[:2] = (labels[:2] + 1) % 10
+    for settings in ({"t_sampler": "spectral_global"}, {"sf_schedule": "snr"}, {"resolution_schedule": "spectrum"}):
+        assert other_images_warnings(make(**settings), labels) == []
+        for other, count in ((changed, 2), (labels[:30], 10)):
+            assert f"{count} of its 40 are missing" in other_images_warnings(make(**settings), other)[0]
+    assert other_images_warnings(make(spectrum_file="/nowhere"), changed) == []
 
 
 def test_recorded_settings(make, files):
