@@ -105,7 +105,7 @@ gpu-report: setup
 
 # A run that has a line in experiments/results/ is not done again: move the files away to do all of them.
 results: $(READY_DEV) cifar10 cifar10-latents
-	@echo "All runs take about ten hours on two cores. Interrupted, the same command goes on."
+	@echo "All runs take about twelve hours on two cores. Interrupted, the same command goes on."
 	for study in $$($(BIN)/python -c 'from experiments.studies import STUDIES; print(*(n for n, s in STUDIES.items() if s.device == "cpu"))'); do \
 	  $(BIN)/python -m experiments.run $$study --processes 2 || exit; done
 	$(BIN)/python -m experiments.principle
