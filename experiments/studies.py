@@ -228,7 +228,7 @@ STUDIES = {
         "Does the gain survive training, where the best denoiser is known?",
         data=("power2", "floor", "noise", "essential"),
         patches=(16,),
-        arms=("plain", "linear"),
+        arms=("plain", "linear", "budget0.03"),
         steps=(2400,),
     ),
 }
