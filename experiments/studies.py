@@ -231,4 +231,11 @@ STUDIES = {
         arms=("plain", "linear", "budget0.03"),
         steps=(2400,),
     ),
+    "synthetic_long_patch8": Study(
+        "Does it survive at patch 8, where power falls with frequency?",
+        data=("power2", "floor"),
+        patches=(8,),
+        arms=("plain", "linear", "budget0.03"),
+        steps=(2400,),
+    ),
 }
