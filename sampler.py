@@ -97,14 +97,31 @@ def sde_step(velocity: Velocity, z: Tensor, t: Tensor, t_next: Tensor, h: Tensor
     return z + h * (v - (z - t * v)) + (2 * (1 - t) * h).sqrt() * trajectory.noise()
 
 
-#: Name -> step(velocity, z, t, t_next, h, trajectory) -> z at t_next; t on the CPU, h = t_next - t (B or 1, 1, 1, 1)
-#: beside z.
-SOLVERS: dict[str, Callable[..., Tensor]] = {"heun": heun_step, "euler": euler_step, "ab2": ab2_step, "sde": sde_step}
+@dataclass(frozen=True)
+class Solver:
+    """An entry of SOLVERS. A step is (velocity, z, t, t_next, h, trajectory) -> z at t_next; t on the CPU, h beside z.
+
+    Attributes:
+        step: all steps but the last.
+        last: the step to t = 1, where there is no velocity to ask for, with one evaluation.
+        evaluations: of the velocity in `step`.
+    """
+
+    step: Callable[..., Tensor]
+    last: Callable[..., Tensor] = euler_step
+    evaluations: int = 1
+
+    def nfe(self, steps: int) -> int:
+        """Return the number of function evaluations in so many steps."""
+        return self.evaluations * (steps - 1) + 1
 
 
-def evaluations(method: str, steps: int) -> int:
-    """Return how often a solver evaluates the velocity in so many steps: NFE."""
-    return 2 * steps - 1 if method == "heun" else steps
+SOLVERS: dict[str, Solver] = {
+    "heun": Solver(heun_step, evaluations=2),
+    "euler": Solver(euler_step),
+    "ab2": Solver(ab2_step, last=ab2_step),
+    "sde": Solver(sde_step),
+}
 
 
 def sample(
@@ -120,17 +137,17 @@ def sample(
         velocity: v(z, t) with t float32 on the CPU, (B,), or (1,) if all samples share it.
         z: the start, (B, C, H, W) in float32 or float64, on the device of the computation.
         grid: increasing times on the CPU.
-        method: a key of SOLVERS. The last step is Euler's for all of them: none asks for the velocity at t = 1.
+        method: a key of SOLVERS.
         noise: step i -> (B, C, H, W) of the path's noise, for a stochastic solver (default: of torch's generator).
     """
     if method not in SOLVERS:
         raise ValueError(f"The sampling method is {method!r}; it must be one of {', '.join(SOLVERS)}.")
-    grid = grid.float()
+    solver, grid = SOLVERS[method], grid.float()
     if grid.dim() == 1:
         grid = grid[:, None]  # (S + 1, 1): operations on t alone are done once for all samples
     lengths = (grid[1:] - grid[:-1]).to(z.device, non_blocking=True)[..., None, None, None]  # (S, B or 1, 1, 1, 1)
     trajectory = Trajectory(lambda: torch.randn_like(z) if noise is None else noise(i))
     for i in range(len(lengths)):
-        step = SOLVERS[method] if i < len(lengths) - 1 else euler_step
+        step = solver.step if i < len(lengths) - 1 else solver.last
         z = step(velocity, z, grid[i], grid[i + 1], lengths[i], trajectory)
     return z

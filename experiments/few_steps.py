@@ -27,7 +27,7 @@ from experiments.run import append, read_lines, results_file
 from experiments.samples import GRIDS, REAL, generate, grid_of, quality
 from experiments.schedule_gaps import predicted_gap
 from experiments.train import Run, build_denoiser, train
-from sampler import SOLVERS, evaluations
+from sampler import SOLVERS
 from util.errors import UserError
 from util.io import REPOSITORY, make_folder, provenance
 
@@ -37,7 +37,7 @@ EVALUATIONS, IMAGES = (8, 16, 32, 50, 100), 500
 
 def steps_for(solver: str, count: int) -> int:
     """Return the most steps that take at most `count` evaluations."""
-    return max(steps for steps in range(1, count + 1) if evaluations(solver, steps) <= count)
+    return max(steps for steps in range(1, count + 1) if SOLVERS[solver].nfe(steps) <= count)
 
 
 def network(run: Run) -> Denoiser:

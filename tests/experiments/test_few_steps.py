@@ -8,7 +8,7 @@ import torch
 
 from experiments import arms, data, few_steps, results, run, samples, studies, train
 from experiments.train import Run
-from sampler import SOLVERS, evaluations
+from sampler import SOLVERS
 from tests.experiments.conftest import TOY, lines_of
 
 pytestmark = pytest.mark.usefixtures("cifar10_of_noise")
@@ -26,7 +26,7 @@ def test_density_of_half_of_the_draws():
 def test_steps_use_up_the_evaluations(solver):
     for count in (1, 8, 9, 64):
         steps = few_steps.steps_for(solver, count)
-        assert evaluations(solver, steps) <= count < evaluations(solver, steps + 1)
+        assert SOLVERS[solver].nfe(steps) <= count < SOLVERS[solver].nfe(steps + 1)
 
 
 def test_own_gap_is_the_one_of_the_exact_solver():
