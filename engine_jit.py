@@ -3,7 +3,7 @@
     images x, labels y  ->  flip, time t, noise e  ->  denoiser: mean of (v - v_pred)^2  ->  AdamW  ->  two EMAs
 
 Time, noise, label drop and flip of an image are functions of (seed, step, position in the global batch). So the numbers
-do not depend on how many ranks and microbatches share a step, nor on interruptions.
+do not depend on how many ranks and microbatches share a step, nor on interruptions (with dropout: on the ranks, too).
 
 Shapes: B images of a microbatch on one rank; images (B, 3, H, W), labels and positions (B,).
 """
@@ -60,7 +60,7 @@ from util.evaluation.images import spread_labels
 from util.evaluation.metrics import MetricSuite
 from util.evaluation.validation import Validation, hold_out, init_overlap_warnings
 from util.io import commit, hardware, provenance, versions, wait_for_file, write_json
-from util.log import LOG_NAME, WANDB_ID_NAME, RunLog, duration, progress, wandb_settings, warn
+from util.log import LOG_NAME, WANDB_ID_NAME, RunLog, duration, progress, read_log, wandb_settings, warn
 from util.optim import EMA, build_optimizer, learning_rate, peak_lr
 from util.profile import dry_run
 from util.resume import init_warnings, load_for_training, start_step
@@ -91,7 +91,10 @@ def train(given: Mapping[str, Any], ctx: DistContext) -> str:
             run_on_rank0(ctx, hold_folder)
         # Only now is the folder this run's own, and what is read from it will not change.
         config, checkpoint, source, data, step = raise_on_all_ranks(ctx, lambda: open_run(given, ctx))
-        if checkpoint and config.start_epoch >= config.epochs and not samples_are_missing(config, config.start_epoch):
+        finished = checkpoint and config.start_epoch >= config.epochs
+        if finished and not (
+            samples_are_missing(config, config.start_epoch) or validation_is_missing(config, config.start_epoch)
+        ):
             run = checkpoint.path.parent
             return (
                 f"Nothing to train: {run} has finished {config.start_epoch} of {config.epochs} epochs. "
@@ -122,7 +125,7 @@ def open_run(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, Checkpoin
     warn(images.notes, ctx)
     if checkpoint is None:
         warn(other_images_warnings(config, np.asarray(images.labels)), ctx)
-    images, validation = hold_out(images, config, checkpoint.args if checkpoint else None)
+    images, validation = hold_out(images, config)
     sampler = GlobalBatchSampler(
         len(images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed
     )
@@ -226,9 +229,8 @@ class Trainer:
     def train_step(self, batches: Iterator[tuple[Tensor, Tensor]], step: int) -> Tensor:
         """Do one optimizer step on the next `accum_iter` microbatches. Return the norm of the gradient.
 
-        A loss or gradient that is not finite on any rank changes neither weights nor optimizer on any of them, nor an
-        EMA that is ever saved.
-        The device decides that; the host does not wait for it.
+        If loss or gradient is not finite on any rank, no rank changes weights or optimizer. The device decides that, and
+        the host does not wait for it. Without --skip_nonfinite the EMAs go on; the run stops before they are saved.
         """
         config, ctx = self.config, self.ctx
         if config.attn_dropout or config.proj_dropout:  # only dropout uses torch's generator
@@ -282,6 +284,7 @@ class Trainer:
         self.sampler.set_epoch(epoch, self.step - epoch * self.steps_per_epoch)
         batches = DataTimer(self.loader)
         first, start = self.step, time.perf_counter()
+        self.metrics.start = start  # what happens between two epochs is no training
         bar = progress(range(first, end), self.ctx, end - first, f"epoch {epoch + 1}/{config.epochs}", "step")
         for step in bar:
             norm = self.train_step(batches, step)
@@ -519,12 +522,14 @@ class Trainer:
         return self.products
 
     def _resume_end_of_epoch(self) -> None:
-        """Make up for what an interruption at the end of an epoch left undone: a kept checkpoint, samples, metrics."""
+        """Make up for what an interruption at the end of an epoch left undone."""
         epochs_done, within = divmod(self.step, self.steps_per_epoch)
         if within or not epochs_done:
             return
         if self._keeps(epochs_done) and self.ctx.is_main:
             self.writer.keep(epochs_done - 1)
+        if run_on_rank0(self.ctx, lambda: validation_is_missing(self.config, epochs_done)):
+            self._validate(epochs_done - 1)
         if run_on_rank0(self.ctx, lambda: samples_are_missing(self.config, epochs_done)):
             self.log.info(f"Samples for epoch {epochs_done} are missing; generating them first.")
             self._write_samples(epochs_done - 1)
@@ -532,13 +537,13 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         config, done = self.config, epoch + 1
         last, samples_due, keeps = done == config.epochs, samples_are_due(config, done), self._keeps(done)
-        if self.validation and (last or done % config.val_freq == 0):
-            self._validate(epoch)
         due = last or samples_due or keeps or self.stopping or self.save_due or done % config.save_last_freq == 0
-        if due:  # a checkpoint first: interrupted samples can then be completed
+        if due:  # a checkpoint first: what is interrupted after it can be made up for
             self.save(keep_as_epoch=epoch if keeps else None)
         if self.stopping:
             self._stop()
+        if validation_is_due(config, done):
+            self._validate(epoch)
         if samples_due:
             self._wait_for_saves()
             self._write_samples(epoch)
@@ -629,6 +634,18 @@ def samples_are_missing(config: Any, epochs_done: int) -> bool:
     if not any((folder / "samples").glob(f"epoch{epochs_done:04d}-*.png")):
         return True
     return config.online_eval and not report_exists(folder / "eval", config, epochs_done - 1)
+
+
+def validation_is_due(config: Any, epochs_done: int) -> bool:
+    return config.val_split is not None and (epochs_done == config.epochs or epochs_done % config.val_freq == 0)
+
+
+def validation_is_missing(config: Any, epochs_done: int) -> bool:
+    """Whether the run was interrupted between the checkpoint of an epoch and its validation loss, by the log."""
+    folder = Path(config.output_dir)
+    if epochs_done == 0 or not validation_is_due(config, epochs_done) or not files.find(folder):
+        return False
+    return epochs_done - 1 not in (line.get("epoch") for line in read_log(folder) if line.get("event") == "val")
 
 
 def ema_warnings(config: Any, total_steps: int) -> list[str]:

@@ -32,11 +32,14 @@ from util.errors import UserError
 from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write, loggable, metric_line
 from util.evaluation.generate import sample_grid, sampling_settings, setting_name
 from util.evaluation.images import save_png, to_pil
+from util.evaluation.metrics import MetricSuite
 from util.evaluation.sweep import plan_sweep, run_sweep
-from util.io import make_folder, provenance, write_json
+from util.io import json_hash, make_folder, provenance, write_json
 from util.log import WANDB_ID_NAME, RunLog, wandb_settings, warn
 from util.resume import load_for_inference
 from util.schedules import spectrum_warnings
+
+LONGEST = 60  # text of --labels in the name of a folder; a longer one is hashed
 
 
 def load_denoiser(config: Any, checkpoint: Checkpoint, ctx: DistContext) -> Denoiser:
@@ -62,7 +65,8 @@ def run_sample(given: Mapping[str, Any], ctx: DistContext) -> str:
     warn([*checkpoint.notes, *check(config, evaluates=False), *spectrum_warnings(config)], ctx)
     labels = [k for k in parse_labels(config.labels, config.class_num) for _ in range(config.num_per_class)]
     denoiser = load_denoiser(config, checkpoint, ctx)
-    what = f"labels{config.labels or 'first'}x{config.num_per_class}".replace(",", "_")
+    what = (config.labels or "first").replace(",", "_")
+    what = f"labels{what if len(what) <= LONGEST else json_hash(labels)}x{config.num_per_class}"
     name = f"{setting_name(config, checkpoint.epoch)}{checkpoint.at}-seed{config.seed}-{what}"
     folder = Path(config.output_dir) / "samples" / name
     title = f"{config.model}  cfg {config.cfg:g}  {config.sampling_method} {config.num_sampling_steps}"
@@ -91,7 +95,9 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
     points, folder = plan_sweep(config), Path(config.output_dir)
     with process_group(ctx, config.dist_timeout):
         counts = [points[0].num_images, config.num_images] if points else [config.num_images]
-        suites = [build_suite(config, ctx, count) for count in counts]
+        suites: list[MetricSuite] = []
+        for count in counts:
+            suites.append(build_suite(config, ctx, count, *suites))
         warn(dict.fromkeys(warning for suite in suites for warning in suite.warnings), ctx)
         assert_same_across_ranks("checkpoint", checkpoint.identity, ctx)
         denoiser = raise_on_all_ranks(ctx, lambda: load_denoiser(config, checkpoint, ctx))

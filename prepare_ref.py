@@ -1,4 +1,4 @@
-"""Make a reference file from real images: data set -> extractor -> statistics, features and spectra -> fid_stats/.
+"""Make a reference file from real images: data set -> extractor -> statistics, features and spectrum -> fid_stats/.
 
     python prepare_ref.py --dataset cifar10 --extractor effnet_lite0
     torchrun --nproc_per_node=8 prepare_ref.py --dataset imagefolder --data_path ~/imagenet --img_size 256
@@ -27,7 +27,8 @@ import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from spectral_ops.spectrum import SpectrumSums
+from spectral_forcing import num_rings
+from spectral_ops.spectrum import grey_spectrum
 from util.data.datasets import DATASETS, Images, build_dataset, part_name
 from util.data.images import DataError, NoSplitError, quantise, read_class_names
 from util.data.loader import ImageLoader
@@ -54,14 +55,14 @@ class Statistics:
     """What is measured of some images."""
 
     moments: dict[str, Moments]  # suffix of their names in a file -> moments
-    spectra: SpectrumSums
+    grey: Tensor  # (K,) sum of the grey spectra, float64
     features: Tensor  # (m, F) those to store, float32, in index order
 
     def merge(self, other: "Statistics") -> None:
         """Add the statistics of other images, which follow in index order."""
         for suffix, moments in other.moments.items():
             self.moments[suffix].merge(moments)
-        self.spectra.total += other.spectra.total
+        self.grey += other.grey
         self.features = torch.cat([self.features, other.features])
 
     def finish_moments(self) -> dict[str, Tensor]:
@@ -186,7 +187,7 @@ def compute(
 ) -> Statistics:
     """Compute this rank's part of the statistics of the images `indices`, in that order, or of their reconstructions.
 
-    Features are returned of the positions `stored` in `indices`; None leaves out these and the spectra. Raises
+    Features are returned of the positions `stored` in `indices`; None leaves out these and the spectrum. Raises
     UserError for an unreadable image.
     """
     starts = [i * args.batch_size for i in local_range(-(-len(indices) // args.batch_size), ctx)]
@@ -195,7 +196,7 @@ def compute(
     stream = EXTRACTORS[args.extractor].stream
     streams = {"": stream} | ({"_s": SPATIAL} if SPATIAL in extractor.streams else {})
     moments = {suffix: Moments(extractor.streams[name]) for suffix, name in streams.items()}
-    spectra = SpectrumSums(images.img_size)
+    grey = torch.zeros(num_rings(images.img_size), dtype=torch.float64)
     rows = [torch.empty(0, extractor.streams[stream])]
     keep = set(stored or ())
     for start, (x, _) in zip(starts, progress(loader, ctx, len(batches), stream, "batch"), strict=True):
@@ -207,9 +208,9 @@ def compute(
         for suffix, name in streams.items():
             moments[suffix].update(features[name])
         if stored is not None:
-            spectra.update(x)
+            grey += grey_spectrum(x).sum(0).cpu()
         rows.append(features[stream][[i for i in range(len(x)) if start + i in keep]])
-    return Statistics(moments, spectra, torch.cat(rows))
+    return Statistics(moments, grey, torch.cat(rows))
 
 
 def merge(part: Statistics, ctx: DistContext) -> Statistics | None:
@@ -278,7 +279,8 @@ def run(args: argparse.Namespace) -> str | None:
         tables = heldout_tables(counts, lambda a, b: measure(heldout, sorted(order[a:b])), real)
     if total is None:
         return None
-    arrays = {**real, **tables, **total.spectra.finish(), **({"features": total.features} if stored else {})}
+    arrays = {**real, **tables, "grey_spectrum": total.grey / len(indices)}
+    arrays |= {"features": total.features} if stored else {}
     meta = {
         "dataset": real_images(args),
         "split": args.split,

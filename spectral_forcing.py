@@ -393,7 +393,7 @@ class SpectralForcing(nn.Module):
 
     def _check_input(self, z: Tensor, t: Tensor) -> None:
         if z.ndim < 3 or (z.ndim == 3 and t.numel() > 1):
-            raise ValueError(f"z has the shape {tuple(z.shape)}; (B, ..., H, W) was expected. Tokens: filter_patches.")
+            raise ValueError(f"z has the shape {tuple(z.shape)}; (B, ..., H, W) was expected (tokens: filter_patches).")
         (h, w), n = z.shape[-2:], self.window_size
         if self.img_size is not None and (h, w) != (self.img_size, self.img_size):
             raise ValueError(f"Spectral Forcing was built for {self.img_size}x{self.img_size} images, not {h}x{w}.")

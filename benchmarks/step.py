@@ -27,7 +27,8 @@ from benchmarks.common import ceiling, emit, in_turns, median_and_range, with_sp
 from benchmarks.graph import Graphed
 from benchmarks.reference import Release
 from engine_jit import Trainer
-from util.compile import prepare_device
+from util import rng
+from util.compile import prepare_device, resolve_mode
 from util.config import parse_args, resolve, split_global_batch
 from util.data.loader import GlobalBatchSampler, open_images
 from util.dist.context import DistContext, find_context
@@ -69,6 +70,7 @@ class Steps:
         sampler = GlobalBatchSampler(len(images), config.batch_size, 0, 1, config.accum_iter, config.seed)
         self.trainer = Trainer(config, flags, (images, None, sampler), 0, None, None, ctx)
         self.trainer.denoiser.train()
+        self.compiled = resolve_mode(config.compile, ctx.device) != "off"
         if graph:
             self.trainer.add_gradient = Graphed(self.trainer.add_gradient, self.trainer.denoiser.parameters())
         self.steps, self.done, self.batch = steps, 0, next(iter(self.trainer.loader))
@@ -76,6 +78,7 @@ class Steps:
         self.peak_gb = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3) if on_gpu else None
 
     def __call__(self) -> None:
+        rng.use_compiler(self.compiled)  # of the process, so the variant built last has set it
         batches = iter([self.batch] * (self.steps * self.trainer.config.accum_iter))
         for _ in range(self.steps):
             self.trainer.train_step(batches, self.done)

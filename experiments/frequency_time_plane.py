@@ -1,6 +1,6 @@
 """Draw the frequency-time plane: SNR of the data, cutoffs of Spectral Forcing, times of the sampling grids.
 
-    python experiments/frequency_time_plane.py --spectrum fid_stats/cifar10_32_spectrum.npz
+    python -m experiments.frequency_time_plane --spectrum fid_stats/cifar10_32_spectrum.npz
 
 The spectrum is a file of tools/measure_spectrum.py. Times are on the scale of the log-SNR, lambda = 2 ln(t / (1 - t)).
 Frequencies are in cycles per image. The photograph comes with scikit-learn.
@@ -8,7 +8,6 @@ Frequencies are in cycles per image. The photograph comes with scikit-learn.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sampler import uniform_grid
 from spectral_forcing import SpectralForcing, ring_radii

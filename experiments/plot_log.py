@@ -1,15 +1,15 @@
 """Plot the training loss of one run or several from their logs.
 
-python experiments/plot_log.py output/a output/b --out loss.png
+python -m experiments.plot_log output/a output/b --out loss.png
 """
 
 import argparse
-import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from util.log import LOG_NAME, read_log
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
@@ -18,15 +18,12 @@ args = parser.parse_args()
 figure = Figure(figsize=(6, 3.2), layout="constrained")
 axes = figure.subplots()
 for run in args.runs:
-    lines = []
-    if not (run / "log.jsonl").is_file():
-        sys.exit(f"{run / 'log.jsonl'} does not exist: name the folder of a run.")
-    for text in (run / "log.jsonl").read_bytes().splitlines():
-        with suppress(ValueError):  # the last line of a run that was killed may be half
-            lines.append(json.loads(text))
+    if not (run / LOG_NAME).is_file():
+        sys.exit(f"{run / LOG_NAME} does not exist: name the folder of a run.")
+    lines = read_log(run)
     train = {line["step"]: line for line in lines if line["event"] == "train" and line["loss"] is not None}
     if not train:
-        sys.exit(f"{run / 'log.jsonl'} has no loss yet: name the folder of a run that has trained.")
+        sys.exit(f"{run / LOG_NAME} has no loss yet: name the folder of a run that has trained.")
     start = lines[0]["time"]
     steps = sorted(train)
     minutes = (train[steps[-1]]["time"] - start) / 60

@@ -43,17 +43,17 @@ def results_file(study: str, quick: bool = False) -> Path:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a results file; none if it does not exist. A last line that was cut off does not count."""
     if path.exists():
-        *lines, rest = path.read_text().split("\n")
-        if rest:
-            print(f"{path}: its last line was cut off; that run is done again", file=sys.stderr)
-            path.write_text("".join(f"{line}\n" for line in lines))
+        *lines, _ = path.read_text().split("\n")
         yield from map(json.loads, lines)
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to a results file. A last line that was cut off goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def start_process(parent: int) -> None:

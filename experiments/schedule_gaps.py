@@ -1,6 +1,6 @@
 """Print what a sampling grid costs without a network: the spectrum gap of exact sampling of Gaussian data.
 
-    python experiments/schedule_gaps.py --spectrum tests/golden/cifar10_spectrum.json
+    python -m experiments.schedule_gaps --spectrum tests/golden/cifar10_spectrum.json
 
 The spectrum is that of a file of tools/measure_spectrum.py (.npz) or of tests/golden (.json). For Gaussian data with
 power P_k in ring k the velocity is known exactly, and the solver itself multiplies each mode by an amplitude. The gap
@@ -9,14 +9,11 @@ between P_k and the power that comes out is due to the steps alone. It looks at 
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sampler import sample, uniform_grid
 from spectral_forcing import num_rings

@@ -1,18 +1,15 @@
 """Draw a photograph on its way from noise to data, and what Spectral Forcing lets the network see of it.
 
-    python experiments/what_the_network_sees.py
+    python -m experiments.what_the_network_sees
 
 The photograph comes with scikit-learn (no download). The README's picture is made with
 --out docs/what_the_network_sees.png.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spectral_forcing import SpectralForcing
 from tools.explorer.plane import TIMES, photograph, rows

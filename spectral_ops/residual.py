@@ -45,7 +45,7 @@ def blur(r: Tensor, matrix: Tensor) -> Tensor:
 class SpectralResidual(nn.Module):
     """The correction g_lo low + g_hi high of one block; zero until its parameters have been trained.
 
-    `side` is that of the grid of patch tokens, which may be halved as often as it is even. `mode`, one of MODES, is
+    `side` is that of the grid of patch tokens; side / 2, side / 4, ... are taken as well. `mode`, one of MODES, is
     what the gates depend on, and `scale`, a positive number, is s, their bound. Raises ValueError for other values.
     """
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectral_forcing import dct_matrix, dct_rings, num_rings, rings, separable_transform
+from spectral_forcing import dct_matrix, dct_rings, rings, separable_transform
 
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 NO_POWER = 1e-12  # rounding leaves less than this in a ring without power; 8-bit images have far more, or none
@@ -91,42 +91,6 @@ def spectrum_gap(real: Tensor | Sequence[float], generated: Tensor | Sequence[fl
     It is infinite or NaN if a power is zero or negative. Source: SpectralDiT's radial spectrum gap (arXiv 2606.18765).
     """
     return float(ring_ratio(real, generated).log().abs().mean())
-
-
-class SpectrumSums:
-    """Sums over real images, batch by batch, from which all spectra of the set follow.
-
-    The centred spectrum is that of x_i - m with m the mean image. F is linear, so no second pass is needed:
-
-        P^c_k = mean_i P_k(x_i - m) = mean_i P_k(x_i) - P_k(m)
-    """
-
-    def __init__(self, n: int):
-        self.n = n
-        k = num_rings(n)
-        self.total = torch.zeros(1 + 2 * k + 3 * n * n, dtype=torch.float64, device="cpu")  # of a rank: they add up
-        # Views: number of images, sum of S_k, sum of P_k, sum of the 8-bit images (integers, exact in any order).
-        self._count, self.grey, self.power, self.image = self.total.split([1, k, k, 3 * n * n])
-
-    @property
-    def count(self) -> int:
-        return int(self._count)
-
-    def update(self, images: Tensor) -> Tensor:
-        """Add uint8 images (B, 3, n, n), on any device. Return their P_k (B, K)."""
-        power = rapsd(images.double() / 127.5 - 1)
-        self._count += len(images)
-        self.grey += grey_spectrum(images).sum(dim=0).cpu()
-        self.power += power.sum(dim=0).cpu()
-        self.image += images.sum(dim=0, dtype=torch.int64).cpu().flatten()
-        return power
-
-    def finish(self) -> dict[str, Tensor]:
-        """Return grey_spectrum, rapsd and rapsd_centred, means over all images, float64 (K,) each."""
-        mean_image = (self.image / self.count).view(1, 3, self.n, self.n) / 127.5 - 1
-        power = self.power / self.count
-        centred = power - rapsd(mean_image)[0]
-        return {"grey_spectrum": self.grey / self.count, "rapsd": power, "rapsd_centred": centred}
 
 
 class DCTSums:

@@ -91,6 +91,7 @@ def test_a_requested_stop_saves_and_says_where(whole, tmp_path, capsys, monkeypa
         assert raw(tmp_path)["run"]["step"] == starts
         said = capsys.readouterr()
         assert f"Stopped by SIGUSR1 after step {starts} of 12" in said.out + said.err
+        assert len(read_log(tmp_path, "val")) == (starts - 1) // EPOCH  # a stop does not wait for the validation loss
     train(tmp_path, **RUN)
     assert starts == 12
     assert state_differences(whole, tmp_path) == []

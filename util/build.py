@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from denoiser import Denoiser, HybridWeight
-from model_jit import JiT_models
+from model_jit import JiT, JiT_models
 from spectral_ops.conditioning import ImageSchedules
 from spectral_ops.resolution import ResolutionSchedule
 from util.config import ModelConfig, PathConfig, all_flags
@@ -20,26 +20,31 @@ def autocast_dtype(config: Any, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if bf16 else None
 
 
-def build_denoiser(config: Any, dtype: torch.dtype | None = None) -> Denoiser:
-    """Build the denoiser with fresh weights on torch's default device.
+def build_network(config: Any) -> JiT:
+    """Build the network with fresh weights on torch's default device. Raises ValueError for sizes that do not fit."""
+    operators = {name: entry.build(config) for name, entry in BLOCK_OPERATORS.items()}
+    return JiT_models[config.model](
+        input_size=config.img_size,
+        num_classes=config.class_num,
+        in_channels=config.channels,
+        out_channels=config.channels * (2 if config.pred_param == "hybrid" else 1),  # data and velocity
+        attn_drop=config.attn_dropout,
+        proj_drop=config.proj_dropout,
+        attn_fp32=config.attn_fp32,
+        block_operators={name: make for name, make in operators.items() if make is not None},
+        schedule_cond=config.schedule_delta is not None,
+        levels=config.levels,
+    )
+
+
+def build_denoiser(config: Any, dtype: torch.dtype | None = None, net: JiT | None = None) -> Denoiser:
+    """Build the denoiser, on torch's default device, around `net` or a network with fresh weights.
 
     Raises:
         UserError: settings that do not fit together.
     """
     try:
-        operators = {name: entry.build(config) for name, entry in BLOCK_OPERATORS.items()}
-        net = JiT_models[config.model](
-            input_size=config.img_size,
-            num_classes=config.class_num,
-            in_channels=config.channels,
-            out_channels=config.channels * (2 if config.pred_param == "hybrid" else 1),  # data and velocity
-            attn_drop=config.attn_dropout,
-            proj_drop=config.proj_dropout,
-            attn_fp32=config.attn_fp32,
-            block_operators={name: make for name, make in operators.items() if make is not None},
-            schedule_cond=config.schedule_delta is not None,
-            levels=config.levels,
-        )
+        net = build_network(config) if net is None else net
         schedules = None
         if config.schedule_delta is not None:
             schedules = ImageSchedules(

@@ -33,10 +33,10 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "torch-fidelity", 
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes `path` when the block ends, flushed to disk; it is removed on an error.
 
-    The temporary name contains the process id, so two processes never write to the same one.
+    The temporary name contains host and process, so two processes never write to the same one.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -90,6 +90,12 @@ def check_zip(path: str | os.PathLike) -> None:
     unpacked = sum(member.file_size for member in members)
     if unpacked > MAX_EXPANSION * os.path.getsize(path) + 2**20:
         raise ValueError(f"it would unpack to {unpacked} bytes")
+
+
+def file_state(path: str | os.PathLike) -> tuple[int, int, int]:
+    """Return numbers that change with a file's content."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def sha256_file(path: str | os.PathLike) -> str:

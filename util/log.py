@@ -50,6 +50,15 @@ def warn(messages: Iterable[str], ctx: DistContext) -> None:
             print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log, none without one; a line that is cut off or damaged is left out."""
+    path, lines = run / LOG_NAME, []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
+
+
 class RunLog:
     """The log of one run. A log that exists in the folder is continued, and so is its Weights & Biases run.
 
@@ -235,4 +244,5 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes // 1440} days {minutes % 1440 // 60} h"
+    days = minutes // 1440
+    return f"{days} day{'s' * (days > 1)} {minutes % 1440 // 60} h"

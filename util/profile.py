@@ -12,7 +12,6 @@ Bytes on each of W GPUs, for P parameters:
 
 import argparse
 import time
-from functools import cache
 from itertools import product
 from math import prod
 from statistics import mean, median
@@ -25,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from denoiser import Denoiser, TimeSampler
 from model_jit import JiT, JiT_models
-from spectral_forcing import SpectralForcing
 from spectral_ops.resolution import LevelTimes
-from util.build import describe_operators
+from util.build import build_denoiser, build_network, describe_operators
+from util.config import resolve
 from util.log import duration
 
 RESERVE = 4e9  # bytes for CUDA's context, NCCL, workspaces and fragmentation, beside what follows: an assumption
@@ -41,12 +40,12 @@ def forward_flops(net: JiT, level: int = 0) -> int:
     `level` is that of the image's resolution (spectral_ops/resolution.py).
     """
     size = net.input_size >> level
+    condition = () if net.schedule_embedder is None else (torch.zeros(1, 2),)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        net(torch.zeros(1, net.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        net(torch.zeros(1, net.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64), *condition)
     return counter.get_total_flops()
 
 
-@cache
 def count_flops(model: str, img_size: int, level: int = 0, **arguments: Any) -> int:
     """Count the operations of a model by its name, on tensors without memory."""
     with torch.device("meta"):
@@ -60,9 +59,11 @@ def levels_of(time_sampler: TimeSampler) -> tuple[int, ...]:
 
 def mean_flops(trainer: Any) -> float:
     """Return the operations of a forward pass of one image in training, the mean over levels of resolution."""
-    config = trainer.config
-    sizes = {"num_classes": config.class_num, "in_channels": config.channels, "out_channels": config.channels}
-    return mean(count_flops(config.model, config.img_size, i, **sizes) for i in levels_of(trainer.time_sampler))
+    levels = levels_of(trainer.time_sampler)
+    with torch.device("meta"):
+        net = build_network(trainer.config)
+        flops = {level: forward_flops(net, level) for level in set(levels)}
+    return mean(flops[level] for level in levels)
 
 
 def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
@@ -99,20 +100,14 @@ def count_saved(denoiser: Denoiser, images: int) -> tuple[int, int, int]:
 
 
 class Memory:
-    """Memory of training a model behind Spectral Forcing, with autocast to `dtype`."""
+    """Memory of training with a configuration, with autocast to `dtype`; of images at level 0 of resolution."""
 
-    def __init__(
-        self,
-        model: str,
-        img_size: int,
-        dtype: torch.dtype | None = torch.bfloat16,
-        levels: int = 0,
-        channels: int = 3,
-    ):
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            sizes = {"input_size": img_size, "in_channels": channels, "out_channels": channels}
-            net = JiT_models[model](**sizes, levels=levels)
-            denoiser = Denoiser(net, SpectralForcing(img_size), autocast_dtype=dtype)
+    def __init__(self, config: Any, dtype: torch.dtype | None = torch.bfloat16):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            net = build_network(config)
+        denoiser = build_denoiser(config, dtype, net)
+        denoiser.resolution = None
+        with fake:
             self.one, self.two = count_saved(denoiser, 1), count_saved(denoiser, 2)
         self.shapes = [tuple(p.shape) for p in denoiser.parameters()]
         self.blocks = [sum(p.numel() for p in block.parameters()) for block in denoiser.net.blocks]
@@ -130,7 +125,7 @@ class Memory:
 def dry_run(trainer: Any) -> str:
     """Time a few training steps of a run and return what the rest of it will take, as lines of text."""
     config, ctx, cuda = trainer.config, trainer.ctx, trainer.ctx.device.type == "cuda"
-    memory = Memory(config.model, config.img_size, trainer.denoiser.autocast_dtype, config.levels, config.channels)
+    memory = Memory(config, trainer.denoiser.autocast_dtype)
     fixed, image = memory.per_gpu(ctx.world_size, config.parallel, config.activation_checkpointing)
     net = trainer.denoiser.net
     tokens = [net.in_context_len + (net.pos_embed.shape[1] >> 2 * level) for level in levels_of(trainer.time_sampler)]
@@ -176,7 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     sizes = " | ".join(f"images on {size}" for size in GPU_BYTES)
     print(f"| model | parallel | GPUs | recomputed | fixed, GB | each image, MB | {sizes} | measured, GB |")
     print("| --- " * (7 + len(GPU_BYTES)) + "|")
-    for memory, model in ((Memory(model, args.img_size), model) for model in args.models):
+    for model in args.models:
+        memory = Memory(resolve({"model": model, "img_size": args.img_size}))
         for (parallel, gpus), recompute in product([("ddp", "any"), *(("fsdp", w) for w in args.gpus)], ("no", "yes")):
             fixed, image = memory.per_gpu(1 if gpus == "any" else gpus, parallel, recompute == "yes")
             fit = " | ".join(str(max(0, int((size - fixed) // image))) for size in GPU_BYTES.values())

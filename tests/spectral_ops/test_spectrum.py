@@ -7,7 +7,6 @@ import torch
 from spectral_forcing import rings
 from spectral_ops.spectrum import (
     QUANTISATION,
-    SpectrumSums,
     fit_power_law,
     grey_spectrum,
     image_fits,
@@ -83,29 +82,6 @@ def test_gap_and_ratio():
     assert not np.isfinite(spectrum_gap(p, 0 * p))
     with pytest.raises(ValueError, match="same rings"):
         spectrum_gap(p, p[:5])
-
-
-def test_sums_equal_the_means_over_all_images_for_any_batches_and_parts():
-    images = random_images(11, 16) // 2 + torch.arange(16, dtype=torch.uint8) * 5  # with a mean image
-    parts = [SpectrumSums(16) for _ in range(3)]
-    for part, rows in zip(parts, (images[:0], images[:7], images[7:]), strict=True):
-        for i in range(0, len(rows), 3):
-            power = part.update(rows[i : i + 3])
-            torch.testing.assert_close(power, rapsd(rows[i : i + 3].double() / 127.5 - 1))
-    sums = SpectrumSums(16)
-    for part in parts:
-        sums.total += part.total
-    found = sums.finish()
-    x = images.double() / 127.5 - 1
-    expected = {
-        "grey_spectrum": grey_spectrum(images).mean(dim=0),
-        "rapsd": rapsd(x).mean(dim=0),
-        "rapsd_centred": rapsd(x - x.mean(dim=0)).mean(dim=0),
-    }
-    assert sums.count == 11 and found.keys() == expected.keys()
-    for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-12, err_msg=name)
-    assert found["rapsd"][0] > 2 * found["rapsd_centred"][0]
 
 
 def test_refused_images():

@@ -1,6 +1,7 @@
 """What a run takes: operations against the published figures, memory against torch's own count, and the dry run."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,11 @@ from spectral_forcing import SpectralForcing, dct_rings
 from spectral_ops.resolution import LevelTimes, ResolutionSchedule
 from tests.conftest import ONE, TINY, TINY_MODEL, arguments, listing, spectrum_of_digits, train
 from util import profile as tool
+from util.build import build_denoiser
 from util.config import resolve
 from util.io import REPOSITORY
-from util.profile import TIMED, UNTIMED, Memory, count_flops, count_saved, dry_run, mean_flops
+from util.profile import TIMED, UNTIMED, Memory, count_flops, count_saved, dry_run, forward_flops, mean_flops
+from util.schedules import record_spectrum
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -33,14 +36,14 @@ def test_a_level_takes_the_operations_of_images_of_its_size_and_a_run_the_mean()
     assert count_flops("JiT-B/16", 256, level=1, num_classes=10) == half < whole / 2
     times = LevelTimes(LogitNormal(), ResolutionSchedule(256, [20.0] * len(dct_rings(256)[1])))
     assert times.levels == (1, 0, 0, 0, 0, 0, 0, 0)
-    config = SimpleNamespace(model="JiT-B/16", img_size=256, class_num=10, channels=3)
+    config = replace(resolve({"resolution_schedule": "spectrum", "class_num": 10}), resolution_power=[1.0])
     assert mean_flops(SimpleNamespace(config=config, time_sampler=times)) == (7 * whole + half) / 8
     assert mean_flops(SimpleNamespace(config=config, time_sampler=LogitNormal())) == whole
 
 
 def test_dry_run_of_a_run_with_levels(tmp_path, capsys):
     """It names the levels, and expects less memory and arithmetic than without."""
-    spectrum = spectrum_of_digits(tmp_path / "digits.npz")
+    spectrum = str(spectrum_of_digits(tmp_path / "digits.npz"))
     found = []
     for settings in ({}, {"resolution_schedule": "spectrum", "spectrum_file": spectrum}):
         assert main_jit.main(arguments(dry_run=True, **settings)) == 0
@@ -77,7 +80,7 @@ def test_counted_activations_are_what_torch_keeps(dtype, recompute):
 
 
 def test_counting_needs_no_memory_and_is_linear_in_images():
-    memory = Memory(TINY, 16)
+    memory = Memory(resolve({"model": TINY, "img_size": 16}))
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = Denoiser(TINY_MODEL(input_size=16), SpectralForcing(16), autocast_dtype=torch.bfloat16)
         seven = count_saved(denoiser, 7)
@@ -86,11 +89,34 @@ def test_counting_needs_no_memory_and_is_linear_in_images():
 
 
 def test_state_is_24_bytes_per_parameter_and_divided_by_shards():
-    memory, parameters = Memory(TINY, 16), sum(p.numel() for p in TINY_MODEL(input_size=16).parameters())
+    memory = Memory(resolve({"model": TINY, "img_size": 16}))
+    parameters = sum(p.numel() for p in TINY_MODEL(input_size=16).parameters())
     copies, shards = (memory.per_gpu(8, parallel, recompute=True)[0] for parallel in ("ddp", "fsdp"))
     gathered = 4 * (6 * max(memory.blocks) + 2 * (parameters - sum(memory.blocks)))
     saved = 24 * parameters - (copies - shards + gathered)  # what is left of the state on each GPU
     assert 24 * parameters / 8 <= saved < 1.1 * 24 * parameters / 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pred_param": "hybrid", "spectral_residual": "time_label", "sf_schedule": "budget"},
+        {"t_sampler": "spectral_instance"},
+        {"class_num": 100, "pred_param": "hybrid"},
+        {"resolution_schedule": "spectrum", "sf_schedule": "snr"},
+        {"disable_dct_patchify": True, "pred_param": "v"},
+    ],
+    ids=str,
+)
+def test_memory_and_operations_are_of_the_model_of_the_run(tmp_path, settings):
+    spectrum = str(spectrum_of_digits(tmp_path / "digits.npz"))
+    given = {"model": TINY, "dataset": "digits", "img_size": 16, "spectrum_file": spectrum, **settings}
+    config = record_spectrum(resolve(given), None)
+    memory, denoiser = Memory(config, None), build_denoiser(config)
+    assert memory.shapes == [tuple(p.shape) for p in denoiser.parameters()]
+    denoiser.resolution = None
+    assert memory.two == count_saved(denoiser, 2)
+    assert mean_flops(SimpleNamespace(config=config, time_sampler=LogitNormal())) == forward_flops(denoiser.net)
 
 
 def test_table(capsys):

@@ -1,9 +1,7 @@
 """What the given folders hold: runs, networks, and from a run's files alone its curves and samples."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +46,6 @@ def find_networks(roots: Sequence[Path]) -> list[Path]:
         found += [folder] if is_hub else []
         found += [folder / n for n in files if n.endswith(".safetensors") and not (is_hub and n == WEIGHTS)]
     return sorted(found, key=lambda path: path.name.startswith("checkpoint-"))  # earlier checkpoints last
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log; a line that is cut off or damaged is left out."""
-    lines = []
-    for text in (run / LOG_NAME).read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):
-            lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:

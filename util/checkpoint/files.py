@@ -12,6 +12,8 @@ import argparse
 import os
 import shutil
 import zipfile
+from collections.abc import Hashable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +21,7 @@ import torch
 
 from util.checkpoint import sharded
 from util.errors import UserError
-from util.io import replacing, sync_folder
+from util.io import file_state, replacing, sync_folder
 
 NAME, NAME_SHARDED = "checkpoint-last.pth", "checkpoint-last.dcp"
 NEXT, NEXT_SHARDED = "checkpoint-next.pth", "checkpoint-next.dcp"
@@ -66,6 +68,11 @@ def recorded_step(path: Path) -> int | None:
 
 def verify(path: Path) -> None:
     """Compare a file with its checksums; UserError if they differ. torch's old format, a bare pickle, has none."""
+    _verify(path, file_state(path))
+
+
+@lru_cache(16)  # settings and weights of a checkpoint are asked for one after the other
+def _verify(path: Path, state: Hashable) -> None:
     with open(path, "rb") as file:
         if file.read(1) == b"\x80":
             return

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from util.errors import UserError
-from util.io import json_hash, read_json, sha256_file, write_json
+from util.io import file_state, json_hash, read_json, sha256_file, write_json
 
 SETTINGS = "checkpoint.json"
 WEIGHTS, MOMENTS = ("model", "model_ema1", "model_ema2"), ("exp_avg", "exp_avg_sq")
@@ -87,6 +88,16 @@ def settings(path: Path) -> dict[str, Any]:
     return about
 
 
+def _digest(path: Path) -> str:
+    """Return a file's SHA-256, computed again only after the file has changed."""
+    return _digest_of(path, file_state(path))
+
+
+@lru_cache(1024)
+def _digest_of(path: Path, state: Hashable) -> str:
+    return sha256_file(path)
+
+
 class Section(dict[Hashable, Tensor]):
     """A state dict of meta tensors, whose values `copy_to` reads from the checkpoint that has the settings `about`.
 
@@ -111,7 +122,7 @@ def load(path: Path) -> dict[str, Any]:
     with _reading(path, about):
         files, found = about["files"], sorted(path.glob("*.safetensors"))
         with ThreadPoolExecutor(8) as pool:
-            digests = dict(zip((file.name for file in found), pool.map(sha256_file, found), strict=True))
+            digests = dict(zip((file.name for file in found), pool.map(_digest, found), strict=True))
         for name in sorted(files.keys() | digests.keys()):
             if digests.get(name) != files.get(name, {}).get("sha256"):
                 raise OSError(f"it is damaged: the checksum of {name} differs, or there should be no such file")

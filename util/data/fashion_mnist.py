@@ -22,6 +22,7 @@ SHA256 = {  # of the files without compression; MNIST's have the same names
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+PARTS = {"train": "train", "val": "t10k", "test": "t10k"}  # split -> part of the files' names
 WIDTH = 28
 
 
@@ -36,7 +37,9 @@ class FashionMnist(Images):
     """Split train, or val, also called test; grey as RGB, padded with zeros on all sides to `img_size`."""
 
     def __init__(self, data_path: str | os.PathLike, img_size: int, split: str = "train"):
-        folder, part = Path(data_path).expanduser(), "train" if split == "train" else "t10k"
+        folder, part = Path(data_path).expanduser(), PARTS.get(split)
+        if part is None:
+            raise DataError(f"Fashion-MNIST has no split {split!r}; expected one of {', '.join(PARTS)}.")
         if img_size < WIDTH or img_size % 2:
             raise DataError(f"img_size is {img_size}; Fashion-MNIST is padded to an even one of at least {WIDTH}.")
         try:  # 16 and 8 bytes of header: magic number, then the shape

@@ -48,10 +48,11 @@ class EvalTarget:
     at: str = ""  # names the step of a checkpoint within an epoch (Checkpoint.at)
 
 
-def build_suite(config: Any, ctx: DistContext, num_images: int) -> MetricSuite:
+def build_suite(config: Any, ctx: DistContext, num_images: int, like: MetricSuite | None = None) -> MetricSuite:
     """Build the metrics; one rank of a node downloads weights. Raises UserError on all ranks if anything is lacking.
 
-    With another number of images than that of --protocol, as in a sweep, the numbers are not called by its name.
+    The report names --protocol only if `num_images` is the protocol's; that of a sweep's few images does not. Networks
+    are those of the suite `like`, if there is one.
     """
     names, weights = parse_metrics(config.metrics), weights_settings(config)
     if not names:
@@ -64,7 +65,7 @@ def build_suite(config: Any, ctx: DistContext, num_images: int) -> MetricSuite:
         protocol = PROTOCOLS.get(config.protocol)
         named = config.protocol if protocol and protocol.num_images == num_images else None
         of = names, config.real_images, config.pixels, num_images, ctx.device
-        suite = MetricSuite(*of, reference, weights, named, reference_of=protocol and protocol.metrics[0])
+        suite = MetricSuite(*of, reference, weights, named, reference_of=protocol and protocol.metrics[0], like=like)
         if named:
             check_protocol(named, suite)
         return suite

@@ -175,13 +175,14 @@ class MetricSuite:
         weights: Mapping[str, Any] | None = None,
         protocol: str | None = None,
         reference_of: str | None = None,
+        like: "MetricSuite | None" = None,
     ):
         self.names, self.dataset, self.img_size, self.protocol = tuple(names), dataset, img_size, protocol
         self.metrics = {name: metric for name, metric in METRICS.items() if name in names}
         self.files: dict[str, Reference] = {}
         self.warnings: list[str] = []
         self.not_computed: dict[str, str] = {}
-        self._build = build = cache(lambda extractor: extractor(device, weights, img_size))
+        self._build = build = like._build if like else cache(lambda extractor: extractor(device, weights, img_size))
         self._real_features = cache(self._features_of)
 
         # The metrics asked for. Those of one extractor share a reference file.

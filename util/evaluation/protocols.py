@@ -23,7 +23,8 @@ class Protocol:
     values: tuple[str, ...]  # numbers that its report has
     num_images: int
     split: str  # part of the data set that the reference is of, all of its images
-    data: tuple[str, int] | None = None  # data set and image size, if it is defined for one
+    data: tuple[str, ...] = ()  # data sets that it is defined for; none: for all
+    size: int | None = None  # of the images
     reference: str | None = None  # file in fid_stats/; None: the one that evaluation looks for
     how: str = "Give another --fid_stats, or make it with prepare_ref.py"  # to get that file
     reference_images: int = 0  # in its arr_0
@@ -41,7 +42,8 @@ PROTOCOLS = {
         ("fid", "sfid", "is_mean", "precision", "recall"),
         50_000,
         "train",
-        data=("imagefolder", 256),
+        data=IMAGENET,
+        size=256,
         reference=ADM_FILE,
         how=f"Download {ADM_URL} (2 GB) into fid_stats/",
         reference_images=10_000,
@@ -51,7 +53,8 @@ PROTOCOLS = {
         ("fid_antialias",),
         10_000,
         "test",
-        data=("cifar10", 32),
+        data=("cifar10",),
+        size=32,
         reference=SPECTRALDIT_FILE,
         how="Make it: python prepare_ref.py --dataset cifar10 --split test --extractor inception_antialias "
         f"--out fid_stats/{SPECTRALDIT_FILE}",
@@ -78,8 +81,9 @@ def protocol_reference(config: Any) -> str | Path | None:
     name, protocol = config.protocol, PROTOCOLS.get(config.protocol)
     if protocol is None:
         return config.fid_stats
-    if protocol.data not in (None, found := (config.real_images, config.pixels)):
-        wanted, found = (f"{data} at {size} pixels" for data, size in (protocol.data, found))
+    if protocol.data and not (config.real_images in protocol.data and config.pixels == protocol.size):
+        wanted = f"{' or '.join(protocol.data)} at {protocol.size} pixels"
+        found = f"{config.real_images} at {config.pixels} pixels"
         raise UserError(f"--protocol {name} is defined for {wanted}, not for {found}. Leave it out.")
     if config.fid_stats or protocol.reference is None:
         return config.fid_stats

@@ -9,7 +9,7 @@ Shapes: F features of the extractor, S of its stream for sFID, K rings of a spec
     mu_s (S,), sigma_s (S, S)                  the same for sFID
     features (M, F)                            those of M of the images, for precision, recall, KID and the like
     heldout, heldout_s (R, 2)                  numbers of held-out real images, and their Fréchet distance to the others
-    grey_spectrum, rapsd, rapsd_centred (K,)   mean spectra of the images (spectral_ops.spectrum)
+    grey_spectrum (K,)                         mean spectrum of the images (spectral_ops.spectrum)
     arr_0 (M, H, W, 3)                         uint8 images, of ADM's files
 """
 
@@ -32,7 +32,7 @@ from util.io import FID_STATS, check_zip, replacing, sha256_file
 
 FRECHET = ("mu", "sigma", "heldout")  # each also with the suffix _s, of the stream SPATIAL
 IMAGES, CLASSES = "arr_0", "arr_1"  # of ADM's files; the second one is not read
-SPECTRA = ("grey_spectrum", "rapsd", "rapsd_centred")
+SPECTRA = ("grey_spectrum", "rapsd", "rapsd_centred")  # the latter two: of earlier files, and not used
 META = ("dataset", "img_size", "extractor", "extractor_sha256", "num_images")  # the keys that are read
 
 

@@ -56,20 +56,14 @@ def parse_split(text: str) -> float | str:
     raise UserError(f"--val_split {text} must be a fraction of the training images (above 0, below 1), val or test.")
 
 
-def hold_out(
-    dataset: Images, config: Any, saved_args: Mapping[str, Any] | None = None
-) -> tuple[Images, "Validation | None"]:
+def hold_out(dataset: Images, config: Any) -> tuple[Images, "Validation | None"]:
     """Return the images to train on and those that measure the loss, or the data set and None without --val_split.
 
     A fraction f of M images holds out round(f M) of them, which depend on (seed, M, f) alone; a larger fraction holds
     out those of a smaller one and more. A named split leaves the training images as they are.
 
-    Args:
-        saved_args: settings of the checkpoint from which training resumes.
-
     Raises:
-        UserError: a fraction that leaves one side empty, a split that is missing or empty, a checkpoint that was
-            trained on all images.
+        UserError: a fraction that leaves one side empty, a split that is missing or empty.
     """
     if config.val_split is None:
         return dataset, None
@@ -86,11 +80,6 @@ def hold_out(
         whole.bad_image_log = dataset.bad_image_log
         numbers = random_order(len(whole), config.seed)
     else:
-        if saved_args is not None and saved_args.get("val_split") != config.val_split:
-            raise UserError(
-                f"{flag}: the checkpoint was trained on all images, so none can be held out any more. Leave the flag "
-                "out, or name a split of the data set."
-            )
         count = round(split * len(dataset))
         order = random_order(len(dataset), config.seed)
         if not 0 < count < len(dataset):

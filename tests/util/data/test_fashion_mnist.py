@@ -47,6 +47,8 @@ def test_images_are_torchvisions_and_zeros_around_them(folder, split, part):
 
 
 def test_what_is_refused(folder):
+    with pytest.raises(DataError, match="no split 'trian'; expected one of train, val, test"):
+        build_dataset("fashion_mnist", folder, 32, "trian")
     for size in (26, 29):
         with pytest.raises(DataError, match=f"img_size is {size}; .* even one of at least 28"):
             build_dataset("fashion_mnist", folder, size)

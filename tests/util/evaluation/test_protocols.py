@@ -42,7 +42,8 @@ def stats(monkeypatch, tmp_path):
 
 def configuration(name, **changes):
     """A configuration for the data of the protocol."""
-    data, size = PROTOCOLS[name].data or ("cifar10", SIZE)
+    protocol = PROTOCOLS[name]
+    data, size = (*protocol.data, "cifar10")[0], protocol.size or SIZE
     return resolve({"protocol": name, "dataset": data, "img_size": size, **changes})
 
 

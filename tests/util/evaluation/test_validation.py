@@ -15,6 +15,7 @@ import main_jit
 from denoiser import Denoiser, LogitNormal
 from tests.conftest import ONE, TINY_MODEL, arguments, few_digits, read_log, state_differences, train
 from tests.util.evaluation.toy import CONFIG, on_ranks
+from util.config import resolve
 from util.data.datasets import build_dataset
 from util.data.images import to_float
 from util.errors import UserError
@@ -333,6 +334,6 @@ def test_what_cannot_be_held_out(here):
 
 def test_images_that_a_checkpoint_was_trained_on_cannot_be_held_out():
     for saved in ({"val_split": "0.1"}, {"val_split": None}, {}):
-        with pytest.raises(UserError, match="on all images"):
-            hold_out(digits(), settings(), saved)
-    assert hold_out(digits(), settings(), {"val_split": "0.25"})[1] is not None
+        with pytest.raises(UserError, match=r"--val_split 0.25 \(the checkpoint has"):
+            resolve({"val_split": "0.25"}, {"model": "JiT-B/16", **saved})
+    assert resolve({"val_split": "0.25"}, {"model": "JiT-B/16", "val_split": "0.25"}).val_split == "0.25"
