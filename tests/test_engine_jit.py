@@ -5,6 +5,8 @@ Two steps per epoch, a global batch of 16. "Bit-identical" compares weights, bot
 
 import json
 import shutil
+import time
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,19 @@ import torch
 
 import engine_jit
 import main_jit
-from tests.conftest import STATE, config_of, differences, flags, listing, raw, read_log, state_differences, train
+import util.log
+from tests.conftest import (
+    STATE,
+    arguments,
+    config_of,
+    differences,
+    flags,
+    listing,
+    raw,
+    read_log,
+    state_differences,
+    train,
+)
 from util.build import build_denoiser
 from util.checkpoint.files import NAME
 from util.evaluation import generate
@@ -238,7 +252,26 @@ def test_samples_of_other_labels_have_a_folder_of_their_own(tmp_path, trained):
     sampled(folder, labels="0-2", num_per_class=2)
     sampled(folder, labels="7", num_per_class=1)
     sampled(folder, labels="7", num_per_class=2)
-    assert sorted(len(list(f.iterdir())) for f in (folder / "samples").glob("*-labels*")) == [3, 4, 8]
+    sampled(folder, labels=",".join("12" * 65), num_per_class=1)  # a name of a file has 255 letters at most
+    assert sorted(len(list(f.iterdir())) for f in (folder / "samples").glob("*-labels*")) == [3, 4, 8, 132]
+
+
+def test_a_checkpoint_is_verified_once_per_start(tmp_path, trained, monkeypatch):
+    folder, read = shutil.copytree(trained, tmp_path / "run"), []
+    real = zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: read.append(self.filename) or real(self))
+    assert main_jit.main(arguments(output_dir=folder, dry_run=True, epochs=3)) == 0
+    assert len(read) == 1
+
+
+def test_the_speed_is_that_of_training_alone(tmp_path, monkeypatch):
+    """What lies between two epochs does not count: by this clock a thousand seconds."""
+    late, real = [0.0], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + late[0])
+    monkeypatch.setattr(engine_jit.Trainer, "_end_epoch", lambda self, epoch: late.append(late.pop() + 1000))
+    train(tmp_path)
+    rates = [line["images_per_s"] for line in util.log.read_log(tmp_path) if line["event"] == "train"]
+    assert len(rates) == 4 and min(rates) > 16 / 500
 
 
 def test_reports_of_different_intervals_are_kept(tmp_path, trained):

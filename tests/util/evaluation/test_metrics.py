@@ -160,6 +160,12 @@ def test_values_equal_torch_fidelity_on_pngs(inception_file, tmp_path):
     assert any("rank deficient" in warning for warning in report["warnings"])
 
 
+def test_suites_share_their_networks():
+    few = MetricSuite(("class_agreement",), "digits", SIZE, 100, "cpu")
+    assert MetricSuite(("class_agreement",), "digits", SIZE, 500, "cpu", like=few).extractors == few.extractors
+    assert MetricSuite(("class_agreement",), "digits", SIZE, 500, "cpu").extractors != few.extractors
+
+
 def test_class_agreement_on_real_digits_and_on_shuffled_labels():
     dataset = build_dataset("digits", None, SIZE, "train")
     images = torch.stack([dataset[i][0] for i in range(500)])

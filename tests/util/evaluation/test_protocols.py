@@ -17,7 +17,7 @@ from util.evaluation.evaluate import build_suite
 from util.evaluation.features import SPATIAL as SFID
 from util.evaluation.features import InceptionAntialias, InceptionV3
 from util.evaluation.metrics import METRICS
-from util.evaluation.protocols import PROTOCOLS, check_protocol, protocol_settings
+from util.evaluation.protocols import PROTOCOLS, check_protocol, protocol_reference, protocol_settings
 from util.evaluation.reference import save_reference
 from util.evaluation.weights import NOT_PUBLISHED, WEIGHTS
 
@@ -134,6 +134,12 @@ def test_the_file_of_a_protocol_is_that_of_its_own_metric(stats, monkeypatch):
             files = build_suite(config, ONE, num_images).files
             assert files["fid_antialias"].path.name == "cifar10_32_inception_antialias_test.npz"
             assert files["fid"].path.name == "usual.npz"
+
+
+def test_adm_is_of_imagenet_in_any_form():
+    for dataset in ("imagefolder", "webdataset", "huggingface"):
+        with pytest.raises(UserError, match=r"needs .*VIRTUAL_imagenet256_labeled\.npz, which does not exist"):
+            protocol_reference(configuration("adm", dataset=dataset))
 
 
 def test_other_data_and_other_weights_are_refused(stats):
