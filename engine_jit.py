@@ -229,7 +229,7 @@ class Trainer:
     def train_step(self, batches: Iterator[tuple[Tensor, Tensor]], step: int) -> Tensor:
         """Do one optimizer step on the next `accum_iter` microbatches. Return the norm of the gradient.
 
-        If loss or gradient is not finite on any rank, no rank changes weights or optimizer; the device decides that, and
+        If loss or gradient is not finite on any rank, no rank changes weights or optimizer. The device decides that and
         the host does not wait for it. Without --skip_nonfinite the EMAs go on; the run stops before they are saved.
         """
         config, ctx = self.config, self.ctx

@@ -154,7 +154,7 @@ class LevelTimes:
         self.levels = tuple((schedule.levels - place).tolist())
         self.low, self.high, self.share = ends[place], ends[place + 1], counts[place] / GROUP
         if not isinstance(sampler, InstanceTimeSampler):
-            self.within = sampler.within(self.low, self.high)
+            self.sampler_within = sampler.within(self.low, self.high)
 
     def for_images(self, x: Tensor) -> "LevelTimes":
         """Return the times for a batch x (B, C, H, W)."""
@@ -162,7 +162,7 @@ class LevelTimes:
         if sampler is self.sampler:
             return self
         times = copy(self)
-        times.within = sampler.within(*(repeat_to(len(x), end).to(x.device) for end in (self.low, self.high)))
+        times.sampler_within = sampler.within(*(repeat_to(len(x), end).to(x.device) for end in (self.low, self.high)))
         return times
 
     def weight(self, count: int) -> Tensor:
@@ -172,12 +172,12 @@ class LevelTimes:
         """
         if count % GROUP:
             raise ValueError(f"A batch of {count} images is no multiple of {GROUP}, which levels of resolution need.")
-        mass = self.within.mass
+        mass = self.sampler_within.mass
         return (repeat_to(count, mass) / repeat_to(count, self.share).to(mass, non_blocking=True)).float()
 
     def sample(self, rng) -> Tensor:
         """Draw t (B,)."""
-        return self.within.sample(rng)
+        return self.sampler_within.sample(rng)
 
     def cdf(self, t: Tensor) -> Tensor:
         """Return the probability of a time below t, with weights."""

@@ -285,7 +285,7 @@ class RunConfig:
     resume: str | None = flag(None, PER_CALL, "folder of a run to resume, evaluate or sample (default: --output_dir)")
     checkpoint: str | None = flag(None, PER_CALL, "file in that folder to evaluate or sample (default: the newest)")
     save_last_freq: int = flag(5, OVERRIDABLE, "epochs between checkpoints", ge=1)
-    save_every_steps: int | None = flag(None, OVERRIDABLE, "save also this often, in steps (0: never)", ge=0)
+    save_every_steps: int = flag(0, OVERRIDABLE, "save also this often, in steps (0: never)", ge=0)
     save_every_minutes: float = flag(30.0, OVERRIDABLE, "save also this often, in minutes (0: after each step)", ge=0)
     keep_last: int = flag(2, OVERRIDABLE, "newest checkpoints that stay", ge=1)
     keep_every_epochs: int | None = flag(
