@@ -28,7 +28,7 @@ from util.checkpoint.writer import CheckpointWriter
 from util.compile import check_compiler, compile_denoiser
 from util.config import check, describe, run_name
 from util.cpu_layers import speed_up_on_cpu
-from util.data.images import Images
+from util.data.images import Images, describe_labels
 from util.data.loader import DataTimer, GlobalBatchSampler, ImageLoader, open_images, positions
 from util.dist import preemption
 from util.dist.context import (
@@ -58,7 +58,7 @@ from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write
 from util.evaluation.generate import sample_grid, setting_name
 from util.evaluation.images import spread_labels
 from util.evaluation.metrics import MetricSuite
-from util.evaluation.validation import Validation, hold_out, init_overlap_warnings
+from util.evaluation.validation import Validation, hold_out, init_overlap_warnings, parse_split
 from util.io import commit, hardware, provenance, versions, wait_for_file, write_json
 from util.log import LOG_NAME, WANDB_ID_NAME, RunLog, duration, progress, read_log, wandb_settings, warn
 from util.optim import EMA, build_optimizer, learning_rate, peak_lr
@@ -92,6 +92,8 @@ def train(given: Mapping[str, Any], ctx: DistContext) -> str:
         # Only now is the folder this run's own, and what is read from it will not change.
         config, checkpoint, source, data, step = raise_on_all_ranks(ctx, lambda: open_run(given, ctx))
         finished = checkpoint and config.start_epoch >= config.epochs
+        if checkpoint is None and config.start_epoch >= config.epochs:
+            raise UserError(f"--start_epoch {config.start_epoch} leaves nothing of --epochs {config.epochs}.")
         if finished and not (
             samples_are_missing(config, config.start_epoch) or validation_is_missing(config, config.start_epoch)
         ):
@@ -130,6 +132,15 @@ def open_run(given: Mapping[str, Any], ctx: DistContext) -> tuple[Any, Checkpoin
         len(images), config.batch_size, ctx.rank, ctx.world_size, config.accum_iter, config.seed
     )
     step = start_step(checkpoint, config.start_epoch, sampler.steps_per_epoch)
+    known = checkpoint.run.get("images") if checkpoint else None
+    if known not in (None, found := describe_labels(images.labels)):
+        other = f"This run was trained on {known}, and now there are {found}"
+        if step % sampler.steps_per_epoch or isinstance(parse_split(config.val_split or "val"), float):
+            raise UserError(
+                f"{other}: images would be repeated, left out, or both trained on and held out. Restore the data, or "
+                "start a new run from these weights (--init_from)."
+            )
+        warn([other], ctx)
     return config, checkpoint, source, (images, validation, sampler), step
 
 
@@ -188,7 +199,8 @@ class Trainer:
         self.time_sampler = build_time_sampler(config, ctx.device)
         self.model = self.denoiser if self.sharded else wrap_ddp(self.denoiser, ctx)
 
-        # Checkpoints: the step of the newest intact one, if it lies in this folder.
+        # Checkpoints: the one that has the present weights, and the step of the newest intact one in this folder.
+        self.loaded_from = checkpoint.path if checkpoint else None  # until the first save
         here = checkpoint is not None and checkpoint.path.parent.resolve() == self.folder.resolve()
         self.newest_step = self.step if here and checkpoint.path.name in files.NEWEST else None
         self.newest = self.folder / (files.NAME_SHARDED if self.sharded else files.NAME)
@@ -405,11 +417,12 @@ class Trainer:
             states |= {f"ema{i}": ema.shadow for i, ema in enumerate(self.emas, start=1)}
             assert_equal_replicas(self.ctx, states)
         run = {"metrics": self.metrics.state_dict(), "commit": commit(), "versions": versions()}
-        run["machine"] = self._machine()
+        run |= {"machine": self._machine(), "images": describe_labels(self.images.labels)}
         state = train_state(
             self.denoiser, self.optimizer, self.emas, self.step, self.steps_per_epoch, self.config.as_dict(), run
         )
         self.writer.save(state, self.step, keep_as_epoch)
+        self.loaded_from = None
 
     def _machine(self) -> dict[str, Any]:
         """Return what decides how sums are rounded: a run that resumes elsewhere agrees to rounding, not to the bit."""
@@ -463,8 +476,7 @@ class Trainer:
             self.log.image("samples", step, grid)
             if self.suite is None:
                 return
-            path = run_on_rank0(ctx, lambda: files.find(self.folder))
-            target = EvalTarget(self.denoiser, config, epoch, path)
+            target = EvalTarget(self.denoiser, config, epoch, self.loaded_from or self.newest)
             report, self.products["metrics"] = evaluate_and_write(target, self.suite, self.folder / "eval", ctx)
         self.log.log("eval", step, loggable(report))
         self.log.info(f"epoch {epoch + 1}: {metric_line(report)}")

@@ -29,7 +29,7 @@ from util.dist.context import (
 )
 from util.dist.worker import run_main
 from util.errors import UserError
-from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write, loggable, metric_line
+from util.evaluation.evaluate import EvalTarget, build_suite, evaluate_and_write, loggable, metric_line, weights_hash
 from util.evaluation.generate import sample_grid, sampling_settings, setting_name
 from util.evaluation.images import save_png, to_pil
 from util.evaluation.metrics import MetricSuite
@@ -92,7 +92,7 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
     config, checkpoint = load_for_inference(given, "evaluate_gen")
     warn([*checkpoint.notes, *check(config, evaluates=True), *spectrum_warnings(config)], ctx)
     warn(check_compiler(config.compile, ctx.device), ctx)
-    points, folder = plan_sweep(config), Path(config.output_dir)
+    points, folder, weights = plan_sweep(config), Path(config.output_dir), weights_hash(checkpoint.path)
     with process_group(ctx, config.dist_timeout):
         counts = [points[0].num_images, config.num_images] if points else [config.num_images]
         suites: list[MetricSuite] = []
@@ -104,7 +104,7 @@ def run_evaluate(given: Mapping[str, Any], ctx: DistContext) -> str:
 
         def target_of(settings: Any) -> EvalTarget:
             load_weights(denoiser, checkpoint.state(settings.ema), checkpoint.path)
-            return EvalTarget(denoiser, settings, checkpoint.epoch, checkpoint.path, checkpoint.at)
+            return EvalTarget(denoiser, settings, checkpoint.epoch, checkpoint.path, checkpoint.at, weights)
 
         if points:
             report, products = run_sweep(points, config, target_of, suites, folder, ctx)

@@ -120,6 +120,8 @@ def check(args: argparse.Namespace) -> None:
     args.out = args.out or default_reference(real_images(args), args.img_size, args.extractor)
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists. Give --overwrite to replace it, or name another --out.")
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder: name a file in it.")
     make_folder(args.out.parent)
 
 
@@ -251,7 +253,7 @@ def run(args: argparse.Namespace) -> str | None:
     """Make the file that `args` describe. Return a line with its path and sha256 on rank 0. Raises UserError."""
     info = DATASETS[args.dataset]
     kind = EXTRACTORS[args.extractor].extractor
-    args.img_size = args.img_size or info.img_size
+    args.img_size = info.img_size if args.img_size is None else args.img_size
     ctx = find_context(args.device)
     with process_group(ctx, TIMEOUT_MINUTES):
 

@@ -239,16 +239,18 @@ class SpectralForcing(nn.Module):
         if schedule == "budget":
             self._tables["log_snr"], cycles = budget_cutoffs(self.power, img_size, budget)
             self._tables["cutoffs"] = self.radius_per_cycle * cycles + 3 / kappa
-        for name, table in self._tables.items():
-            self.register_buffer(name, table.float(), persistent=False)
+        with torch.inference_mode(False):  # training may use them later
+            for name, table in self._tables.items():
+                self.register_buffer(name, table.float(), persistent=False)
         self._elsewhere: dict[Hashable, Tensor] = {}  # copies on the devices and in the types of images
         self._times_were_seen = False  # on a GPU
 
     def _apply(self, fn, recurse=True):
         """Follow the module to its device, but stay in float32: bfloat16 tables would cost an accuracy of 5e-3."""
         super()._apply(fn, recurse)
-        for name, table in self._tables.items():
-            setattr(self, name, table.float().to(getattr(self, name).device))
+        with torch.inference_mode(False):
+            for name, table in self._tables.items():
+                setattr(self, name, table.float().to(getattr(self, name).device))
         return self
 
     def _table(self, name: str, like: Tensor) -> Tensor:
@@ -272,6 +274,8 @@ class SpectralForcing(nn.Module):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} {value} must be a positive number.")
+        if self.alpha is not None and abs(math.log(self.snr_floor)) > 60 * self.alpha:  # of 1e26 cycles and more
+            raise ValueError(f"alpha {self.alpha} is too small for an snr_floor of {self.snr_floor}.")
         if self.time_convention not in (*TIME_CONVENTIONS, "ddpm"):
             names = ", ".join((*TIME_CONVENTIONS, "ddpm"))
             raise ValueError(f"The time convention {self.time_convention!r} must be one of {names}.")
@@ -316,7 +320,8 @@ class SpectralForcing(nn.Module):
         """
         ddpm = self.time_convention == "ddpm"
         last = self.num_steps - 1 if ddpm else TIME_CONVENTIONS[self.time_convention].last
-        if t.numel() and not is_traced(t) and (t.device.type == "cpu" or not self._times_were_seen):
+        known = self._times_were_seen and t.device.type != "cpu"
+        if t.numel() and not (known or t.is_meta or is_traced(t)):
             low, high, slack = t.min().item(), t.max().item(), ROUNDING * (last if math.isfinite(last) else 0)
             if not -slack <= low <= high <= last + slack:
                 raise ValueError(

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             if "failed" in line:
                 failed += 1
                 tqdm.write(f"{line['run']}: {line['failed']}", file=sys.stderr)
-    except UserError as error:
+    except (UserError, OSError, BrokenProcessPool) as error:  # of the data, of the disk, of a process that was killed
         pool.shutdown(wait=False, cancel_futures=True)
         print(f"experiments.run: error: {error}", file=sys.stderr)
         return 2

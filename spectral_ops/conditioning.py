@@ -28,7 +28,14 @@ class ImageSchedules(nn.Module):
     def __init__(self, img_size: int, level: Sequence[float], delta: float, noise_scale: float = 1.0):
         super().__init__()
         self.settings = {"img_size": img_size, "delta": delta, "noise_scale": noise_scale}
-        self.register_buffer("level", torch.tensor(level, dtype=torch.float64), persistent=False)
+        self.mean_pixel = tuple(level)
+        self.register_buffer("level", torch.tensor(self.mean_pixel, dtype=torch.float64), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Make the buffer anew: `to_empty` leaves it uninitialised, and it stays in float64."""
+        super()._apply(fn, recurse)
+        self.level = torch.tensor(self.mean_pixel, dtype=torch.float64, device=self.level.device)
+        return self
 
     @torch.no_grad()
     def forward(self, x: Tensor, variant: str = "logsnr") -> TightSchedule:

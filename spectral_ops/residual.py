@@ -21,14 +21,15 @@ MODES = ("time", "time_label", "static")
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
-def blur_matrix(side: int) -> Tensor:
+def blur_matrix(side: int, device: torch.device | None = None) -> Tensor:
     """Return the binomial filter along one axis as a matrix (side, side), with replicate padding at the ends.
 
     Away from the ends its transfer function is cos^4(pi f), f in cycles per token. All entries are multiples of 1/16,
     which bfloat16 holds exactly, and each row sums to 1.
     """
-    column = (torch.arange(side)[:, None] + torch.arange(-2, 3)).clamp(0, side - 1)  # (side, 5)
-    return torch.zeros(side, side).scatter_add_(1, column, torch.tensor(BINOMIAL).expand(side, 5))
+    offsets, weights = torch.arange(-2, 3, device=device), torch.tensor(BINOMIAL, device=device)
+    column = (torch.arange(side, device=device)[:, None] + offsets).clamp(0, side - 1)  # (side, 5)
+    return torch.zeros(side, side, device=device).scatter_add_(1, column, weights.expand(side, 5))
 
 
 def blur(r: Tensor, matrix: Tensor) -> Tensor:
@@ -63,9 +64,20 @@ class SpectralResidual(nn.Module):
                 self.fc1 = nn.Linear(dim, dim // 4)
                 self.fc2 = nn.Linear(dim // 4, 2)
             self.reset_parameters()
-        while side:  # and of smaller images, which have half as many tokens along a side
-            self.register_buffer(f"matrix{side}", blur_matrix(side), persistent=False)
-            side = side // 2 if side % 2 == 0 else 0
+        self.sides = [side]  # and of smaller images, which have half as many tokens along a side
+        while self.sides[-1] > 1 and self.sides[-1] % 2 == 0:
+            self.sides.append(self.sides[-1] // 2)
+        for side in self.sides:
+            with torch.inference_mode(False):  # training may use it later
+                self.register_buffer(f"matrix{side}", blur_matrix(side), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Make the matrices anew: `to_empty` leaves buffers uninitialised."""
+        super()._apply(fn, recurse)
+        for name, table in list(self._buffers.items()):
+            with torch.inference_mode(False):
+                self._buffers[name] = blur_matrix(len(table), table.device).to(table.dtype)
+        return self
 
     def reset_parameters(self) -> None:
         """Draw W1 (Xavier) and set all else to zero."""
@@ -87,7 +99,10 @@ class SpectralResidual(nn.Module):
         The blur is in the type of r (bfloat16 under autocast, no coarser than r itself), the rest in float32.
         """
         g_lo, g_hi = (g[..., None, None] for g in self.gates(t_emb, y_emb))  # (B, 1, 1) each
-        return g_hi * r + (g_lo - g_hi) * blur(r, getattr(self, f"matrix{math.isqrt(r.shape[1])}"))
+        count = r.shape[1]
+        if (side := math.isqrt(count)) not in self.sides or side * side != count:
+            raise ValueError(f"{count} patch tokens are no square grid with a side of {self.sides}.")
+        return g_hi * r + (g_lo - g_hi) * blur(r, getattr(self, f"matrix{side}"))
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, scale={self.scale}"

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 
 import engine_jit
 import main_jit
@@ -20,6 +21,7 @@ from util.checkpoint import files
 from util.checkpoint.files import NAME
 from util.dist import preemption
 from util.evaluation import generate
+from util.evaluation.images import save_png
 from util.log import LOG_NAME, _truncate
 from util.train_metrics import TrainMetrics
 
@@ -186,6 +188,28 @@ def test_a_data_set_of_another_size_is_refused(tmp_path, capsys):
     torch.save(content, tmp_path / NAME)
     train(tmp_path, code=2, **RUN)
     assert "step 13 after 1 epochs, but an epoch now has 4 steps" in capsys.readouterr().err
+
+
+def images_of(folder, count):
+    """Image folders of two classes with `count` images each."""
+    for name in "ab":
+        (folder / "train" / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            save_png(Image.new("RGB", (16, 16), (i * 9 % 256, 40, 90)), folder / "train" / name / f"{i:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("val_split", ["0.2", None])
+def test_other_images_are_refused_or_named(tmp_path, capsys, val_split):
+    """One file less, and an epoch as long as before: it moves images from training to the held-out ones."""
+    settings = {**RUN, "dataset": "imagefolder", "data_path": images_of(tmp_path / "data", 21), "class_num": 2}
+    settings |= {"val_split": val_split, "num_workers": 0}
+    train(tmp_path / "run", **{**settings, "epochs": 1})
+    (tmp_path / "data" / "train" / "a" / "005.png").unlink()
+    train(tmp_path / "run", code=2 if val_split else 0, **settings)
+    said = capsys.readouterr().err
+    assert "This run was trained on" in said and "images with labels" in said
+    assert ("both trained on and held out" in said) == (val_split is not None)
 
 
 # --- the log --------------------------------------------------------------------------------------------------------

@@ -101,8 +101,12 @@ def main(argv: list[str] | None = None) -> int:
         if (args.labels_file or args.channels) and not args.out:
             raise UserError("--labels_file and --channels need --out: the default file is that of the whole data set.")
         known = info.describe(args.data_path) if info.describe else {"img_size": info.img_size}
-        img_size = args.img_size or known["img_size"]
+        img_size = known["img_size"] if args.img_size is None else args.img_size
+        if img_size < 4 or args.batch_size < 1:
+            raise UserError("--img_size must be at least 4, for a spectrum with a slope, and --batch_size at least 1.")
         out = args.out or default_spectrum_file(args.dataset, img_size, args.data_path)
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder: name a file in it.")
         if out.exists() and not args.overwrite:
             raise UserError(f"{out} exists. --overwrite replaces it; --out names another file.")
         images = build_dataset(args.dataset, args.data_path, img_size, args.split, args.channels, args.labels_file)

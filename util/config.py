@@ -126,7 +126,7 @@ class PathConfig:
     hybrid_x_weight_power: float = flag(1.0, LOCKED, "exponent of that weight", added=True, gt=0)
     hybrid_x_weight_min: float = flag(0.0, LOCKED, "lower bound of that weight", added=True, ge=0, le=1)
     hybrid_x_weight_max: float = flag(1.0, LOCKED, "upper bound of that weight", added=True, ge=0, le=1)
-    noise_scale: float = flag(1.0, LOCKED, "standard deviation of the noise", gt=0)
+    noise_scale: float = flag(1.0, LOCKED, "standard deviation of the noise", gt=0, le=1e6)
     t_eps: float = flag(0.05, LOCKED, "lower bound of 1 - t")
     P_mean: float = flag(-0.8, LOCKED, "mean of logit(t) in training")
     P_std: float = flag(0.8, LOCKED, "standard deviation of logit(t) in training", gt=0)

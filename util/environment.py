@@ -24,7 +24,10 @@ ELSEWHERE = {
     "GPUS_PER_NODE": "NUM_GPUS",
     "LEARNING_RATE": "LR",
     "NGPUS": "NUM_GPUS",
+    "LRATE": "LR",
+    "NEPOCHS": "EPOCHS",
     "NPROC_PER_NODE": "NUM_GPUS",
+    "NUM_EPOCHS": "EPOCHS",
     "NUM_NODES": "NNODES",
     "RESUME_FROM": "RESUME",
     "RUN_NAME_BASE": "OUTPUT_DIR",
@@ -78,8 +81,9 @@ def _data_path(environment: Mapping[str, str], argv: list[str]) -> str | None:
 
 def refuse_misspelt(environment: Mapping[str, str], known: list[str]) -> None:
     """Raise a UserError for a variable whose name is one or two letters from a known one, or another launcher's."""
+    joined = {name.replace("_", ""): name for name in known if "_" in name}
     for variable in sorted(environment.keys() - set(known)):
-        likely = ELSEWHERE.get(variable)
+        likely = ELSEWHERE.get(variable, joined.get(variable.replace("_", "").upper()))
         if likely is None and "_" in variable and variable not in ALIKE:  # of single words too many are alike
             likely = next(iter(difflib.get_close_matches(variable, known, n=1, cutoff=ALMOST)), None)
         if likely is not None:

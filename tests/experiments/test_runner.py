@@ -88,6 +88,15 @@ def test_wrong_input(here, monkeypatch, capsys):
     assert results.main(["toy"]) == 2 and "12 runs of other settings" in capsys.readouterr().err
 
 
+def test_a_full_disk_ends_the_study_at_once(here, monkeypatch, capsys):
+    def full(path, line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(studies.STUDIES, "toy", TOY)
+    monkeypatch.setattr(run, "append", full)
+    assert run.main(["toy"]) == 2 and "No space left on device" in capsys.readouterr().err
+
+
 def test_data_that_is_missing_ends_the_study(here, monkeypatch, capsys):
     def missing(split):
         raise run.DataError("CIFAR-10 is missing: make cifar10")

@@ -77,3 +77,11 @@ def test_embedding_is_zero_at_first_and_tells_ranges_apart():
     features = embedder(torch.stack([grid, torch.zeros_like(grid)], 1))  # (M, 128)
     assert (torch.cdist(features, features) + torch.eye(len(grid)) * 9).min() > 0.3
     assert not torch.equal(embedder(torch.tensor([[1.0, 2.0]])), embedder(torch.tensor([[2.0, 1.0]])))
+
+
+def test_the_mean_pixel_is_right_after_a_move_from_the_meta_device_and_in_other_types():
+    x, expected = images(), ImageSchedules(N, LEVEL, 0.1)(images()).logsnr_range
+    with torch.device("meta"):
+        moved = ImageSchedules(N, LEVEL, 0.1)
+    for module in (moved.to_empty(device="cpu"), ImageSchedules(N, LEVEL, 0.1).bfloat16()):
+        assert torch.equal(module(x).logsnr_range, expected)

@@ -111,6 +111,26 @@ def test_a_new_module_is_initialised_and_corrects_nothing(mode):
     assert SpectralResidual(192, 16).mode == "time" and SpectralResidual(192, 16).scale == 1
 
 
+def test_matrices_are_right_after_a_move_from_the_meta_device_and_after_inference():
+    r, t_emb, module = normals(1, 2, 16, 8), normals(2, 2, 8), SpectralResidual(8, 4)
+    torch.nn.init.normal_(module.fc2.weight)
+    with torch.device("meta"):
+        moved = SpectralResidual(8, 4)
+    moved = moved.to_empty(device="cpu")
+    moved.load_state_dict(module.state_dict())
+    assert torch.equal(moved(r, t_emb), module(r, t_emb))
+    assert torch.equal(moved(r[:, :4], t_emb), module(r[:, :4], t_emb))
+    with torch.inference_mode():
+        module.to("cpu", torch.float64)
+    module.matrix4.requires_grad_()  # an inference tensor refuses
+
+
+@pytest.mark.parametrize("count", [15, 9, 64])
+def test_tokens_of_another_grid_are_refused(count):
+    with pytest.raises(ValueError, match=rf"{count} patch tokens are no square grid with a side of \[4, 2, 1\]"):
+        SpectralResidual(8, 4)(normals(1, 2, count, 8), normals(2, 2, 8))
+
+
 @torch.no_grad()
 def test_a_small_gate_is_not_rounded_away_under_autocast():
     module = SpectralResidual(8, 4, "static")

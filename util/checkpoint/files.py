@@ -87,9 +87,27 @@ def _verify(path: Path, state: Hashable) -> None:
         raise UserError(f"{path} is damaged: the checksum of its record {damaged} differs.")
 
 
+class _Noting:
+    """A file that keeps the error of a write, which torch's writer of zip files replaces by one of its own."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.flush, self.error = file, file.flush, None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
 def write(file: BinaryIO, content: dict[str, Any]) -> None:
     """Write `content` to an open file, flush it to disk and verify it."""
-    torch.save(content, file)
+    noting = _Noting(file)
+    try:
+        torch.save(content, noting)
+    except RuntimeError as error:
+        raise noting.error or error from None
     file.flush()
     os.fsync(file.fileno())
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read it back from the disk, not from the cache

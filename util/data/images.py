@@ -4,6 +4,7 @@ Shapes: an image is uint8 (3, H, W) in 0..255 (red, green, blue), or (4, H, W) w
 is an int in 0..num_classes-1. N images in a data set, B in a batch.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -48,13 +49,19 @@ class DataError(UserError):
 def read_class_names(path: str | os.PathLike) -> list[str]:
     """Return the names of classes in a file, one on each line; what follows a # is a comment. Raises DataError."""
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the file of classes {path} cannot be read: {error}.") from None
     names = [name for line in lines if (name := line.partition("#")[0].strip())]
     if not names or len(set(names)) < len(names):
         raise DataError(f"the file of classes {path} must hold names of classes, each once, one on a line.")
     return names
+
+
+def describe_labels(labels: np.ndarray) -> str:
+    """Return a phrase that differs where data sets differ in number or classes of their images, in this order."""
+    digest = hashlib.sha256(np.ascontiguousarray(labels, dtype=np.int64).tobytes()).hexdigest()
+    return f"{len(labels)} images with labels {digest[:12]}"
 
 
 class NoSplitError(DataError):

@@ -46,6 +46,7 @@ class EvalTarget:
     epoch: int
     checkpoint: Path
     at: str = ""  # names the step of a checkpoint within an epoch (Checkpoint.at)
+    weights: str | None = None  # weights_hash of the checkpoint when it was read: training may replace the file
 
 
 def build_suite(config: Any, ctx: DistContext, num_images: int, like: MetricSuite | None = None) -> MetricSuite:
@@ -157,7 +158,7 @@ def identify(target: EvalTarget, suite: MetricSuite, device: torch.device) -> di
             **sampling_settings(config),
             "ema": config.ema,
             "epoch": target.epoch,
-            "weights": weights_hash(target.checkpoint),
+            "weights": target.weights or weights_hash(target.checkpoint),
             "denoiser": denoiser_settings(config),
             "precision": str(target.denoiser.autocast_dtype or torch.float32).removeprefix("torch."),
             "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},

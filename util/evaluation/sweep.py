@@ -146,7 +146,7 @@ def run_sweep(
     info(f"best: {describe(point)}, by the {order} {value}; now {config.num_images} images")
 
     axes = {name: getattr(point, name) for name in ("ema", "cfg", "interval_min", "interval_max")}
-    final = target_of(replace(config, **axes, seed=config.seed + 1))
+    final = target_of(replace(config, **axes, seed=(config.seed + 1) % 2**64))
     report, path = run_on_rank0(ctx, lambda: find_report(folder / "eval", final, identify(final, full, ctx.device)))
     if report is None or config.save_images or config.keep_features:
         report, path = evaluate_and_write(final, full, folder / "eval", ctx, extra={"chosen": chosen})

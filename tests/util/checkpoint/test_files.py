@@ -70,8 +70,8 @@ def test_every_changed_byte_of_content_is_noticed(tmp_path):
 def torn(what, file, real=torch.save):
     """Write what the disk does not give back."""
     real(what, file)
-    file.seek(700)
-    file.write(b"\xff" * 64)
+    file.file.seek(700)
+    file.file.write(b"\xff" * 64)
 
 
 FAILURES = {  # -> what is replaced by what, message
