@@ -31,5 +31,8 @@ for run in args.runs:
 axes.set(xlabel="step", ylabel="v-loss", yscale="log")
 axes.grid(alpha=0.3, which="both")
 axes.legend(frameon=False)
-figure.savefig(args.out, dpi=120)
+try:
+    figure.savefig(args.out, dpi=120)
+except (OSError, ValueError) as error:
+    sys.exit(f"{args.out} cannot be written: {error}.")
 print(args.out)

@@ -192,6 +192,8 @@ def index_shards(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """Print images per second of one loader, in the order of an epoch of training, measured for SECONDS."""
+    if args.batch_size < 1:
+        raise UserError("--batch_size must be at least 1.")
     info = DATASETS[args.dataset]
     img_size = args.img_size or (info.describe(args.data_path)["img_size"] if info.describe else info.img_size)
     images = build_dataset(args.dataset, args.data_path, img_size)

@@ -383,7 +383,10 @@ def resolve(
     if config.labels_file and (training or config.classes is None):
         names = sorted(read_class_names(config.labels_file))
         if config.classes not in (None, names):
-            raise UserError(f"--labels_file {config.labels_file} names other classes than this run was trained on.")
+            raise UserError(
+                f"--labels_file {config.labels_file} names other classes than this run was trained on. "
+                "Leave it out, or start a new run in another --output_dir."
+            )
         of_data_set |= {"classes": names, "class_num": len(names)}
     unset = {name: value for name, value in of_data_set.items() if getattr(config, name, None) in (None, "")}
     if (channels := of_data_set.get("channels")) is not None:

@@ -78,7 +78,7 @@ FAILURES = {  # -> what is replaced by what, message
     "torch.save": ((torch, "save", Mock(side_effect=RuntimeError("unexpected pos 64"))), "unexpected pos 64"),
     "torn": ((torch, "save", torn), "truncated"),
     "rename": ((os, "replace", Mock(side_effect=DISK_FULL)), "No space left on device"),
-    "the system": (None, "cannot be written"),
+    "the system": (None, "File too large"),
 }
 
 
