@@ -320,8 +320,7 @@ class SpectralForcing(nn.Module):
         """
         ddpm = self.time_convention == "ddpm"
         last = self.num_steps - 1 if ddpm else TIME_CONVENTIONS[self.time_convention].last
-        known = self._times_were_seen and t.device.type != "cpu"
-        if t.numel() and not (known or t.is_meta or is_traced(t)):
+        if t.numel() and not (t.is_meta or is_traced(t) or (t.device.type != "cpu" and self._times_were_seen)):
             low, high, slack = t.min().item(), t.max().item(), ROUNDING * (last if math.isfinite(last) else 0)
             if not -slack <= low <= high <= last + slack:
                 raise ValueError(

@@ -109,7 +109,7 @@ def test_times_of_another_convention_are_refused(convention, times, sentence):
         (lambda f: f(torch.zeros(8, 8), 0.5), r"z has the shape \(8, 8\)"),
         (
             lambda f: f(torch.zeros(4, 16, 48), TIMES),
-            r"\(4, 16, 48\); \(B, ..., H, W\) was expected. Tokens: filter_pat",
+            r"\(4, 16, 48\); \(B, ..., H, W\) was expected \(tokens: filter_pat",
         ),
         (lambda f: SpectralForcing(None, 4)(torch.zeros(2, 3, 8, 10), 0.5), "8x10 .* windows of 4"),
         (lambda f: SpectralForcing(time_convention="karras"), "'karras' must be one of flow, .* edm, ddpm"),

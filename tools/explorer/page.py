@@ -20,6 +20,7 @@ from util.checkpoint.published import WEIGHTS
 from util.config import SNR_FLOOR, all_flags, parse_labels
 from util.errors import UserError
 from util.io import FID_STATS
+from util.log import read_log
 
 MOST_IMAGES = 16
 FLAGS = all_flags()
@@ -223,7 +224,7 @@ def runs_tab() -> None:
     curves = {}
     for run in chosen:
         with sentences():
-            curves[str(run)] = runs.curves(runs.read_log(run))
+            curves[str(run)] = runs.curves(read_log(run))
     if any(curves.values()):
         st.pyplot(runs.draw_curves(curves))
     st.markdown("##### Evaluations")

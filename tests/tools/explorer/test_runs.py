@@ -7,6 +7,7 @@ import pytest
 from tests.tools.test_report import write
 from tools.explorer import runs
 from util.errors import UserError
+from util.log import read_log
 
 
 def test_curves_are_those_of_the_log(tmp_path):
@@ -20,7 +21,7 @@ def test_curves_are_those_of_the_log(tmp_path):
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n[1]\n\x00\xff\n{"event": "train", "st'
     (tmp_path / "log.jsonl").write_text(text)
-    found = runs.curves(runs.read_log(tmp_path))
+    found = runs.curves(read_log(tmp_path))
     assert {name: (x.tolist(), y.tolist()) for name, (x, y) in found.items()} == {
         "loss": ([0.5], [2.0]),
         "lr": ([0.5, 1.0], [0.1, 0.2]),
