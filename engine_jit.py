@@ -182,7 +182,13 @@ class Trainer:
         if source is not None:
             warn(init_warnings(config, source) + init_overlap_warnings(config, source.args), ctx)
         self.suite = build_online_suite(config, ctx) if config.online_eval else None
-        warn([*(self.suite.warnings if self.suite else ()), *ema_warnings(config, self.total_steps)], ctx)
+        warn(
+            [
+                *(self.suite.warnings if self.suite else ()),
+                *ema_warnings(config, self.total_steps, new=checkpoint is None),
+            ],
+            ctx,
+        )
         raise_on_all_ranks(ctx, lambda: decoder(config, ctx.device))  # samples need the VAE of latents
 
         # Model: network and operators, replicated or sharded, with the weights of a checkpoint or fresh ones.
@@ -660,16 +666,16 @@ def validation_is_missing(config: Any, epochs_done: int) -> bool:
     return epochs_done - 1 not in (line.get("epoch") for line in read_log(folder) if line.get("event") == "val")
 
 
-def ema_warnings(config: Any, total_steps: int) -> list[str]:
+def ema_warnings(config: Any, total_steps: int, new: bool) -> list[str]:
     """Warn if an EMA averages over more steps than the run has: it still consists of the initial weights."""
     found = []
     for name in ("ema_decay1", "ema_decay2"):
         decay = getattr(config, name)
         if (1 - decay) * total_steps < 1:
             horizon = f"{1 / (1 - decay):.0f}" if decay < 1 else "infinitely many"
+            advice = f"--{name} {max(0.0, 1 - 5 / total_steps):.3g} averages over a fifth of the run"
             found.append(
                 f"--{name} {decay} averages over about {horizon} steps and the run has {total_steps}: its samples will "
-                f"look like the initial weights, grey. --{name} {max(0.0, 1 - 5 / total_steps):.3g} averages over a "
-                "fifth of the run"
+                f"look like the initial weights, grey. {advice if new else '--sample --ema model samples the weights'}"
             )
     return found

@@ -432,7 +432,10 @@ def _merge(
         elif locked and given[name] != saved[name]:
             contradictions.append(f"--{name} {given[name]} (the checkpoint has {saved[name]})")
     if contradictions:
-        way_out = "Leave them out, or start a new run in another --output_dir." if training else "Leave them out."
+        way_out = "Leave them out"
+        way_out += (
+            ", or start a new run in another --output_dir (--init_from: from these weights)." if training else "."
+        )
         raise UserError(f"Flags contradict the checkpoint: {', '.join(contradictions)}. {way_out}")
     return values
 
