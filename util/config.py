@@ -65,7 +65,7 @@ class ModelConfig:
     img_size: int | None = flag(
         None, LOCKED, "pixels along a side (default: the data set's, 256 for imagefolder)", ge=1
     )
-    class_num: int | None = flag(None, LOCKED, "classes (default: the data set's)", ge=1)
+    class_num: int | None = flag(None, LOCKED, "classes (default: the data set's; of folders and shards 1000)", ge=1)
     channels: int = flag(3, LOCKED, "channels: 3 RGB, 1 grey, 4 RGBA; latents have their own", added=True, ge=1)
     input_operator: str = flag(
         "spectral_forcing", LOCKED, "what filters the model's input: none or spectral_forcing", added=True
