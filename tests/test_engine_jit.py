@@ -30,6 +30,7 @@ from tests.conftest import (
 from util.build import build_denoiser
 from util.checkpoint.files import NAME
 from util.evaluation import generate
+from util.evaluation.evaluate import weights_hash
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -272,6 +273,23 @@ def test_the_speed_is_that_of_training_alone(tmp_path, monkeypatch):
     train(tmp_path)
     rates = [line["images_per_s"] for line in util.log.read_log(tmp_path) if line["event"] == "train"]
     assert len(rates) == 4 and min(rates) > 16 / 500
+
+
+def test_a_report_has_the_hash_of_the_weights_that_were_read(tmp_path, trained, monkeypatch):
+    """Training may replace the file while they are evaluated."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    read, real = weights_hash(folder / NAME), main_jit.evaluate_and_write
+
+    def replaced(*args, **kwargs):
+        torch.save({**raw(folder), "epoch": 7}, folder / "new")
+        (folder / "new").replace(folder / NAME)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(main_jit, "evaluate_and_write", replaced)
+    argv = flags(resume=folder, evaluate_gen=True, num_images=10, num_sampling_steps=1, device="cpu")
+    assert main_jit.main(argv) == 0
+    (report,) = (folder / "eval").glob("*.json")
+    assert json.loads(report.read_text())["weights"] == read != weights_hash(folder / NAME)
 
 
 def test_reports_of_different_intervals_are_kept(tmp_path, trained):
